@@ -1,0 +1,39 @@
+"""Fused kernels for Self-supervised Alignment Learning (SAL): window-wise cosine row-max losses."""
+
+import sys as _sys
+
+from ._version import __version__
+from .functional import (
+    SALTerms,
+    align,
+    backends,
+    explain,
+    gp_loss,
+    la_loss,
+    sal_loss,
+    wla_loss,
+    wla_set_loss,
+)
+from .modules import GPLoss, SALLoss, WLALoss
+from .pairs import positional_positives, slice_pairs
+
+__all__ = [
+    "GPLoss",
+    "SALLoss",
+    "SALTerms",
+    "WLALoss",
+    "__version__",
+    "align",
+    "backends",
+    "explain",
+    "gp_loss",
+    "la_loss",
+    "positional_positives",
+    "sal_loss",
+    "slice_pairs",
+    "wla_loss",
+    "wla_set_loss",
+]
+
+# `import salkernels.wla_loss` gives the function too: the import system takes what stands here.
+_sys.modules[f"{__name__}.wla_loss"] = wla_loss  # type: ignore[assignment]

@@ -1,0 +1,115 @@
+"""Which implementation runs a call: a fixed order of backends, each of which can say why it cannot.
+
+A backend is a module of this package with
+
+    can_run(query, key, window) -> str | None       None: it can; otherwise the reason why not
+    status() -> str | None                          the same question without an input
+    pair_losses_forward(...), pair_losses_backward(...)    as in `salkernels.reference`
+
+An explicit name runs that backend or raises with its reason; `None` takes the first that can.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from . import reference
+from ._absent import Absent
+
+
+class Backend(Protocol):
+    """What `salkernels.library` needs of a backend."""
+
+    def status(self) -> str | None: ...
+
+    def can_run(self, query: Tensor, key: Tensor | None, window: tuple[int, int]) -> str | None: ...
+
+    def pair_losses_forward(
+        self,
+        query: Tensor,
+        key: Tensor | None,
+        mask: Tensor | None,
+        window: tuple[int, int],
+        eps: float,
+        capacity: int,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def pair_losses_backward(
+        self,
+        grad_loss: Tensor,
+        query: Tensor,
+        key: Tensor | None,
+        mask: Tensor | None,
+        argmax: Tensor,
+        max_sim: Tensor,
+        window: tuple[int, int],
+        eps: float,
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+
+# The order of preference. A backend that this version does not contain keeps its place and says so.
+BACKENDS: dict[str, Backend] = {
+    "cuda": Absent("the CUDA C++ kernels are not part of this version of salkernels"),
+    "triton": Absent("the Triton kernels are not part of this version of salkernels"),
+    "cpu": Absent("the C++ kernel for CPUs is not part of this version of salkernels"),
+    "reference": reference,
+}
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """One backend and, if it cannot run, the reason."""
+
+    name: str
+    reason: str | None
+
+    @property
+    def available(self) -> bool:
+        return self.reason is None
+
+    def __str__(self) -> str:
+        return f"{self.name:10} {'available' if self.reason is None else 'no: ' + self.reason}"
+
+
+def get(name: str) -> Backend:
+    """The backend of that name; an unknown name is a ValueError."""
+    try:
+        return BACKENDS[name]
+    except KeyError:
+        raise ValueError(
+            f"unknown backend {name!r}; expected one of {', '.join(BACKENDS)}, or None to choose"
+        ) from None
+
+
+def statuses() -> tuple[BackendStatus, ...]:
+    """Every backend in order of preference, and why it cannot run on this machine at all."""
+    return tuple(BackendStatus(name, backend.status()) for name, backend in BACKENDS.items())
+
+
+def statuses_for(
+    query: Tensor, key: Tensor | None, window: tuple[int, int]
+) -> tuple[BackendStatus, ...]:
+    """Every backend in order of preference, and why it cannot run this input."""
+    return tuple(
+        BackendStatus(name, backend.can_run(query, key, window))
+        for name, backend in BACKENDS.items()
+    )
+
+
+def select(name: str | None, query: Tensor, key: Tensor | None, window: tuple[int, int]) -> str:
+    """The name of the backend that runs this input."""
+    if name is not None:
+        reason = get(name).can_run(query, key, window)
+        if reason is not None:
+            raise RuntimeError(
+                f"backend {name!r} cannot run this input: {reason}; "
+                f"use backend=None to take the first that can (salkernels.explain lists them)"
+            )
+        return name
+    for candidate, backend in BACKENDS.items():
+        if backend.can_run(query, key, window) is None:
+            return candidate
+    raise RuntimeError("no backend can run this input")

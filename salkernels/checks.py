@@ -1,0 +1,175 @@
+"""Argument checks of the public functions: each failure is one sentence that says
+what was expected, what was got and what to do.
+
+Values of tensors are looked at only where that costs no device synchronisation and does not
+break a `torch.compile` graph: on CPU tensors, in eager mode.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+WindowSize = int | Sequence[int]
+
+
+def values_visible(tensor: Tensor) -> bool:
+    """Whether the tensor's values may be read here without a synchronisation or a graph break."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_tensor(name: str, x: object) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    return x
+
+
+def check_features(name: str, x: object) -> Tensor:
+    """A floating-point map (samples, channels, height, width), no extent but the first empty."""
+    x = check_tensor(name, x)
+    if x.dim() != 4:
+        raise ValueError(
+            f"{name} must have 4 dimensions (samples, channels, height, width), "
+            f"got shape {tuple(x.shape)}"
+        )
+    if x.dtype not in FEATURE_DTYPES:
+        raise TypeError(
+            f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}; "
+            f"convert it, for example with {name}.float()"
+        )
+    if 0 in x.shape[1:]:
+        raise ValueError(
+            f"{name} needs at least one channel and one pixel, got shape {tuple(x.shape)}"
+        )
+    return x
+
+
+def check_same_kind(name_x: str, x: Tensor, name_y: str, y: Tensor) -> None:
+    """Same device, and the same dtype unless autocast is on (it then promotes the narrower)."""
+    if x.device != y.device:
+        raise ValueError(
+            f"{name_x} and {name_y} must be on one device, got {x.device} and {y.device}; "
+            f"move one with .to(device)"
+        )
+    if x.dtype != y.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(
+            f"{name_x} and {name_y} must have one dtype, got {x.dtype} and {y.dtype}; "
+            f"convert one with .to(dtype)"
+        )
+
+
+def check_same_shape(name_x: str, x: Tensor, name_y: str, y: Tensor) -> None:
+    if x.shape != y.shape:
+        raise ValueError(
+            f"{name_x} and {name_y} must have the same shape, "
+            f"got {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+
+
+def check_window(window_size: WindowSize, height: int, width: int) -> tuple[int, int]:
+    """`window_size` as (rows, columns), each at least 1 and at most the size of the map."""
+    pair = (window_size, window_size) if isinstance(window_size, int) else tuple(window_size)
+    if len(pair) != 2 or not all(isinstance(w, int) and not isinstance(w, bool) for w in pair):
+        raise TypeError(
+            f"window_size must be an integer or two integers (rows, columns), got {window_size!r}"
+        )
+    rows, columns = pair
+    if rows < 1 or columns < 1:
+        raise ValueError(f"window_size must be at least 1 pixel, got {window_size!r}")
+    if rows > height or columns > width:
+        raise ValueError(
+            f"window_size {(rows, columns)} is larger than the {height} x {width} feature map; "
+            f"use a window of at most that size, or la_loss for one window over the whole map"
+        )
+    return rows, columns
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
+
+
+def check_finite_number(name: str, value: object, *, above: float, inclusive: bool = False) -> None:
+    """A finite real number greater than (or, if inclusive, not less than) `above`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value) or value < above or (value == above and not inclusive):
+        raise ValueError(
+            f"{name} must be a finite number {'>=' if inclusive else '>'} {above:g}, got {value}"
+        )
+
+
+def check_threshold(t: object) -> None:
+    check_finite_number("t", t, above=0.0, inclusive=True)
+    if isinstance(t, (int, float)) and t > 1:
+        raise ValueError(f"t is a fraction of the volume and must be in [0, 1], got {t}")
+
+
+def check_pairs(pairs: object, samples: int) -> Tensor:
+    """A square bool matrix, or weights >= 0, over the samples."""
+    pairs = check_tensor("pairs", pairs)
+    if pairs.shape != (samples, samples):
+        raise ValueError(
+            f"pairs must have shape (S, S) = ({samples}, {samples}) for {samples} samples, "
+            f"got {tuple(pairs.shape)}"
+        )
+    if pairs.dtype == torch.bool:
+        return pairs
+    if not pairs.dtype.is_floating_point:
+        raise TypeError(
+            f"pairs must be bool, or floating-point weights, got {pairs.dtype}; "
+            f"use pairs.bool() for a mask or pairs.float() for weights"
+        )
+    if values_visible(pairs) and not bool(((pairs >= 0) & pairs.isfinite()).all()):
+        raise ValueError(
+            f"weights in pairs must be finite and >= 0, got values from "
+            f"{pairs.min().item():g} to {pairs.max().item():g}"
+        )
+    return pairs
+
+
+def check_positives(positives: object, samples: int) -> Tensor:
+    positives = check_tensor("positives", positives)
+    if positives.shape != (samples, samples):
+        raise ValueError(
+            f"positives must have shape (S, S) = ({samples}, {samples}) for {samples} "
+            f"embeddings, got {tuple(positives.shape)}"
+        )
+    if positives.dtype != torch.bool:
+        raise TypeError(f"positives must be bool, got {positives.dtype}; use positives.bool()")
+    return positives
+
+
+def check_embeddings(embeddings: object) -> Tensor:
+    embeddings = check_tensor("embeddings", embeddings)
+    if embeddings.dim() != 2 or embeddings.shape[1] == 0:
+        raise ValueError(
+            f"embeddings must have shape (samples, dimensions >= 1), got {tuple(embeddings.shape)}"
+        )
+    if embeddings.dtype not in FEATURE_DTYPES:
+        raise TypeError(
+            f"embeddings must be float16, bfloat16, float32 or float64, got {embeddings.dtype}; "
+            f"convert them, for example with embeddings.float()"
+        )
+    return embeddings
+
+
+def check_per_sample(**columns: object) -> tuple[Tensor, ...]:
+    """One-dimensional tensors of one length on one device."""
+    tensors = {name: check_tensor(name, column) for name, column in columns.items()}
+    shapes = {name: tuple(column.shape) for name, column in tensors.items()}
+    if any(len(shape) != 1 for shape in shapes.values()) or len(set(shapes.values())) > 1:
+        raise ValueError(f"expected one-dimensional tensors of one length, got shapes {shapes}")
+    devices = {name: str(column.device) for name, column in tensors.items()}
+    if len(set(devices.values())) > 1:
+        raise ValueError(f"expected all tensors on one device, got {devices}")
+    return tuple(tensors.values())
+
+
+def check_integers(name: str, x: Tensor) -> None:
+    if x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool:
+        raise TypeError(f"{name} must be an integer tensor, got {x.dtype}; use {name}.long()")

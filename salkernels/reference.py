@@ -1,0 +1,268 @@
+r"""The definition of the operator, in plain torch, and the fallback on every device.
+
+    x̂ = x / max(‖x‖₂, eps)                       along channels
+    sim[q,k,p,l] = x̂[q,p] · ŷ[k,l]               p, l pixels of one window
+    m[q,k,p] = max over l of sim[q,k,p,l]        ties: the lowest l
+    loss[q,k] = mean over p of |1 − m[q,k,p]|    paper, Eq. (1), window by window (Sec. 2.2)
+
+It works window by window, never pair by pair: the features of one window of all samples form a
+small matrix whose Gram product holds every pair at once, so no feature map is gathered once per
+pair. Work is cut so that a Gram block has at most `GRAM_BUDGET` elements, whatever the window.
+
+Letters: G groups, N query and M key samples, P pairs, T windows of a tile, L pixels of a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+GRAM_BUDGET = 1 << 21  # elements of one Gram block: 8 MB in fp32 stays near the cache
+
+
+class Tile(NamedTuple):
+    """A rectangle of the map that splits into equal windows; edges are tiles of their own."""
+
+    rows: slice
+    columns: slice
+    window: tuple[int, int]
+
+    @property
+    def pixels(self) -> int:
+        return self.window[0] * self.window[1]
+
+
+class Chunk(NamedTuple):
+    """A block of query rows, and the key samples that it is compared with."""
+
+    queries: slice
+    pixels: slice
+    keys: Tensor  # (K,) int64
+
+
+def pair_losses_forward(
+    query: Tensor,  # (G, N, C, H, W)
+    key: Tensor | None,  # (G, M, C, H, W); None: the queries themselves (set form)
+    mask: Tensor | None,  # (G, N, M) bool; None: every pair
+    window: tuple[int, int],
+    eps: float,
+    capacity: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss (G, N, M), zero where masked out; argmax and max_sim (capacity, H, W), one row per pair.
+
+    Pairs are numbered in the row-major order of the mask. `argmax` is the offset of the match in
+    its window, row · (columns of the nominal window) + column.
+    """
+    groups, samples, _, height, width = query.shape
+    slots, num_pairs = pair_slots(query, key, mask)
+    if num_pairs > capacity:
+        raise ValueError(f"the mask holds {num_pairs} pairs, but capacity is {capacity}")
+    dtype = accumulate_dtype(query.dtype)
+    max_sim = query.new_zeros((capacity, height, width), dtype=dtype)
+    argmax = query.new_zeros((capacity, height, width), dtype=index_dtype(window))
+    pair_loss = query.new_zeros(num_pairs, dtype=dtype)
+
+    for tile in tiles(query, key, window):
+        unit_query, _ = unit_windows(query, tile, eps)  # (G, T, N, L, C)
+        unit_key = unit_query if key is None else unit_windows(key, tile, eps)[0]
+        count = unit_query.shape[1]
+        tile_max = max_sim.new_zeros((num_pairs, count, tile.pixels))
+        tile_arg = argmax.new_zeros((num_pairs, count, tile.pixels), dtype=torch.int64)
+        for chunk in chunks(slots, samples, count, tile.pixels):
+            rows = unit_query[:, :, chunk.queries, chunk.pixels]
+            sim = _gram(rows, unit_key[:, :, chunk.keys])  # (G, T, n, p, K, L)
+            best, where = sim.max(dim=-1)  # torch takes the first of equals, and NaN as the largest
+            chosen = slots[:, chunk.queries][:, :, chunk.keys]  # (G, n, K)
+            pairs = chosen[chosen >= 0]
+            tile_max[pairs, :, chunk.pixels] = best.permute(0, 2, 4, 1, 3)[chosen >= 0]
+            tile_arg[pairs, :, chunk.pixels] = where.permute(0, 2, 4, 1, 3)[chosen >= 0]
+        pair_loss += (1 - tile_max).abs().sum(dim=(1, 2))
+        columns = tile.window[1]
+        offset = tile_arg.div(columns, rounding_mode="floor") * window[1] + tile_arg % columns
+        max_sim[:num_pairs, tile.rows, tile.columns] = _to_plane(tile_max, tile)
+        argmax[:num_pairs, tile.rows, tile.columns] = _to_plane(offset, tile).to(argmax.dtype)
+
+    loss = pair_loss.new_zeros(slots.shape)
+    loss[slots >= 0] = pair_loss / (height * width)
+    return loss, argmax, max_sim
+
+
+def pair_losses_backward(
+    grad_loss: Tensor,  # (G, N, M)
+    query: Tensor,
+    key: Tensor | None,
+    mask: Tensor | None,
+    argmax: Tensor,  # (P, H, W)
+    max_sim: Tensor,  # (P, H, W)
+    window: tuple[int, int],
+    eps: float,
+) -> tuple[Tensor, Tensor | None]:
+    r"""Gradients of query and key (None in the set form, where one gradient holds both roles).
+
+    With g[q,k,p] = −sign(1 − m)·grad[q,k]/(H·W), V of a row is the sum of g times the partner's
+    unit vector over both its roles: as a query (its match) and as a key (the queries that chose
+    it). Then ∂x = (V − (x̂·V) x̂) / ‖x‖, and 0 where ‖x‖ ≤ eps.
+    """
+    _, samples, _, height, width = query.shape
+    slots, num_pairs = pair_slots(query, key, mask)
+    scale = grad_loss[slots >= 0].to(max_sim.dtype)[:, None, None] / (height * width)
+    pixel_grad = -torch.sign(1 - max_sim[:num_pairs]) * scale  # ∂L/∂m, (P, H, W)
+    grad_query = torch.zeros_like(query)
+    grad_key = None if key is None else torch.zeros_like(key)
+    if num_pairs == 0:
+        return grad_query, grad_key
+
+    for tile in tiles(query, key, window):
+        unit_query, inv_norm_query = unit_windows(query, tile, eps)
+        if key is None:
+            unit_key, inv_norm_key = unit_query, inv_norm_query
+        else:
+            unit_key, inv_norm_key = unit_windows(key, tile, eps)
+        # A NaN row would spread through 0 · NaN to samples that it is not paired with. Its true
+        # partners get their NaN from the weights, which hold NaN wherever max_sim does.
+        finite_query = unit_query.nan_to_num(0, 0, 0)
+        finite_key = finite_query if key is None else unit_key.nan_to_num(0, 0, 0)
+        sum_query = torch.zeros_like(unit_query)  # V, (G, T, N, L, C)
+        sum_key = sum_query if key is None else torch.zeros_like(unit_key)
+        weight = _to_windows(pixel_grad[:, tile.rows, tile.columns], tile)  # (P, T, L)
+        offset = _to_windows(argmax[:num_pairs, tile.rows, tile.columns].long(), tile)
+        match = offset.div(window[1], rounding_mode="floor") * tile.window[1] + offset % window[1]
+        for chunk in chunks(slots, samples, unit_query.shape[1], tile.pixels):
+            selection = _selection(weight, match, slots, chunk, tile.pixels)
+            rows = finite_query[:, :, chunk.queries, chunk.pixels]
+            sum_query[:, :, chunk.queries, chunk.pixels] += torch.einsum(
+                "gtnpkl,gtklc->gtnpc", selection, finite_key[:, :, chunk.keys]
+            )
+            sum_key[:, :, chunk.keys] += torch.einsum("gtnpkl,gtnpc->gtklc", selection, rows)
+        _write_windows(grad_query, _through_norm(sum_query, unit_query, inv_norm_query), tile)
+        if grad_key is not None:
+            _write_windows(grad_key, _through_norm(sum_key, unit_key, inv_norm_key), tile)
+    return grad_query, grad_key
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def index_dtype(window: tuple[int, int]) -> torch.dtype:
+    """Smallest dtype that holds an offset in the window."""
+    return torch.uint8 if window[0] * window[1] <= 256 else torch.int32
+
+
+def pair_slots(query: Tensor, key: Tensor | None, mask: Tensor | None) -> tuple[Tensor, int]:
+    """(G, N, M) int64: the number of each pair in row-major order, −1 where masked out."""
+    shape = (query.shape[0], query.shape[1], (query if key is None else key).shape[1])
+    if mask is None:
+        count = shape[0] * shape[1] * shape[2]
+        return torch.arange(count, device=query.device).view(shape), count
+    flat = mask.reshape(-1)
+    slots = torch.where(flat, flat.cumsum(0) - 1, -1)
+    return slots.view(shape), int(flat.sum())
+
+
+def tiles(query: Tensor, key: Tensor | None, window: tuple[int, int]) -> Iterator[Tile]:
+    """Cuts the plane into tiles of equal windows whose Gram block keeps to the budget."""
+    groups, samples, _, height, width = query.shape
+    keys = samples if key is None else key.shape[1]
+    if groups * samples * keys == 0:
+        return
+    for row, rows, window_rows in _strips(height, window[0]):
+        for column, columns, window_columns in _strips(width, window[1]):
+            gram = groups * samples * keys * (window_rows * window_columns) ** 2
+            most = max(1, GRAM_BUDGET // gram)  # windows in a tile
+            across = min(columns // window_columns, most)
+            down = max(1, most // across)
+            for top in range(row, row + rows, down * window_rows):
+                bottom = min(top + down * window_rows, row + rows)
+                for left in range(column, column + columns, across * window_columns):
+                    right = min(left + across * window_columns, column + columns)
+                    yield Tile(
+                        slice(top, bottom), slice(left, right), (window_rows, window_columns)
+                    )
+
+
+def chunks(slots: Tensor, samples: int, count: int, pixels: int) -> Iterator[Chunk]:
+    """Cuts the query rows of a tile; a chunk of one sample meets only the keys paired with it."""
+    groups, _, keys = slots.shape
+    per_row = groups * count * keys * pixels  # Gram elements per query pixel
+    everyone = torch.arange(keys, device=slots.device)
+    step = max(1, GRAM_BUDGET // (per_row * pixels))
+    for first in range(0, samples, step):
+        queries = slice(first, min(first + step, samples))
+        partners = everyone
+        if step == 1:
+            partners = (slots[:, first] >= 0).any(dim=0).nonzero().squeeze(1)
+            if len(partners) == 0:
+                continue
+        most = pixels if step > 1 else GRAM_BUDGET // (groups * count * len(partners) * pixels)
+        most = max(1, most)
+        for start in range(0, pixels, most):
+            yield Chunk(queries, slice(start, min(start + most, pixels)), partners)
+
+
+def unit_windows(x: Tensor, tile: Tile, eps: float) -> tuple[Tensor, Tensor]:
+    """Unit vectors (G, T, S, L, C) of a tile, and 1 / norm (G, T, S, L, 1), 0 where norm ≤ eps."""
+    groups, samples, channels, _, _ = x.shape
+    part = x[..., tile.rows, tile.columns].to(accumulate_dtype(x.dtype))
+    windows = _to_windows(part, tile)  # (G, S, C, T, L)
+    windows = windows.permute(0, 3, 1, 4, 2).contiguous()
+    norm = torch.linalg.vector_norm(windows, dim=-1, keepdim=True)
+    unit = windows / norm.clamp_min(eps)
+    # "not above" is written as "at most": a NaN norm must give NaN, not 0.
+    return unit, torch.where(norm <= eps, 0, 1 / norm)
+
+
+def _strips(extent: int, window: int) -> Iterator[tuple[int, int, int]]:
+    """(start, length, window) of the part that whole windows tile, and of a smaller edge window."""
+    whole = extent // window * window
+    yield 0, whole, window
+    if whole < extent:
+        yield whole, extent - whole, extent - whole
+
+
+def _to_windows(plane: Tensor, tile: Tile) -> Tensor:
+    """(..., rows, columns) -> (..., T, L)."""
+    rows, columns = tile.window
+    split = plane.unflatten(-1, (-1, columns)).unflatten(
+        -3, (-1, rows)
+    )  # (..., down, r, across, c)
+    return split.transpose(-3, -2).flatten(-2).flatten(-3, -2)
+
+
+def _to_plane(windows: Tensor, tile: Tile) -> Tensor:
+    """(..., T, L) -> (..., rows, columns)."""
+    rows, columns = tile.window
+    across = (tile.columns.stop - tile.columns.start) // columns
+    split = windows.unflatten(-1, (rows, columns)).unflatten(-3, (-1, across))
+    return split.transpose(-3, -2).flatten(-2).flatten(-3, -2)
+
+
+def _write_windows(out: Tensor, windows: Tensor, tile: Tile) -> None:
+    """Writes (G, T, S, L, C) to the tile's place in (G, S, C, H, W)."""
+    plane = _to_plane(windows.permute(0, 2, 4, 1, 3), tile)
+    out[..., tile.rows, tile.columns] = plane.to(out.dtype)
+
+
+def _gram(rows: Tensor, keys: Tensor) -> Tensor:
+    """(G, T, n, p, C) x (G, T, K, L, C) -> (G, T, n, p, K, L)."""
+    product = torch.matmul(rows.flatten(2, 3), keys.flatten(2, 3).transpose(-1, -2))
+    return product.unflatten(3, keys.shape[2:4]).unflatten(2, rows.shape[2:4])
+
+
+def _selection(weight: Tensor, match: Tensor, slots: Tensor, chunk: Chunk, pixels: int) -> Tensor:
+    """(G, T, n, p, K, L): the pixel gradient at each query row's match, 0 elsewhere."""
+    chosen = slots[:, chunk.queries][:, :, chunk.keys]  # (G, n, K)
+    pairs = chosen.clamp_min(0)
+    order = (0, 3, 1, 4, 2)  # (G, n, K, T, p) -> (G, T, n, p, K)
+    value = torch.where((chosen >= 0)[..., None, None], weight[:, :, chunk.pixels][pairs], 0)
+    index = match[:, :, chunk.pixels][pairs]
+    selection = value.new_zeros((*value.permute(order).shape, pixels))
+    return selection.scatter_(-1, index.permute(order)[..., None], value.permute(order)[..., None])
+
+
+def _through_norm(total: Tensor, unit: Tensor, inv_norm: Tensor) -> Tensor:
+    """Gradient of x from that of x / ‖x‖: the part along x̂ drops out."""
+    return (total - (unit * total).sum(dim=-1, keepdim=True) * unit) * inv_norm
