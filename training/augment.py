@@ -1,0 +1,171 @@
+"""Augmentation of a batch of slices on its device: one resampling, then changes of intensity.
+
+Geometry comes in two ways. `shared`: all views of one scan get the same strong transform and each
+a very small one of its own, so that a window still shows the same anatomy in all of them, which the
+alignment loss needs. `independent`: each view gets a strong transform of its own. In pilots on ACDC
+independent transforms doubled the alignment loss of an untrained network: the windows no longer
+correspond.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass
+class AugmentConfig:
+    """Strength of augmentation; 0 switches a part off.
+
+    Args:
+        geometry: "shared" by the slices of one scan, or "independent" for every view.
+        rotation: largest rotation in degrees.
+        scale: largest zoom, as a factor: 1.25 means from 1/1.25 to 1.25.
+        shift: largest shift, as a fraction of the network's field of view.
+        elastic: standard deviation of a smooth displacement, as a fraction of the field.
+        flip: probability of a mirror image along each axis.
+        jitter: strength of each view's own transform under "shared", relative to the strong one.
+        brightness: standard deviation of an offset, in standard deviations of the volume.
+        contrast: largest factor of contrast.
+        gamma: largest exponent, applied between the slice's extremes.
+        bias: standard deviation of a smooth multiplicative field (MR coil sensitivity).
+        noise: largest standard deviation of Gaussian noise.
+    """
+
+    geometry: Literal["shared", "independent"] = "shared"
+    rotation: float = 30.0
+    scale: float = 1.25
+    shift: float = 0.1
+    elastic: float = 0.0
+    flip: float = 0.0
+    jitter: float = 0.05
+    brightness: float = 0.2
+    contrast: float = 1.4
+    gamma: float = 1.5
+    bias: float = 0.15
+    noise: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("rotation", "shift", "elastic", "jitter", "brightness", "bias", "noise"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"augment.{name} must be >= 0, got {getattr(self, name)}")
+        for name in ("scale", "contrast", "gamma"):
+            if getattr(self, name) < 1:
+                value = getattr(self, name)
+                raise ValueError(
+                    f"augment.{name} is a largest factor and must be >= 1, got {value}"
+                )
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"augment.flip is a probability in [0, 1], got {self.flip}")
+
+
+def augment(
+    images: Tensor,  # (B, 1, H, W), z-scored
+    size: int,
+    config: AugmentConfig,
+    generator: torch.Generator,
+    *,
+    group: Tensor | None = None,  # (B,) int64: slices of one scan share a number
+    labels: Tensor | None = None,  # (B, H, W) integers
+) -> tuple[Tensor, Tensor | None]:
+    """Random views (B, 1, size, size), and the labels (B, size, size) under the same geometry.
+
+    Everything random is drawn from `generator`, which lives on the device of the images.
+    """
+    grid = sampling_grid(images, size, config, generator, group)
+    # The border's value goes on outside: background, where zero would be the mean of the volume.
+    views = F.grid_sample(images, grid, "bilinear", "border", align_corners=False)
+    if labels is not None:
+        sampled = F.grid_sample(
+            labels[:, None].float(), grid, "nearest", "border", align_corners=False
+        )
+        labels = sampled[:, 0].to(labels.dtype)
+    return change_intensity(views, config, generator), labels
+
+
+def sampling_grid(
+    images: Tensor,
+    size: int,
+    config: AugmentConfig,
+    generator: torch.Generator,
+    group: Tensor | None = None,
+) -> Tensor:
+    """Where each output pixel looks in its image: (B, size, size, 2) in [-1, 1], x before y."""
+    batch = len(images)
+    if config.geometry == "independent" or group is None:
+        strong, own = torch.arange(batch, device=images.device), 0.0
+        draws = batch
+    else:
+        strong, own = group.to(images.device), config.jitter
+        draws = int(group.max()) + 1
+    parameters = _draw(draws, config, images, generator)[strong]
+    if own:
+        parameters = parameters + own * _draw(batch, config, images, generator)
+    angle, log_scale, shift = parameters[:, 0], parameters[:, 1], parameters[:, 2:4]
+    mirror = torch.ones(draws, 2, device=images.device)
+    if config.flip:
+        mirror[_uniform(draws, 2, like=images, generator=generator) < config.flip] = -1
+    field = size / images.shape[-1]  # the network sees this part of the canvas
+    turn = torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos()), dim=1).view(-1, 2, 2)
+    linear = field * log_scale.exp()[:, None, None] * turn * mirror[strong][:, None, :]
+    theta = torch.cat((linear, (field * shift)[:, :, None]), dim=2)
+    grid = F.affine_grid(theta, [batch, 1, size, size], align_corners=False)
+    if config.elastic:
+        coarse = torch.randn(draws, 2, 5, 5, device=images.device, generator=generator)
+        smooth = F.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=True)
+        # 2 · field: the grid spans [-1, 1] over the whole canvas
+        grid = grid + 2 * field * config.elastic * smooth[strong].permute(0, 2, 3, 1)
+    return grid
+
+
+def centre_crop(images: Tensor, size: int) -> Tensor:
+    """The middle (..., size, size) of (..., H, W): the network's field without augmentation."""
+    top, left = (images.shape[-2] - size) // 2, (images.shape[-1] - size) // 2
+    return images[..., top : top + size, left : left + size]
+
+
+def change_intensity(views: Tensor, config: AugmentConfig, generator: torch.Generator) -> Tensor:
+    """Gamma, contrast, brightness, bias field and noise, drawn for each view by itself."""
+    batch = len(views)
+
+    def factor(largest: float) -> Tensor:
+        draw = _uniform(batch, 1, like=views, generator=generator)[:, :, None, None]
+        return ((2 * draw - 1) * math.log(largest)).exp()
+
+    if config.gamma > 1:
+        low, high = views.amin((1, 2, 3), True), views.amax((1, 2, 3), True)
+        span = (high - low).clamp_min(1e-6)
+        views = ((views - low) / span).clamp(0, 1) ** factor(config.gamma) * span + low
+    if config.contrast > 1:
+        views = views * factor(config.contrast)
+    if config.brightness:
+        offset = torch.randn(batch, 1, 1, 1, device=views.device, generator=generator)
+        views = views + config.brightness * offset
+    if config.bias:
+        coarse = torch.randn(batch, 1, 3, 3, device=views.device, generator=generator)
+        field = F.interpolate(coarse, size=views.shape[-2:], mode="bicubic", align_corners=True)
+        floor = views.amin((1, 2, 3), True)  # the field scales signal, which air has none of
+        views = (views - floor) * (config.bias * field).exp() + floor
+    if config.noise:
+        level = config.noise * _uniform(batch, 1, like=views, generator=generator)[:, :, None, None]
+        grain = torch.empty_like(views).normal_(generator=generator)
+        views = views + level * grain
+    return views
+
+
+def _draw(count: int, config: AugmentConfig, like: Tensor, generator: torch.Generator) -> Tensor:
+    """(count, 4): angle in radians, log of the zoom, shift in x and y (1 = half the field)."""
+    largest = torch.tensor(
+        [math.radians(config.rotation), math.log(config.scale), 2 * config.shift, 2 * config.shift],
+        device=like.device,
+    )
+    return (2 * _uniform(count, 4, like=like, generator=generator) - 1) * largest
+
+
+def _uniform(rows: int, columns: int, *, like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.rand(rows, columns, device=like.device, generator=generator)

@@ -1,0 +1,258 @@
+"""Subcommands: demo, pretrain, finetune, evaluate, predict, show.
+
+Settings come from, in order: the dataclass defaults, `--preset`, `--config FILE`, the command line.
+An unknown key anywhere is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from jsonargparse import ArgumentParser, Namespace
+
+from .checkpoint import RunError
+from .config import FinetuneConfig, Precision, PretrainConfig, RunConfig
+from .data.nifti import DataError
+from .presets import FINETUNE, PRETRAIN, PresetName
+
+Config = TypeVar("Config", bound=RunConfig)
+
+DESCRIPTION = "Self-supervised alignment learning on slices of 3D scans."
+ERRORS = (RunError, DataError, ValueError, TypeError, OSError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand and returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = make_parser(arguments)
+    if not arguments:
+        parser.print_help()
+        return 2
+    namespace = parser.parse_args(arguments)
+    command = namespace.command
+    if namespace[command].get("preset", preset := _named_preset(arguments)) != preset:
+        parser.error("preset is for the command line; a settings file cannot name it")
+    from .engine import Stopped  # torch is imported only once the arguments are good
+
+    try:
+        COMMANDS[command](namespace[command])
+    except Stopped as stopped:
+        print(f"{parser.prog} {command}: {stopped}", file=sys.stderr)
+        return stopped.code
+    except KeyboardInterrupt:
+        print(f"{parser.prog} {command}: interrupted", file=sys.stderr)
+        return 130
+    except ERRORS as error:
+        print(f"{parser.prog} {command}: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, (RunError, DataError, ValueError)) else 1
+    return 0
+
+
+def make_parser(arguments: Sequence[str]) -> ArgumentParser:
+    """The parser; the preset named in the arguments sets its defaults."""
+    parser = ArgumentParser(prog="salkernels-train", description=DESCRIPTION)
+    commands = parser.add_subcommands(dest="command")
+    preset = _named_preset(arguments)
+
+    demo = ArgumentParser(description="Phantom data, SAL pre-training, fine-tuning, comparison.")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for all of it")
+    demo.add_argument("--draws", type=int, default=3, help="folds to fine-tune on")
+    demo.add_argument("--pretrain_steps", type=int, default=0, help="0: the phantom preset's")
+    demo.add_argument("--finetune_steps", type=int, default=0, help="0: the phantom preset's")
+    commands.add_subcommand("demo", demo, help="run everything on a generated phantom")
+
+    for name, config, presets, text in (
+        ("pretrain", PretrainConfig, PRETRAIN, "pre-train an encoder on scans without labels"),
+        ("finetune", FinetuneConfig, FINETUNE, "fine-tune on few labelled subjects, evaluate"),
+    ):
+        sub = ArgumentParser(description=text[0].upper() + text[1:] + ".")
+        sub.add_argument("--config", action="config", help="YAML file of settings")
+        sub.add_argument(
+            "--preset",
+            type=PresetName,
+            default="desk",
+            help="named settings to start from",
+        )
+        sub.add_class_arguments(config)
+        sub.set_defaults(presets[preset])
+        commands.add_subcommand(name, sub, help=text)
+
+    evaluate = ArgumentParser(description="Dice of a fine-tuned model on labelled scans.")
+    _add_model(evaluate)
+    evaluate.add_argument("--data", type=Path, required=True, help="folder of the data set")
+    evaluate.add_argument("--out", type=Path, required=True, help="folder for the results")
+    evaluate.add_argument("--cache", type=Path | None, default=None, help="preprocessed slices")
+    evaluate.add_argument(
+        "--subjects", type=list[str] | None, default=None,
+        help="subjects to evaluate; by default those that were held out in fine-tuning",
+    )  # fmt: skip
+    commands.add_subcommand("evaluate", evaluate, help="Dice of a fine-tuned model")
+
+    predict = ArgumentParser(description="Label maps of NIfTI images, on the images' own grid.")
+    _add_model(predict)
+    predict.add_argument("--input", type=Path, required=True, help="NIfTI file, or folder of them")
+    predict.add_argument("--out", type=Path, required=True, help="folder for the label maps")
+    predict.add_argument("--overwrite", type=bool, default=False, help="replace existing files")
+    commands.add_subcommand("predict", predict, help="segment NIfTI images")
+
+    show = ArgumentParser(description="Redraw the curves of a run and list its figures.")
+    show.add_argument("run", type=Path, help="run folder")
+    commands.add_subcommand("show", show, help="figures and last figures of a run")
+    return parser
+
+
+def run_pretrain(namespace: Namespace) -> None:
+    from .pretrain import pretrain
+
+    config = _build(PretrainConfig, namespace)
+    path = pretrain(config)
+    print(f"encoder: {path}\nfigures: {config.out / 'figures'}")
+
+
+def run_finetune(namespace: Namespace) -> None:
+    from .figures import summary
+    from .finetune import finetune
+
+    config = _build(FinetuneConfig, namespace)
+    finetune(config)
+    print(f"{summary(config.out)}\nfigures: {config.out / 'figures'}")
+
+
+def run_demo(namespace: Namespace) -> None:
+    from .demo import demo
+
+    steps = {"pretrain": namespace.pretrain_steps, "finetune": namespace.finetune_steps}
+    configs = []
+    for command in ("pretrain", "finetune"):
+        options = ["--preset=phantom"]
+        if steps[command]:
+            options.append(f"--optim.steps={steps[command]}")
+        arguments = [command, *options]
+        configs.append(make_parser(arguments).parse_args(arguments)[command])
+    if namespace.draws < 1:
+        raise ValueError(f"draws must be at least 1, got {namespace.draws}")
+    print(
+        demo(
+            namespace.out,
+            _build(PretrainConfig, configs[0]),
+            _build(FinetuneConfig, configs[1]),
+            namespace.draws,
+        )
+    )
+
+
+def run_evaluate(namespace: Namespace) -> None:
+    from .data.cache import open_cache, require_labels
+    from .data.datasets import DATASETS
+    from .data.preprocess import PreprocessConfig
+    from .evaluate import evaluate, write_scores
+    from .figures import finetuning, summary
+
+    model, about, device = _load_model(namespace)
+    info = DATASETS[about["dataset"]]
+    settings = PreprocessConfig(**about["preprocess"])
+    folder = namespace.cache or namespace.out.parent / "cache"
+    cache = open_cache(info.find(namespace.data), settings, info, folder)
+    subjects = namespace.subjects or about["held_out"]
+    require_labels(cache, subjects)
+    scores = evaluate(model, cache, subjects, device, progress=True)
+    write_scores(namespace.out, scores, {**about, "evaluated": list(subjects)})
+    finetuning(namespace.out, model, cache, subjects, device)
+    print(summary(namespace.out))
+
+
+def run_predict(namespace: Namespace) -> None:
+    from tqdm import tqdm
+
+    from .evaluate import predict_file
+
+    files = _nifti_files(namespace.input)
+    stems = [file.name.removesuffix(".gz").removesuffix(".nii") for file in files]
+    targets = [namespace.out / f"{stem}_pred.nii.gz" for stem in stems]
+    existing = [str(target) for target in targets if target.exists()]
+    if existing and not namespace.overwrite:
+        raise RunError(f"already there: {', '.join(existing[:5])}; pass --overwrite true")
+    if len(set(targets)) < len(targets):
+        raise RunError("two input files have the same name; predict their folders one by one")
+    model, about, device = _load_model(namespace)
+    namespace.out.mkdir(parents=True, exist_ok=True)
+    failures = []
+    for file, target in zip(tqdm(files, "predicting", disable=None), targets, strict=True):
+        try:
+            predict_file(model, about, file, target, device)
+        except DataError as error:
+            failures.append(str(error))
+    print(f"{len(files) - len(failures)} label maps in {namespace.out}")
+    if failures:
+        raise DataError("these files were left out:\n" + "\n".join(failures))
+
+
+def run_show(namespace: Namespace) -> None:
+    from .figures import run_figures, summary
+
+    if not (namespace.run / "metrics.jsonl").exists():
+        raise RunError(f"{namespace.run} is not the folder of a run: it has no metrics.jsonl")
+    drawn = run_figures(namespace.run)
+    print(summary(namespace.run))
+    print("\n".join(f"figure: {path}" for path in drawn))
+
+
+COMMANDS = {
+    "demo": run_demo,
+    "pretrain": run_pretrain,
+    "finetune": run_finetune,
+    "evaluate": run_evaluate,
+    "predict": run_predict,
+    "show": run_show,
+}
+
+
+def _named_preset(arguments: Sequence[str]) -> PresetName:
+    """The value of --preset, or the default where it is absent or wrong (the parser says so)."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--preset", default="desk")
+    name: PresetName = finder.parse_known_args(list(arguments))[0].preset
+    return name if name in get_args(PresetName) else "desk"
+
+
+def _build(kind: type[Config], namespace: Namespace) -> Config:
+    """The dataclass from a parsed namespace; nested dataclasses check their own values."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind)
+    names = {field.name for field in fields(kind)}
+    plain = namespace.clone()
+    for name in set(vars(namespace)) - names:
+        del plain[name]
+    return kind(**vars(parser.instantiate(plain)))
+
+
+def _add_model(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", type=Path, required=True, help="run folder of finetune, or model.safetensors"
+    )
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--precision", type=Precision, default="auto", help="of the forward pass")
+
+
+def _load_model(namespace: Namespace) -> Any:
+    from .engine import Device
+    from .finetune import model_path
+    from .models import load_unet
+
+    device = Device.of(RunConfig(device=namespace.device, precision=namespace.precision))
+    model, about = load_unet(model_path(namespace.model))
+    return device.to(model), about, device
+
+
+def _nifti_files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    files = sorted(p for p in path.iterdir() if p.name.endswith((".nii", ".nii.gz")))
+    if not files:
+        raise DataError(f"{path} holds no NIfTI file (.nii or .nii.gz)")
+    return files

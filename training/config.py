@@ -1,0 +1,202 @@
+"""Configuration of the runs: dataclasses that name every setting, with units."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from .augment import AugmentConfig
+from .data.datasets import DATASETS
+from .data.preprocess import PreprocessConfig
+from .methods import METHODS, SALConfig
+from .models import UNetConfig
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+@dataclass
+class OptimConfig:
+    """Optimiser and schedule.
+
+    Args:
+        name: "sgd" with Nesterov momentum, or "adamw".
+        lr: learning rate after warm-up; it then falls along a cosine.
+        final_lr: where the cosine ends, as a fraction of lr.
+        momentum: of SGD.
+        weight_decay: L2 penalty (SGD) or decoupled decay (AdamW).
+        warmup: share of the steps over which the rate rises linearly from 0.
+        clip: largest norm of the gradient; 0 does not clip.
+        steps: number of optimiser steps.
+    """
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.05
+    final_lr: float = 0.0
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    warmup: float = 0.05
+    clip: float = 5.0
+    steps: int = 2500
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"optim.lr must be a finite number > 0, got {self.lr}")
+        if self.steps < 1:
+            raise ValueError(f"optim.steps must be at least 1, got {self.steps}")
+        for name in ("final_lr", "momentum", "weight_decay", "clip"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optim.{name} must be >= 0, got {getattr(self, name)}")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"optim.warmup is a share of the steps in [0, 1), got {self.warmup}")
+
+
+@dataclass
+class RunConfig:
+    """What every run has.
+
+    Args:
+        data: folder of the data set.
+        dataset: its layout; "acdc" also reads phantoms.
+        out: run folder; everything that the run writes is in it.
+        cache: folder of preprocessed slices, shared by runs; by default `cache` beside `out`.
+        cine: use all frames of 4D cine files for pre-training where the release has them.
+        crop: side of the network's square input in pixels of the cached slices.
+        seed: of weights, batches and augmentation.
+        device: "auto" takes a GPU if torch sees one.
+        precision: of the forward pass; "auto" is bf16 where the device computes in it.
+        threads: CPU threads of torch; 0 leaves torch's choice.
+        workers: processes that load slices; 0 loads in the main process.
+        log_every: steps between two lines of metrics.
+        checkpoint_every: steps between two checkpoints.
+        resume: go on from the last checkpoint in `out`.
+    """
+
+    data: Path | None = None
+    dataset: str = "acdc"
+    out: Path = Path("runs/run")
+    cache: Path | None = None
+    cine: bool = False
+    crop: int = 96
+    seed: int = 0
+    device: str = "auto"
+    precision: Precision = "auto"
+    threads: int = 0
+    workers: int = 0
+    log_every: int = 25
+    checkpoint_every: int = 250
+    resume: bool = False
+    preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
+    model: UNetConfig = field(default_factory=UNetConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def __post_init__(self) -> None:
+        if self.dataset not in DATASETS:
+            raise ValueError(
+                f"unknown dataset {self.dataset!r}; expected one of {', '.join(DATASETS)}"
+            )
+        for name in ("log_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1 step, got {getattr(self, name)}")
+        stride = self.model.stride
+        if self.crop < stride or self.crop % stride:
+            raise ValueError(
+                f"crop must be a multiple of {stride} for a U-Net of {self.model.depth} levels, "
+                f"got {self.crop}"
+            )
+        if self.crop > self.preprocess.size:
+            raise ValueError(
+                f"crop ({self.crop}) is larger than the cached slices (preprocess.size "
+                f"{self.preprocess.size})"
+            )
+
+    @property
+    def cache_folder(self) -> Path:
+        return self.cache or self.out.parent / "cache"
+
+    def data_folder(self) -> Path:
+        """The data folder, which a run cannot do without."""
+        if self.data is None:
+            raise ValueError("no data given: pass --data DIR, the folder of the data set")
+        return self.data
+
+
+@dataclass
+class PretrainConfig(RunConfig):
+    """Pre-training of an encoder on scans without labels.
+
+    Args:
+        method: name of the pre-training method.
+        slices: n, slices per step, half from each of two subjects; each gives two views.
+        leave_out_fold: keep the held-out subjects of this fold out of pre-training; by default all
+            subjects are used without their labels, as in the paper.
+        num_folds: number of folds that leave_out_fold counts in.
+        monitor_every: steps between two looks at collapse.
+        sal: settings of SAL.
+    """
+
+    method: str = "sal"
+    slices: int = 16
+    leave_out_fold: int | None = None
+    num_folds: int = 5
+    monitor_every: int = 50
+    sal: SALConfig = field(default_factory=SALConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method not in METHODS:
+            raise ValueError(
+                f"unknown method {self.method!r}; expected one of {', '.join(METHODS)}"
+            )
+        if self.slices < 4 or self.slices % 2:
+            raise ValueError(f"slices must be an even number of at least 4, got {self.slices}")
+        if self.monitor_every < 1:
+            raise ValueError(f"monitor_every must be at least 1, got {self.monitor_every}")
+        side = self.crop // 2 ** (self.sal.scale - 1)
+        if self.sal.window_size > side:
+            raise ValueError(
+                f"sal.window_size {self.sal.window_size} is larger than the {side} x {side} map of "
+                f"scale {self.sal.scale} at crop {self.crop}"
+            )
+
+
+@dataclass
+class FinetuneConfig(RunConfig):
+    """Fine-tuning on a few labelled subjects, then evaluation on the fold's held-out subjects.
+
+    Args:
+        encoder: pre-trained weights (encoder.safetensors, or the folder of its run); none starts
+            from random weights.
+        fold: which of the folds is held out for evaluation.
+        num_folds: number of folds over subjects.
+        labelled: M, labelled subjects used for fine-tuning; 0 uses all of the fold.
+        split_seed: of folds and of the draw of labelled subjects; the same for every method.
+        batch_size: slices per step.
+        encoder_lr: factor on the learning rate of the encoder.
+        select: "last" evaluates the last weights; "best-on-test" keeps the weights that did best on
+            the held-out subjects, as published code does, which flatters the result.
+        select_every: steps between the evaluations of "best-on-test".
+    """
+
+    encoder: Path | None = None
+    fold: int = 0
+    num_folds: int = 5
+    labelled: int = 2
+    split_seed: int = 0
+    batch_size: int = 10
+    encoder_lr: float = 1.0
+    select: Literal["last", "best-on-test"] = "last"
+    select_every: int = 100
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.labelled < 0:
+            raise ValueError(f"labelled must be >= 1 subjects, or 0 for all, got {self.labelled}")
+        if not 0 <= self.fold < self.num_folds:
+            raise ValueError(f"fold must be in [0, {self.num_folds}), got {self.fold}")
+        if self.batch_size < 1 or self.select_every < 1:
+            raise ValueError("batch_size and select_every must be at least 1")
+        if self.encoder_lr < 0:
+            raise ValueError(f"encoder_lr must be >= 0, got {self.encoder_lr}")

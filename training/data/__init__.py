@@ -1,0 +1,1 @@
+"""From files to slices: finding and reading scans, preprocessing, the slice cache, and splits."""

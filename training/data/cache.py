@@ -1,0 +1,297 @@
+"""Preprocessed slices on disk, memory-mapped: built once per data and settings, whole or not.
+
+A cache is a folder <key>/ with images.npy (slices, size, size) float32, labels.npy uint8 and
+index.json. It is written under another name and renamed when it is complete.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import hashlib
+import json
+import os
+import shutil
+import struct
+import sys
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from .datasets import DatasetInfo, Scan, read_scan
+from .nifti import DataError, Spacing, raise_problems, read_image
+from .preprocess import Geometry, PreprocessConfig, preprocess
+
+CACHE_VERSION = 1  # raise it whenever the same settings would give other slices
+_HEADER_BYTES = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class VolumeEntry(Scan):
+    """One volume of the cache: its scan, and where its slices are.
+
+    offset, num_slices: its slices are offset .. offset + num_slices of the arrays.
+    spacing: of the stored volume in mm, None when not recorded.
+    lost_voxels: labelled native voxels outside the canvas.
+    """
+
+    offset: int
+    num_slices: int
+    geometry: Geometry
+    spacing: Spacing | None
+    lost_voxels: int
+
+    @property
+    def labelled(self) -> bool:
+        """Whether there is a label map."""
+        return self.label is not None
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> VolumeEntry:
+        """From asdict, after JSON."""
+        made = {"geometry": Geometry.from_dict(values["geometry"]), "image": Path(values["image"])}
+        made["spacing"] = values["spacing"] and tuple(values["spacing"])
+        made["label"] = values["label"] and Path(values["label"])
+        return cls(**{**values, **made})
+
+
+class VolumeCache:
+    """A built cache, opened for reading; may be pickled to DataLoader workers.
+
+    images: (slices, size, size) float32 and labels: the same in uint8, IGNORE where unlabelled;
+        read-only memory maps, so copy before torch.from_numpy.
+    volumes: VolumeEntry in the order of the slices. subjects: sorted, each once.
+    Raises DataError when the folder holds no complete cache of this version.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        try:
+            index = json.loads((self.folder / "index.json").read_text(encoding="utf-8"))
+            if index["version"] != CACHE_VERSION:
+                raise ValueError(f"version {index['version']}, expected {CACHE_VERSION}")
+            self.key: str = index["key"]
+            self.dataset: str = index["dataset"]
+            self.class_names: tuple[str, ...] = tuple(index["class_names"])
+            self.config = PreprocessConfig(**index["settings"])
+            self.volumes = [VolumeEntry.from_dict(values) for values in index["volumes"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{self.folder}: no usable cache: {error}") from error
+        self.size = self.config.size
+        self.subjects = sorted({volume.subject for volume in self.volumes})
+        self._map()
+
+    def num_slices(self, volume: int) -> int:
+        """Slices of a volume."""
+        return self.volumes[volume].num_slices
+
+    def image(self, volume: int) -> npt.NDArray[np.float32]:
+        """(Z, size, size) float32, a view."""
+        return self.images[self._span(volume)]
+
+    def label(self, volume: int) -> npt.NDArray[np.uint8]:
+        """(Z, size, size) uint8, a view."""
+        return self.labels[self._span(volume)]
+
+    def of_subject(self, subject: str) -> list[int]:
+        """Indices of a subject's volumes; DataError when there is none."""
+        found = [i for i, volume in enumerate(self.volumes) if volume.subject == subject]
+        if not found:
+            raise DataError(f"{subject}: no such subject among {len(self.subjects)} in the cache")
+        return found
+
+    def _span(self, volume: int) -> slice:
+        entry = self.volumes[volume]
+        return slice(entry.offset, entry.offset + entry.num_slices)
+
+    def _map(self) -> None:
+        self.images: npt.NDArray[np.float32] = self._array("images.npy", "float32")
+        self.labels: npt.NDArray[np.uint8] = self._array("labels.npy", "uint8")
+
+    def _array(self, name: str, dtype: str) -> npt.NDArray[Any]:
+        expected = (sum(volume.num_slices for volume in self.volumes), self.size, self.size), dtype
+        try:
+            array: npt.NDArray[Any] = np.load(self.folder / name, "r", allow_pickle=False)
+            if (array.shape, array.dtype.name) != expected:
+                raise ValueError(f"expected {expected}, got {array.shape}, {array.dtype}")
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"{self.folder / name}: damaged: {error}") from error
+        return array
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Only the path travels: a pickled memory map would be a copy of all slices.
+        return {k: v for k, v in self.__dict__.items() if k not in ("images", "labels")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._map()
+
+
+def open_cache(
+    scans: Sequence[Scan],
+    config: PreprocessConfig,
+    info: DatasetInfo,
+    cache_dir: str | Path,
+    *,
+    progress: bool = True,
+) -> VolumeCache:
+    """Open the cache of these scans and settings below `cache_dir`; build it when there is none.
+
+    Safe to call from several processes at once: one builds, the others wait and open.
+    Raises DataError: no scans, unusable files (all in one message), or a disk that refuses.
+    """
+    scans = sorted(scans, key=lambda scan: (scan.subject, scan.frame))
+    if not scans:
+        raise DataError("expected at least one scan, got none")
+    twice = [name for name, count in Counter(scan.name for scan in scans).items() if count > 1]
+    raise_problems("scans must have different names; these occur more than once:", twice)
+    key = cache_key(scans, config, info)
+    folder = Path(cache_dir).expanduser() / key[:16]
+    try:
+        cache = _opened(folder, key, scans)
+        if cache is None:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(folder.with_name(f".{folder.name}.lock")) as alone:
+                cache = _opened(folder, key, scans)  # another process may have built it meanwhile
+                if cache is None:
+                    # Holding the lock: whatever lies here is of a build that died.
+                    for dead in folder.parent.glob(f".{folder.name}.*.tmp") if alone else ():
+                        shutil.rmtree(dead)
+                    shutil.rmtree(folder, ignore_errors=True)
+                    shown = tqdm(scans, "preprocessing", disable=None if progress else True)
+                    _build(folder, key, shown, config, info)
+                    cache = VolumeCache(folder)
+    except OSError as error:
+        cache = _opened(folder, key, scans)  # without locks, another process may have been faster
+        if cache is None:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            why = "the disk is full; free space or choose another cache folder" if full else error
+            raise DataError(f"{folder}: the cache cannot be built: {why}") from error
+    return cache
+
+
+def cache_key(scans: Sequence[Scan], config: PreprocessConfig, info: DatasetInfo) -> str:
+    """sha256 of all that decides the content: version, settings, dataset, and the files' states.
+
+    File names count relative to their common folder, so moved data keep their cache.
+    """
+    paths = [path for scan in scans for path in (scan.image, scan.label) if path is not None]
+    root = os.path.commonpath([os.path.abspath(path.parent) for path in paths])
+
+    def state(path: Path | None) -> list[Any] | None:
+        if path is None or not path.exists():  # the build reports it, with all other bad files
+            return None
+        stat = path.stat()
+        return [Path(os.path.relpath(path, root)).as_posix(), stat.st_size, stat.st_mtime_ns]
+
+    settings = [CACHE_VERSION, asdict(config), info.name, info.class_names, info.above_max]
+    states = [{**vars(s), "image": state(s.image), "label": state(s.label)} for s in scans]
+    return hashlib.sha256(json.dumps([settings, states], sort_keys=True).encode()).hexdigest()
+
+
+def require_labels(cache: VolumeCache, subjects: Sequence[str]) -> None:
+    """Raise a DataError that names these subjects' unlabelled scans; cine frames do not count."""
+    volumes = [cache.volumes[i] for subject in subjects for i in cache.of_subject(subject)]
+    missing = [v.name for v in volumes if not v.labelled and v.role != "cine"]
+    remedy = "add their label files, or use these subjects for pre-training only"
+    raise_problems(f"scans without labels cannot be learnt from or scored; {remedy}:", missing)
+
+
+def _opened(folder: Path, key: str, scans: Sequence[Scan]) -> VolumeCache | None:
+    """The complete cache of this key, or None; its paths are where the data lie now."""
+    with suppress(DataError):
+        cache = VolumeCache(folder)
+        if cache.key == key:
+            pairs = zip(cache.volumes, scans, strict=True)
+            cache.volumes = [replace(v, image=s.image, label=s.label) for v, s in pairs]
+            return cache
+    return None
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Hold the lock of one key, waiting for it; False where the system has no file locks."""
+    with open(path, "ab") as file:
+        alone = False
+        if sys.platform != "win32":
+            import fcntl
+
+            with suppress(OSError):  # some network file systems
+                fcntl.flock(file, fcntl.LOCK_EX)
+                alone = True
+        yield alone
+
+
+def _build(
+    folder: Path, key: str, scans: Iterable[Scan], config: PreprocessConfig, info: DatasetInfo
+) -> None:
+    """Write beside `folder`, then rename; nothing is left behind when that fails."""
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
+    temporary.mkdir()
+    problems: dict[str, None] = {}  # in order, once: the frames of a bad cine say the same
+    entries: list[VolumeEntry] = []
+    total = 0
+    # One cine file serves all its frames, which follow each other.
+    series = functools.lru_cache(maxsize=1)(functools.partial(read_image, ndim=4))
+    try:
+        # Not writable memory maps: on a full disk those kill the process (SIGBUS).
+        first, second = temporary / "images.npy", temporary / "labels.npy"
+        with first.open("wb") as images, second.open("wb") as labels:
+            images.write(bytes(_HEADER_BYTES))
+            labels.write(bytes(_HEADER_BYTES))
+            for scan in scans:
+                try:
+                    image, label = read_scan(scan, info, series)
+                    classes, name = info.num_classes, str(scan.image)
+                    done = preprocess(image, label, config, num_classes=classes, name=name)
+                except DataError as error:
+                    problems.update(dict.fromkeys(str(error).splitlines()))
+                if problems:
+                    continue  # the files that are left are only checked
+                images.write(done.images.data)
+                labels.write(done.labels.data)
+                entries.append(
+                    VolumeEntry(
+                        **vars(scan),
+                        offset=total,
+                        num_slices=len(done.images),
+                        geometry=done.geometry,
+                        spacing=image.spacing,
+                        lost_voxels=done.lost_voxels,
+                    )
+                )
+                total += len(done.images)
+            raise_problems(f"{len(problems)} problems with the data:", list(problems))
+            shape = (total, config.size, config.size)
+            _finish(images, np.dtype(np.float32), shape)
+            _finish(labels, np.dtype(np.uint8), shape)
+        index = {
+            "version": CACHE_VERSION,
+            "key": key,
+            "dataset": info.name,
+            "class_names": info.class_names,
+            "settings": asdict(config),
+            "volumes": [asdict(entry) for entry in entries],
+        }
+        (temporary / "index.json").write_text(json.dumps(index, indent=1, default=str), "utf-8")
+        os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _finish(file: IO[bytes], dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+    """Put the NPY 1.0 header, known only now, before the data, and force all of it to the disk."""
+    text = repr({"descr": dtype.str, "fortran_order": False, "shape": shape})
+    text = text.ljust(_HEADER_BYTES - 11) + "\n"
+    file.seek(0)
+    file.write(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode("latin1"))
+    file.flush()
+    os.fsync(file.fileno())

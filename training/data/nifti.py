@@ -1,0 +1,242 @@
+"""Reading and writing NIfTI: every unusable file becomes a one-line DataError naming it."""
+
+from __future__ import annotations
+
+import math
+import os
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+
+MAX_EXTENT = 4096  # voxels per axis: no scanner reaches it, a corrupt header does
+MAX_VOXELS = 2**31
+GZIP_MAX_RATIO = 1040  # deflate cannot shrink bytes further (1032:1, and some slack)
+SHOWN_PROBLEMS = 20
+
+Spacing = tuple[float, float, float]
+_UNIT_IN_MM = {1: 1000.0, 2: 1.0, 3: 0.001}  # xyzt_units: metre, mm, micron; others count as mm
+
+
+class DataError(ValueError):
+    """The data cannot be used as they are; the message says what to do."""
+
+
+def raise_problems(title: str, problems: Sequence[str]) -> None:
+    """Raise one DataError that lists all problems, one per line; nothing happens without any.
+
+    Raises:
+        DataError: there is a problem; at most 20 are shown, then how many are left.
+    """
+    if not problems:
+        return
+    lines = [title, *(f"  {problem}" for problem in problems[:SHOWN_PROBLEMS])]
+    if len(problems) > SHOWN_PROBLEMS:
+        lines.append(f"  ... and {len(problems) - SHOWN_PROBLEMS} more")
+    raise DataError("\n".join(lines))
+
+
+@dataclass(frozen=True)
+class Volume:
+    """One image or label map with what its header says.
+
+    array: (X, Y, Z) or (X, Y, Z, T) as stored, after scl_slope and scl_inter; float32 images,
+        uint8 labels.
+    affine: (4, 4), voxel to world, in the header's own unit.
+    spacing: mm per voxel along X, Y, Z; None when the header does not record it.
+    orientation: where the axes point, "RAS" or "LPS" for example; None when not recorded.
+    """
+
+    array: npt.NDArray[Any]
+    affine: npt.NDArray[np.float64]
+    spacing: Spacing | None
+    orientation: str | None
+    header: Any  # nibabel.Nifti1Header
+
+
+def read_image(path: str | Path, *, ndim: int = 3, time_index: int | None = None) -> Volume:
+    """Read an image as float32.
+
+    ndim: 3 or 4 dimensions expected; singletons behind them are dropped.
+    time_index: read only this frame of a 4D file; the array is (X, Y, Z).
+
+    Raises:
+        DataError: the file is missing, damaged, not NIfTI, of another shape, or not finite.
+    """
+    path = Path(path)
+    image, shape = _open(path, 4 if time_index is not None else ndim)
+    if time_index is not None and not 0 <= time_index < shape[3]:
+        raise DataError(f"{path}: frame {time_index} asked for, but it has {shape[3]} frames")
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):  # the finite check below reports it
+            # A frame alone is cut out of the file; float64 from scl_slope ends at once.
+            stored = image.dataobj[..., time_index] if time_index is not None else image.dataobj
+            array = np.asarray(stored, dtype=np.float32)
+    except Exception as error:  # zlib, gzip, struct, OS, NumPy: nibabel lets all of them through
+        raise _unreadable(path, error) from error
+    array = array.reshape(shape[:3] if time_index is not None else shape)
+    if not np.isfinite(array).all():
+        bad = int(array.size - np.isfinite(array).sum())
+        raise DataError(f"{path}: {bad} of {array.size} voxels are NaN or infinite as float32")
+    return _volume(path, image, array)
+
+
+def read_labels(
+    path: str | Path, *, max_label: int, above: Literal["background", "error"] = "error"
+) -> Volume:
+    """Read a label map (X, Y, Z) as uint8.
+
+    max_label: the highest class index in use.
+    above: what a larger value is: an "error", or another structure and so "background" (0).
+
+    Raises:
+        DataError: as read_image; also a value that is not an integer, negative, or too large.
+    """
+    path = Path(path)
+    if not 0 < max_label < 255:
+        raise ValueError(f"expected max_label in 1..254, got {max_label}")
+    if above not in ("background", "error"):
+        raise ValueError(f"expected above='background' or 'error', got {above!r}")
+    image, shape = _open(path, 3)
+    try:
+        # Without scl_slope this keeps the stored integer type, small for large CT.
+        stored = np.asanyarray(image.dataobj).reshape(shape)
+    except Exception as error:  # as in read_image
+        raise _unreadable(path, error) from error
+    if stored.dtype.kind == "f":
+        if not np.isfinite(stored).all():
+            raise DataError(f"{path}: a label map has NaN or infinite values; expected integers")
+        if not (stored == np.rint(stored)).all():
+            raise DataError(
+                f"{path}: a label map has fractions; expected integers 0..{max_label}, "
+                "so resample labels with nearest neighbour"
+            )
+    low, high = stored.min(), stored.max()
+    if low < 0:
+        raise DataError(f"{path}: label {low:g} found; expected integers 0..{max_label}")
+    if high > max_label:
+        if above == "error":
+            raise DataError(f"{path}: label {high:g} found; expected integers 0..{max_label}")
+        stored = np.where(stored > max_label, 0, stored)
+    return _volume(path, image, stored.astype(np.uint8))
+
+
+def image_shape(path: str | Path, *, ndim: int = 3) -> tuple[int, ...]:
+    """Shape by the header alone, with the checks of read_image that need no voxel.
+
+    Raises:
+        DataError: the header is missing, damaged or absurd.
+    """
+    return _open(Path(path), ndim)[1]
+
+
+def write_labels(path: str | Path, labels: npt.NDArray[Any], like: Volume) -> None:
+    """Write labels (X, Y, Z) as uint8 NIfTI with the affine, spacing, codes and units of `like`.
+
+    The file appears whole or not at all: it is written beside its place and renamed.
+
+    Raises:
+        DataError: another shape than `like`, values outside 0..255, or the disk refuses.
+    """
+    path = Path(path)
+    if not path.name.endswith((".nii", ".nii.gz")):
+        raise DataError(f"{path}: expected a name that ends in .nii or .nii.gz")
+    if labels.shape != like.array.shape[:3]:
+        raise DataError(
+            f"{path}: labels have shape {labels.shape}, the image {like.array.shape[:3]}"
+        )
+    as_bytes = labels.astype(np.uint8)
+    if not np.array_equal(as_bytes, labels):
+        raise DataError(f"{path}: labels must be integers 0..255")
+    header = like.header.copy()
+    header.set_data_dtype(np.uint8)
+    header.set_slope_inter(1, 0)
+    header["cal_min"] = header["cal_max"] = 0  # the image's grey window would hide the classes
+    kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    suffix = ".nii.gz" if path.name.endswith(".gz") else ".nii"
+    temporary = path.parent / f".{uuid.uuid4().hex}{suffix}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image: Any = kind(as_bytes, like.affine, header)  # type: ignore[no-untyped-call]
+        image.to_filename(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {_one_line(error)}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _open(path: Path, ndim: int) -> tuple[Any, tuple[int, ...]]:
+    """Open a file and check its header; no voxel is read."""
+    if not path.is_file():
+        raise DataError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}")
+    if not path.name.endswith((".nii", ".nii.gz")):
+        raise DataError(f"{path}: expected a NIfTI file, .nii or .nii.gz")
+    size = path.stat().st_size
+    if size == 0:
+        raise DataError(f"{path}: the file is empty; copy it again")
+    try:
+        image: Any = nib.load(path)  # one file object per access: nothing stays open
+        shape = tuple(int(extent) for extent in image.shape)
+        kind = image.get_data_dtype()
+        affine = np.asarray(image.affine, dtype=np.float64)
+    except Exception as error:  # nibabel's own errors share no base, and others pass through
+        raise _unreadable(path, error) from error
+    if not isinstance(image, nib.Nifti1Image):  # Nifti2Image is one too
+        raise DataError(f"{path}: expected NIfTI, got {type(image).__name__}")
+    if kind.kind not in "iuf":
+        name = "RGB" if kind.names else str(kind)
+        raise DataError(f"{path}: expected real numbers, one per voxel; got voxels of type {name}")
+    dims = shape
+    while len(dims) > ndim and dims[-1] == 1:
+        dims = dims[:-1]
+    if len(dims) != ndim:
+        raise DataError(f"{path}: expected {ndim} dimensions, got shape {shape}")
+    if any(not 0 < extent <= MAX_EXTENT for extent in dims) or math.prod(dims) > MAX_VOXELS:
+        raise DataError(
+            f"{path}: shape {shape} is absurd; expected 1..{MAX_EXTENT} voxels per axis "
+            f"and at most {MAX_VOXELS} in all"
+        )
+    promised = math.prod(dims) * kind.itemsize
+    if promised > size * (GZIP_MAX_RATIO if path.name.endswith(".gz") else 1):
+        raise DataError(
+            f"{path}: truncated: the header promises {promised} bytes of voxels, "
+            f"the file has {size}; copy it again"
+        )
+    if not np.isfinite(affine).all() or not abs(np.linalg.det(affine[:3, :3])) > 0:
+        raise DataError(f"{path}: the affine is not finite or not invertible; repair the header")
+    return image, dims
+
+
+def _volume(path: Path, image: Any, array: npt.NDArray[Any]) -> Volume:
+    """Attach the header, and decide what of it is recorded and what is only a default."""
+    header, affine = image.header, np.asarray(image.affine, dtype=np.float64)
+    pixdim = [abs(float(step)) for step in header["pixdim"][1:4]]
+    coded = int(header["sform_code"]) > 0 or int(header["qform_code"]) > 0
+    # nibabel and SimpleITK write an identity (theirs is in LPS) with a code > 0 when they know
+    # nothing: unit voxels, no rotation, origin exactly 0. No scanner produces that.
+    if coded and not affine[:3, 3].any() and (np.abs(affine[:3, :3]) == np.eye(3)).all():
+        coded = False
+    steps = [float(step) for step in np.linalg.norm(affine[:3, :3], axis=0)] if coded else pixdim
+    axes = nib.aff2axcodes(affine)  # type: ignore[no-untyped-call]
+    orientation = "".join(axes) if coded else None
+    if not coded and steps == [1.0, 1.0, 1.0]:
+        return Volume(array, affine, None, orientation, header)
+    unit = _UNIT_IN_MM.get(int(header["xyzt_units"]) & 7, 1.0)
+    spacing = (steps[0] * unit, steps[1] * unit, steps[2] * unit)
+    if not all(math.isfinite(step) and step > 0 for step in spacing):
+        raise DataError(f"{path}: voxel spacing {spacing} mm; expected positive numbers")
+    return Volume(array, affine, spacing, orientation, header)
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path}: not a readable NIfTI file: {_one_line(error)}")
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

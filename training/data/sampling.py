@@ -1,0 +1,140 @@
+"""Batches of slices, each a function of (seed, step) alone.
+
+A batch does not depend on the ones before it, on the number of loader workers or on when a run was
+interrupted: resuming at step k gives exactly the batches that an uninterrupted run would have seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .cache import VolumeCache
+from .nifti import DataError
+
+
+class SliceBatch(NamedTuple):
+    """Slices of one step, before augmentation."""
+
+    step: int
+    images: Tensor  # (n, 1, H, W) float32
+    labels: Tensor  # (n, H, W) uint8; 255 where unlabelled
+    volume: Tensor  # (n,) int64, the scan in the cache
+    slice_index: Tensor  # (n,) int64, the slice in its scan
+    num_slices: Tensor  # (n,) int64, V of that scan
+    names: list[str]  # the scan of each slice, for messages
+
+    def describe(self) -> str:
+        """Which slices these are, for an error message: 'patient001_frame01 [3, 5], ...'."""
+        slices: dict[str, list[int]] = {}
+        for name, index in zip(self.names, self.slice_index.tolist(), strict=True):
+            slices.setdefault(name, []).append(index)
+        return ", ".join(f"{name} {sorted(indices)}" for name, indices in slices.items())
+
+
+class TwoSubjects(Dataset[SliceBatch]):
+    """Pre-training batches: n/2 slices from one scan of each of two subjects (paper, Sec. 2.4).
+
+    A scan with fewer than n/2 slices is drawn from with replacement.
+    """
+
+    def __init__(self, cache: VolumeCache, subjects: Sequence[str], slices: int, seed: int) -> None:
+        if len(subjects) < 2:
+            raise DataError(
+                f"pre-training draws from two subjects at a time, got {len(subjects)}; add scans"
+            )
+        if slices < 4 or slices % 2:
+            raise ValueError(
+                f"slices must be even and at least 4 (half from each subject), got {slices}"
+            )
+        self.cache = cache
+        self.scans = [cache.of_subject(subject) for subject in subjects]
+        self.slices = slices
+        self.seed = seed
+
+    def __getitem__(self, step: int) -> SliceBatch:
+        rng = np.random.default_rng((self.seed, step))
+        half = self.slices // 2
+        chosen: list[tuple[int, int]] = []
+        for subject in rng.choice(len(self.scans), size=2, replace=False):
+            scans = self.scans[subject]
+            scan = scans[rng.integers(len(scans))]
+            depth = self.cache.num_slices(scan)
+            drawn = rng.choice(depth, size=half, replace=depth < half)
+            chosen += [(scan, int(index)) for index in np.sort(drawn)]
+        return _collect(self.cache, step, chosen)
+
+
+class LabelledSlices(Dataset[SliceBatch]):
+    """Fine-tuning batches: slices drawn evenly from the labelled scans, in shuffled epochs."""
+
+    def __init__(
+        self, cache: VolumeCache, subjects: Sequence[str], batch_size: int, seed: int
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.cache = cache
+        self.pool = [
+            (scan, index)
+            for subject in subjects
+            for scan in cache.of_subject(subject)
+            if cache.volumes[scan].labelled
+            for index in range(cache.num_slices(scan))
+        ]
+        if not self.pool:
+            raise DataError(f"none of the subjects {', '.join(subjects)} has a labelled scan")
+        self.batch_size = batch_size
+        self.seed = seed
+
+    def __getitem__(self, step: int) -> SliceBatch:
+        positions = range(step * self.batch_size, (step + 1) * self.batch_size)
+        orders = {p // len(self.pool): None for p in positions}
+        shuffled = {
+            epoch: np.random.default_rng((self.seed, epoch)).permutation(len(self.pool))
+            for epoch in orders
+        }
+        chosen = [self.pool[shuffled[p // len(self.pool)][p % len(self.pool)]] for p in positions]
+        return _collect(self.cache, step, chosen)
+
+
+def batches(
+    dataset: Dataset[SliceBatch], start: int, steps: int, workers: int
+) -> DataLoader[SliceBatch]:
+    """The batches of steps `start` to `steps` − 1, in order."""
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=_Steps(start, steps),
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=False,
+    )
+
+
+class _Steps(Sampler[int]):
+    def __init__(self, start: int, stop: int) -> None:
+        self.range = range(start, stop)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.range)
+
+    def __len__(self) -> int:
+        return len(self.range)
+
+
+def _collect(cache: VolumeCache, step: int, chosen: Sequence[tuple[int, int]]) -> SliceBatch:
+    scans, indices = [scan for scan, _ in chosen], [index for _, index in chosen]
+    return SliceBatch(
+        step=step,
+        images=torch.from_numpy(np.stack([cache.image(s)[i] for s, i in chosen]))[:, None],
+        labels=torch.from_numpy(np.stack([cache.label(s)[i] for s, i in chosen])),
+        volume=torch.tensor(scans),
+        slice_index=torch.tensor(indices),
+        num_slices=torch.tensor([cache.num_slices(scan) for scan in scans]),
+        names=[cache.volumes[scan].name for scan in scans],
+    )

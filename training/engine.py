@@ -1,0 +1,199 @@
+"""The training loop that pre-training and fine-tuning share."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from .checkpoint import RunError, load_checkpoint, save_checkpoint, stop_on_signal
+from .config import OptimConfig, Precision, RunConfig
+from .data.sampling import SliceBatch, batches
+from .runlog import RunLog
+
+# One step: the batch and the step's random numbers -> the loss and the named terms to log.
+StepFunction = Callable[[SliceBatch, torch.Generator], tuple[Tensor, dict[str, Tensor]]]
+# Called after a step that is due for a look; returns more figures to log.
+Hook = Callable[[int], dict[str, float]]
+
+
+class Stopped(Exception):
+    """A signal ended the run after its state was saved; `code` is the shell's exit status."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass
+class Device:
+    """Where and in which precision a run computes."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Device:
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        name = config.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(name)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise RunError(f"device {name!r} was asked for, but torch sees no GPU; use cpu or auto")
+        return cls(device, _dtype(config.precision, device))
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def to(self, module: nn.Module) -> nn.Module:
+        """On the device, in the layout that convolutions and the alignment loss like best."""
+        return module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def fit(
+    module: nn.Module,
+    groups: Iterable[dict[str, Any]],
+    step_function: StepFunction,
+    dataset: Dataset[SliceBatch],
+    config: RunConfig,
+    log: RunLog,
+    device: Device,
+    hook: Hook | None = None,
+    hook_every: int = 0,
+) -> None:
+    """Runs `config.optim.steps` steps, with metrics, checkpoints and exact continuation.
+
+    A checkpoint holds all that the rest of the run depends on: weights, optimiser, scaler, step and
+    the sums of the metrics in progress. Batches and augmentation depend on (seed, step) alone.
+
+    Raises:
+        Stopped: after SIGINT or SIGTERM; the state is saved.
+        RunError: the loss is not finite; the message names the batch, nothing is overwritten.
+    """
+    optim = config.optim
+    optimiser = make_optimiser(groups, optim)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: learning_rate(step, optim))
+    scaler = torch.amp.GradScaler(device.device.type, enabled=device.dtype == torch.float16)
+    parts = {"module": module, "optimiser": optimiser, "schedule": schedule, "scaler": scaler}
+    step, count = 0, 0
+    sums: dict[str, float] = {}
+    if config.resume and (config.out / "checkpoints").exists():
+        state = load_checkpoint(config.out)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])  # type: ignore[attr-defined]
+        step, sums, count = state["step"], state["sums"], state["count"]
+    log.start_at(step)
+
+    def save() -> None:
+        states = {name: part.state_dict() for name, part in parts.items()}  # type: ignore[attr-defined]
+        save_checkpoint(config.out, {**states, "step": step, "sums": sums, "count": count})
+
+    module.train()
+    loader = batches(dataset, step, optim.steps, config.workers)
+    bar = tqdm(
+        total=optim.steps, initial=step, desc=config.out.name, unit="step", mininterval=1.0,
+        disable=None, file=sys.stderr,
+    )  # fmt: skip
+    with stop_on_signal() as stop, bar:
+        for batch in loader:
+            generator = step_generator(config.seed, step, device.device)
+            loss, terms = step_function(batch, generator)
+            value = loss.item()
+            if not math.isfinite(value):
+                raise RunError(
+                    f"the loss became {value} at step {step + 1} on the batch "
+                    f"{batch.describe()}; nothing of this step was kept. Lower optim.lr, or look "
+                    f"at these slices"
+                )
+            optimiser.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimiser)
+            if optim.clip:
+                nn.utils.clip_grad_norm_(module.parameters(), optim.clip)
+            rate = float(schedule.get_last_lr()[0])
+            scaler.step(optimiser)
+            scaler.update()
+            schedule.step()
+            step += 1
+            count += 1
+            for name, term in terms.items():
+                sums[name] = sums.get(name, 0.0) + term.item()
+            bar.update()
+            extra = hook(step) if hook is not None and step % hook_every == 0 else {}
+            if step % config.log_every == 0 or step == optim.steps or extra:
+                means = {name: total / count for name, total in sums.items()}
+                log.write(step, {**means, "lr": rate, **extra})
+                bar.set_postfix({name: f"{mean:.3g}" for name, mean in means.items()})
+                sums, count = {}, 0
+            if step % config.checkpoint_every == 0 or step == optim.steps or stop.signal:
+                save()
+            if stop.signal and step < optim.steps:
+                log.close()
+                raise Stopped(
+                    f"stopped by {stop.signal.name} at step {step} of {optim.steps}; "
+                    f"go on with --resume true",
+                    128 + stop.signal.value,
+                )
+
+
+def learning_rate(step: int, optim: OptimConfig) -> float:
+    """Factor on the rate of step `step` (from 0): linear warm-up, then half a cosine."""
+    warmup = round(optim.warmup * optim.steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = min(1.0, (step - warmup) / max(1, optim.steps - warmup))
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return optim.final_lr + (1 - optim.final_lr) * cosine
+
+
+def make_optimiser(groups: Iterable[dict[str, Any]], optim: OptimConfig) -> torch.optim.Optimizer:
+    """The optimiser over parameter groups, each with a factor `scale` on the learning rate.
+
+    Weight decay acts on matrices and kernels, not on biases and norms.
+    """
+    split: list[dict[str, Any]] = []
+    for group in groups:
+        parameters = [p for p in group["params"] if p.requires_grad]
+        lr = optim.lr * group.get("scale", 1.0)
+        for decay in (True, False):
+            chosen = [p for p in parameters if (p.dim() > 1) == decay]
+            if chosen:
+                weight_decay = optim.weight_decay if decay else 0.0
+                split.append({"params": chosen, "lr": lr, "weight_decay": weight_decay})
+    if optim.name == "sgd":
+        nesterov = optim.momentum > 0
+        return torch.optim.SGD(split, lr=optim.lr, momentum=optim.momentum, nesterov=nesterov)
+    return torch.optim.AdamW(split, lr=optim.lr)
+
+
+def step_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
+    """Random numbers of one step, independent of all other steps."""
+    generator = torch.Generator(device)
+    # An odd multiplier spreads neighbouring steps and seeds over the 64 bits.
+    return generator.manual_seed((seed * 0x9E3779B97F4A7C15 + step) % 2**63)
+
+
+def _dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    if precision == "fp16" and device.type == "cpu":
+        raise RunError("fp16 is for GPUs; use precision bf16 or fp32 on a CPU")
+    if precision == "auto":
+        return torch.bfloat16 if _computes_bf16(device) else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def _computes_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()

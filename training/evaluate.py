@@ -1,0 +1,120 @@
+"""Segmentation of whole scans, and their Dice against the labels, at native resolution."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from monai.metrics import compute_dice
+from torch import Tensor
+from tqdm import tqdm
+
+from .data.cache import VolumeCache
+from .data.datasets import DATASETS, DatasetInfo, read_scan
+from .data.nifti import DataError, read_image, write_labels
+from .data.preprocess import Geometry, PreprocessConfig, preprocess
+from .engine import Device
+from .files import write_atomically
+from .models import UNet
+
+BATCH = 16  # slices per forward pass: bounds the memory of a CT with hundreds of slices
+
+
+@dataclass
+class Scores:
+    """Dice of some scans.
+
+    rows: one per scan: subject, frame, role and the Dice of each class but background; NaN where
+        the label map does not hold the class.
+    """
+
+    class_names: tuple[str, ...]  # without background
+    rows: list[dict[str, Any]]
+
+    def per_class(self) -> dict[str, float]:
+        """Mean over scans of each class."""
+        return {
+            name: float(np.nanmean([row[name] for row in self.rows])) for name in self.class_names
+        }
+
+    @property
+    def mean(self) -> float:
+        """Mean over classes of the means over scans: the figure of the paper's tables."""
+        return float(np.nanmean(list(self.per_class().values())))
+
+
+def segment(
+    model: UNet, slices: npt.NDArray[np.float32], geometry: Geometry, device: Device
+) -> npt.NDArray[np.uint8]:
+    """Labels (X, Y, Z) at native resolution of preprocessed slices (Z, size, size)."""
+    model.eval()
+    scores: list[Tensor] = []
+    with torch.inference_mode(), device.autocast():
+        for start in range(0, len(slices), BATCH):
+            part = torch.from_numpy(np.array(slices[start : start + BATCH]))[:, None]
+            part = part.to(device.device, memory_format=torch.channels_last)
+            scores.append(model(part).float().softmax(dim=1).cpu())
+    return geometry.restore(torch.cat(scores))
+
+
+def evaluate(
+    model: UNet, cache: VolumeCache, subjects: Sequence[str], device: Device, *, progress: bool
+) -> Scores:
+    """3D Dice of every labelled scan of the subjects, against the label map as it was stored."""
+    info = DATASETS[cache.dataset]
+    scans = [i for s in subjects for i in cache.of_subject(s) if cache.volumes[i].labelled]
+    rows = []
+    for scan in tqdm(scans, "evaluating", unit="scan", disable=None if progress else True):
+        entry = cache.volumes[scan]
+        predicted = segment(model, cache.image(scan), entry.geometry, device)
+        _, truth = read_scan(entry, info)
+        if truth is None:
+            raise DataError(f"{entry.name}: its label map has gone since the cache was built")
+        dice = dice_per_class(predicted, truth, info)
+        rows.append(
+            {"subject": entry.subject, "frame": entry.frame, "role": entry.role}
+            | dict(zip(info.class_names[1:], dice, strict=True))
+        )
+    return Scores(tuple(info.class_names[1:]), rows)
+
+
+def dice_per_class(
+    predicted: npt.NDArray[np.uint8], truth: npt.NDArray[np.uint8], info: DatasetInfo
+) -> list[float]:
+    """3D Dice of each class but background; NaN where the truth does not hold the class."""
+    guess, answer = (
+        torch.from_numpy(np.stack([volume == k for k in range(info.num_classes)]))[None]
+        for volume in (predicted, truth)
+    )
+    dice = compute_dice(guess, answer, include_background=False, ignore_empty=True)
+    return [float(value) for value in dice[0]]
+
+
+def write_scores(out: Path, scores: Scores, about: dict[str, Any]) -> None:
+    """results.json (means and conditions) and dice.csv (one row per scan)."""
+    result = {**about, "mean_dice": scores.mean, "dice": scores.per_class()}
+    write_atomically(out / "results.json", json.dumps(result, indent=2) + "\n")
+    table = io.StringIO()
+    writer = csv.DictWriter(table, ["subject", "frame", "role", *scores.class_names])
+    writer.writeheader()
+    writer.writerows(scores.rows)
+    write_atomically(out / "dice.csv", table.getvalue())
+
+
+def predict_file(
+    model: UNet, about: dict[str, Any], image: Path, target: Path, device: Device
+) -> None:
+    """Segments one NIfTI file and writes the labels with its affine and header."""
+    info = DATASETS[about["dataset"]]
+    volume = read_image(image)
+    settings = PreprocessConfig(**about["preprocess"])
+    ready = preprocess(volume, None, settings, num_classes=info.num_classes, name=str(image))
+    write_labels(target, segment(model, ready.images, ready.geometry, device), volume)

@@ -1,0 +1,324 @@
+"""The pictures of a run folder: curves, slices, matches before and after, segmentations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+import torch
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from torch import Tensor
+
+from salkernels import align
+
+from .augment import centre_crop
+from .data.cache import VolumeCache
+from .data.datasets import DATASETS, read_scan
+from .data.preprocess import for_display
+from .data.sampling import TwoSubjects
+from .engine import Device, step_generator
+from .evaluate import segment
+from .models import Encoder, UNet, load_encoder
+from .runlog import read_metrics
+
+if TYPE_CHECKING:
+    from .config import PretrainConfig
+
+CLASS_COLOURS = ("#4fc3f7", "#ffb300", "#ef5350", "#66bb6a", "#ab47bc", "#8d6e63", "#26a69a")
+Array = npt.NDArray[Any]
+
+
+def pretraining(out: Path, cache: VolumeCache, config: PretrainConfig) -> None:
+    """All figures of a pre-training run, in `out/figures`."""
+    curves(out)
+    input_slices(out, cache, config)
+    matches(out, cache, config)
+
+
+def finetuning(
+    out: Path, model: UNet, cache: VolumeCache, subjects: Sequence[str], device: Device
+) -> None:
+    """All figures of a fine-tuning run, in `out/figures`."""
+    curves(out)
+    overlays(out, {"prediction": model}, cache, subjects, device)
+
+
+def curves(out: Path) -> None:
+    """Losses, the watch on collapse and the learning rate against the step."""
+    rows = read_metrics(out)
+    panels = [
+        ("losses", [("loss", "total"), ("gp", "GP"), ("la", "LA")]),
+        (
+            "LA: slices of one scan, and a control",
+            [("la_pairs", "same scan"), ("la_control", "different scans (control)")],
+        ),
+        (
+            "mean cosine of arbitrary pixels",
+            [("cosine_embedding", "after E"), ("cosine_encoder", "encoder")],
+        ),
+        ("held-out Dice (used to select)", [("dice_on_test", "mean")]),
+        ("learning rate", [("lr", "")]),
+    ]
+    shown = [
+        (title, series)
+        for title, series in panels
+        if any(name in row for row in rows for name, _ in series)
+    ]
+    if not shown:
+        return
+    figure = _figure(4.2 * len(shown), 3.2)
+    for axes, (title, series) in zip(_row(figure, len(shown)), shown, strict=True):
+        for name, label in series:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=label or None, lw=1.5)
+        if title.startswith("mean cosine"):
+            axes.set_ylim(-0.05, 1.05)
+            axes.axhline(0.9, color="0.6", ls=":", label="collapse")
+        axes.set(title=title, xlabel="step")
+        if any(label for _, label in series):
+            axes.legend(frameon=False, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, out / "figures" / "curves.png")
+
+
+def input_slices(out: Path, cache: VolumeCache, config: PretrainConfig) -> None:
+    """The batch of step 0 as the network sees it: both views of each slice, by scan."""
+    from .pretrain import make_views, subjects
+
+    batch = TwoSubjects(cache, subjects(config, cache), config.slices, config.seed)[0]
+    cpu = torch.device("cpu")
+    views = make_views(batch, config, cpu, step_generator(config.seed, 0, cpu))
+    half = config.slices // 2
+    figure = _figure(1.4 * half, 6.4)
+    grid = figure.subplots(4, half, squeeze=False)
+    for row in range(4):
+        scan, view = divmod(row, 2)
+        for column in range(half):
+            sample = scan * half + column
+            axes = grid[row][column]
+            _image(axes, views.images[sample + view * config.slices, 0].numpy(), cache)
+            if view == 0:
+                index, depth = int(batch.slice_index[sample]), int(batch.num_slices[sample])
+                axes.set_title(f"{index + 1} of {depth}", fontsize=8)
+            if column == 0:
+                axes.set_ylabel(f"{batch.names[sample]}\nview {view + 1}", fontsize=7)
+    figure.suptitle("one pre-training batch: slices of two scans, two views each", fontsize=10)
+    _save(figure, out / "figures" / "input_slices.png")
+
+
+def matches(out: Path, cache: VolumeCache, config: PretrainConfig) -> None:
+    """Which pixel matched which between two neighbouring slices, before and after pre-training."""
+    found = {
+        title: load_encoder(out / name)[0].eval()
+        for title, name in (
+            ("before", "encoder_initial.safetensors"),
+            ("after", "encoder.safetensors"),
+        )
+        if (out / name).is_file()
+    }
+    scan = max(range(len(cache.volumes)), key=cache.num_slices)
+    middle = cache.num_slices(scan) // 2
+    pair = torch.from_numpy(np.array(cache.image(scan)[middle - 1 : middle + 1]))[:, None]
+    pair = centre_crop(pair, config.crop)
+    side = config.crop // 2 ** (config.sal.scale - 1)
+    windows = [config.sal.window_size]
+    if 2 * windows[0] <= side and side % 3 == 0:
+        windows.append(side // 3)
+    figure = _figure(11, 3.9 * len(found) * len(windows))
+    grid = figure.subplots(len(found) * len(windows), 3, squeeze=False)
+    for number, (window, title) in enumerate((w, t) for w in windows for t in found):
+        similarity, where = match_field(found[title], config.sal.scale, pair, window)
+        label = f"{title} pre-training, ω = {window}"
+        _match_row(grid[number], pair, similarity, where, window, label, cache)
+    name = cache.volumes[scan].name
+    figure.suptitle(f"{name}, slices {middle} and {middle + 1}: best match in the same window")
+    _save(figure, out / "figures" / "matches.png")
+
+
+@torch.no_grad()
+def match_field(encoder: Encoder, scale: int, pair: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """Similarity (h, w) and position (h, w, 2) (row, column) of each pixel's match in slice 2."""
+    features = encoder(pair)[scale - 1]
+    similarity, offset = align(features[:1], features[1:], window)
+    height, width = similarity.shape[1:]
+    row = torch.arange(height)[:, None] // window * window + offset[0] // window
+    column = torch.arange(width)[None, :] // window * window + offset[0] % window
+    return similarity[0], torch.stack((row, column), dim=-1)
+
+
+def overlays(
+    out: Path,
+    models: dict[str, UNet],
+    cache: VolumeCache,
+    subjects: Sequence[str],
+    device: Device,
+    most: int = 4,
+) -> None:
+    """Label and prediction outlines on the middle slice of some held-out scans."""
+    info = DATASETS[cache.dataset]
+    scans = [i for s in subjects for i in cache.of_subject(s)[:1] if cache.volumes[i].labelled][
+        :most
+    ]
+    if not scans:
+        return
+    columns = ("image", "label", *models)
+    figure = _figure(2.6 * len(columns), 2.7 * len(scans))
+    grid = figure.subplots(len(scans), len(columns), squeeze=False)
+    for row, scan in zip(grid, scans, strict=True):
+        entry = cache.volumes[scan]
+        image, truth = read_scan(entry, info)
+        assert truth is not None  # labelled
+        volumes = {"label": truth} | {
+            name: segment(model, cache.image(scan), entry.geometry, device)
+            for name, model in models.items()
+        }
+        geometry = entry.geometry
+        slices = geometry.to_slices(image.array)
+        middle = len(slices) // 2
+        box = _around(geometry.to_slices(truth)[middle])
+        for axes, name in zip(row, columns, strict=True):
+            _image(axes, slices[middle][box], cache)
+            if name in volumes:
+                labels = geometry.to_slices(volumes[name])[middle][box]
+                _outlines(axes, for_display(labels, geometry.orientation), info.num_classes)
+            if scan == scans[0]:
+                axes.set_title(name, fontsize=10)
+        row[0].set_ylabel(entry.name, fontsize=8)
+    handles = [
+        Line2D([], [], color=CLASS_COLOURS[k - 1], label=info.class_names[k])
+        for k in range(1, info.num_classes)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    _save(figure, out / "figures" / "overlays.png")
+
+
+def dice_bars(path: Path, results: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+    """Dice per class of several ways to start; one dot per draw of labelled subjects.
+
+    results: name -> one dictionary (class -> Dice) per draw; draws are paired between names.
+    """
+    names = list(results)
+    classes = [*results[names[0]][0]]
+    figure = _figure(1.8 + 1.6 * (len(classes) + 1), 3.4)
+    axes = figure.subplots()
+    width = 0.8 / len(names)
+    for number, name in enumerate(names):
+        table = np.array([[draw[c] for c in classes] for draw in results[name]])
+        table = np.column_stack((table, table.mean(axis=1)))
+        x = np.arange(len(classes) + 1) + (number - (len(names) - 1) / 2) * width
+        axes.bar(x, table.mean(axis=0), 0.9 * width, label=name, alpha=0.75)
+        for draw in table:
+            axes.plot(x, draw, "o", color="0.2", ms=3, alpha=0.7)
+    axes.set_xticks(range(len(classes) + 1), [*classes, "mean"])
+    axes.set(ylabel="3D Dice on held-out subjects", ylim=(0, 1))
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def run_figures(out: Path) -> list[Path]:
+    """Redraws what a run folder alone allows, and lists all of its figures."""
+    curves(out)
+    return sorted((out / "figures").glob("*.png"))
+
+
+def summary(out: Path) -> str:
+    """A few lines about a run folder: its kind, last metrics and result."""
+    rows = read_metrics(out)
+    lines = [f"{out}: {int(rows[-1]['step']) if rows else 0} steps"]
+    if rows:
+        lines.append(", ".join(f"{k} {v:.4g}" for k, v in rows[-1].items() if k != "step"))
+    result = out / "results.json"
+    if result.exists():
+        content = json.loads(result.read_text())
+        dice = ", ".join(f"{name} {value:.3f}" for name, value in content["dice"].items())
+        lines.append(f"mean Dice {content['mean_dice']:.3f} ({dice})")
+    warnings = out / "warnings.txt"
+    if warnings.exists():
+        lines += [f"warning: {line}" for line in warnings.read_text().splitlines()]
+    return "\n".join(lines)
+
+
+def _match_row(
+    row: Sequence[Axes],
+    pair: Tensor,
+    similarity: Tensor,
+    where: Tensor,
+    window: int,
+    label: str,
+    cache: VolumeCache,
+) -> None:
+    side = similarity.shape[0]
+    pixel = pair.shape[-1] / side
+    here = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"), -1)
+    orientation = cache.config.orientation
+    for axes, image, title in zip(row[:2], pair[:, 0], ("slice 1", "slice 2"), strict=True):
+        _image(axes, image.numpy(), cache)
+        for line in np.arange(0, side + 1, window) * pixel - 0.5:
+            axes.axhline(line, color="w", lw=0.3, alpha=0.5)
+            axes.axvline(line, color="w", lw=0.3, alpha=0.5)
+        axes.set_title(f"{title} ({label})" if title == "slice 1" else title, fontsize=9)
+    # A match keeps the colour of the pixel of slice 1 that chose it; pictures show (x, y) = (row,
+    # column) of the arrays, which for_display transposes.
+    centre = (here.flatten(0, 1) + 0.5).numpy() * pixel - 0.5
+    match = (where.flatten(0, 1) + 0.5).numpy() * pixel - 0.5
+    if orientation == "RAS":
+        centre, match = pair.shape[-1] - 1 - centre, pair.shape[-1] - 1 - match
+    colours = mpl.colormaps["hsv"](np.linspace(0, 1, len(centre), endpoint=False))
+    row[0].scatter(centre[:, 0], centre[:, 1], c=colours, s=7, lw=0)
+    row[1].add_collection(
+        LineCollection([*np.stack((centre, match), axis=1)], colors=colours, lw=0.8)
+    )
+    row[1].scatter(match[:, 0], match[:, 1], c=colours, s=7, lw=0)
+    shown = for_display(similarity.numpy(), orientation)
+    picture = row[2].imshow(shown, vmin=0, vmax=1, cmap="viridis")
+    row[2].set(xticks=[], yticks=[])
+    row[2].set_title(f"similarity with the match, mean {similarity.mean():.3f}", fontsize=9)
+    row[2].figure.colorbar(picture, ax=row[2], shrink=0.8)
+
+
+def _image(axes: Axes, slice2d: Array, cache: VolumeCache) -> None:
+    picture = for_display(slice2d, cache.config.orientation)
+    low, high = np.percentile(picture, (1, 99.5))
+    axes.imshow(picture, cmap="gray", vmin=low, vmax=max(high, low + 1e-6))
+    axes.set(xticks=[], yticks=[])
+
+
+def _outlines(axes: Axes, labels: Array, classes: int) -> None:
+    for k in range(1, classes):
+        if (labels == k).any():
+            axes.contour(labels == k, [0.5], colors=CLASS_COLOURS[k - 1], linewidths=1.2)
+
+
+def _around(labels: Array, margin: float = 0.5) -> tuple[slice, slice]:
+    """The part of a slice that holds the labels and some of what is around them."""
+    if not labels.any():
+        return slice(None), slice(None)
+    box = []
+    for axis in (1, 0):
+        inside = np.flatnonzero(labels.any(axis=axis))
+        extra = int(margin * (inside[-1] - inside[0]) + 8)
+        box.append(slice(max(0, inside[0] - extra), inside[-1] + extra + 1))
+    return box[0], box[1]
+
+
+def _figure(width: float, height: float) -> Figure:
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _row(figure: Figure, count: int) -> list[Axes]:
+    return list(figure.subplots(1, count, squeeze=False)[0])
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,157 @@
+"""Fine-tuning a U-Net on a few labelled subjects, and its Dice on the fold's held-out ones."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.losses import DiceCELoss
+from torch import Tensor
+
+from .augment import augment
+from .checkpoint import RunError
+from .config import FinetuneConfig
+from .data.cache import VolumeCache, require_labels
+from .data.datasets import DATASETS
+from .data.sampling import LabelledSlices, SliceBatch
+from .data.splits import Fold, kfold, labelled_subset
+from .engine import Device, fit
+from .evaluate import Scores, evaluate, write_scores
+from .figures import finetuning as finetuning_figures
+from .inputs import open_dataset
+from .models import UNet, load_encoder, load_unet, save_unet
+from .pretrain import ENCODER
+from .runlog import RunLog
+
+MODEL = "model.safetensors"
+
+
+def finetune(config: FinetuneConfig) -> Scores:
+    """Runs fine-tuning and evaluation in `config.out`."""
+    device = Device.of(config)
+    cache = open_dataset(config)
+    fold, labelled = split(config, cache)
+    require_labels(cache, [*labelled, *fold.test])
+    dataset = LabelledSlices(cache, labelled, config.batch_size, config.seed)
+    model = initial_model(config)
+    log = RunLog(config, "finetune")
+    device.to(model)
+    criterion = DiceCELoss(to_onehot_y=True, softmax=True)
+
+    def step(batch: SliceBatch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        images, labels = augment(
+            batch.images.to(device.device),
+            config.crop,
+            config.augment,
+            generator,
+            labels=batch.labels.to(device.device),
+        )
+        assert labels is not None  # they went in
+        with device.autocast():
+            logits = model(images.contiguous(memory_format=torch.channels_last))
+        loss = criterion(logits.float(), labels[:, None].long())
+        return loss, {"loss": loss}
+
+    best = None
+    if config.select == "best-on-test":
+        best = BestOnTest(model, cache, fold, device, config.out)
+    fit(
+        model,
+        [
+            {"params": list(model.encoder.parameters()), "scale": config.encoder_lr},
+            {"params": list(model.decoder.parameters())},
+        ],
+        step,
+        dataset,
+        config,
+        log,
+        device,
+        best.look if best else None,
+        config.select_every,
+    )
+    log.close()
+    if best:
+        best.restore()
+    about = about_model(config, fold, labelled)
+    save_unet(config.out / MODEL, model, about)
+    scores = evaluate(model, cache, fold.test, device, progress=True)
+    write_scores(config.out, scores, about)
+    finetuning_figures(config.out, model, cache, fold.test, device)
+    return scores
+
+
+def split(config: FinetuneConfig, cache: VolumeCache) -> tuple[Fold, tuple[str, ...]]:
+    """The fold, and its M labelled training subjects: the same for every method."""
+    fold = kfold(cache.subjects, config.num_folds, config.split_seed)[config.fold]
+    count = config.labelled or len(fold.train)
+    return fold, labelled_subset(fold.train, count, config.fold, config.split_seed)
+
+
+def initial_model(config: FinetuneConfig) -> UNet:
+    """A U-Net with random weights, or with the pre-trained encoder.
+
+    The decoder is the same in both cases: seeded, and drawn after the encoder's random weights.
+    """
+    torch.manual_seed(config.seed)
+    model = UNet(config.model, DATASETS[config.dataset].num_classes)
+    if config.encoder is not None:
+        path = config.encoder / ENCODER if config.encoder.is_dir() else config.encoder
+        encoder, _ = load_encoder(path)
+        if encoder.config != config.model:
+            raise RunError(
+                f"the encoder in {path} is {asdict(encoder.config)}, but this run's model is "
+                f"{asdict(config.model)}; pass the preset or the model.* settings it was "
+                f"pre-trained with"
+            )
+        model.encoder.load_state_dict(encoder.state_dict())
+    return model
+
+
+class BestOnTest:
+    """Keeps the weights that did best on the held-out subjects, as some published code does.
+
+    They lie in the run folder, so that an interrupted run does not forget them.
+    """
+
+    def __init__(
+        self, model: UNet, cache: VolumeCache, fold: Fold, device: Device, out: Path
+    ) -> None:
+        self.model, self.cache, self.fold, self.device = model, cache, fold, device
+        self.path = out / "checkpoints" / "best_on_test.safetensors"
+        self.best = load_unet(self.path)[1]["dice"] if self.path.exists() else -1.0
+
+    def look(self, step: int) -> dict[str, float]:
+        scores = evaluate(self.model, self.cache, self.fold.test, self.device, progress=False)
+        self.model.train()
+        if scores.mean > self.best:
+            self.best = scores.mean
+            save_unet(self.path, self.model, {"dice": scores.mean, "step": step})
+        return {"dice_on_test": scores.mean}
+
+    def restore(self) -> None:
+        self.model.load_state_dict(load_unet(self.path)[0].state_dict())
+
+
+def about_model(config: FinetuneConfig, fold: Fold, labelled: tuple[str, ...]) -> dict[str, Any]:
+    """What a reader of the model or its results must know."""
+    return {
+        "dataset": config.dataset,
+        "class_names": list(DATASETS[config.dataset].class_names),
+        "preprocess": asdict(config.preprocess),
+        "encoder": str(config.encoder) if config.encoder is not None else None,
+        "fold": config.fold,
+        "num_folds": config.num_folds,
+        "split_seed": config.split_seed,
+        "labelled": list(labelled),
+        "held_out": list(fold.test),
+        "steps": config.optim.steps,
+        "seed": config.seed,
+        "select": config.select,
+    }
+
+
+def model_path(run: Path) -> Path:
+    """The model of a run folder, or the file itself."""
+    return run / MODEL if run.is_dir() else run

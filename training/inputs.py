@@ -1,0 +1,14 @@
+"""From the configuration of a run to its preprocessed slices."""
+
+from __future__ import annotations
+
+from .config import RunConfig
+from .data.cache import VolumeCache, open_cache
+from .data.datasets import DATASETS
+
+
+def open_dataset(config: RunConfig) -> VolumeCache:
+    """The run's data, preprocessed once and kept; every bad file is named in one DataError."""
+    info = DATASETS[config.dataset]
+    scans = info.find(config.data_folder(), cine=config.cine)
+    return open_cache(scans, config.preprocess, info, config.cache_folder)

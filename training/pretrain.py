@@ -1,0 +1,126 @@
+"""Pre-training: scans without labels in, an encoder out (paper, Sec. 2.4)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .augment import augment
+from .config import PretrainConfig
+from .data.cache import VolumeCache
+from .data.sampling import SliceBatch, TwoSubjects
+from .data.splits import kfold
+from .engine import Device, fit
+from .figures import pretraining as pretraining_figures
+from .inputs import open_dataset
+from .methods import METHODS, Method, Outcome, Views
+from .models import save_encoder
+from .runlog import RunLog, read_metrics
+
+ENCODER = "encoder.safetensors"
+INITIAL = "encoder_initial.safetensors"
+
+
+def pretrain(config: PretrainConfig) -> Path:
+    """Runs pre-training in `config.out` and returns the path of the encoder's weights."""
+    device = Device.of(config)
+    cache = open_dataset(config)
+    dataset = TwoSubjects(cache, subjects(config, cache), config.slices, config.seed)
+    log = RunLog(config, "pretrain")
+
+    torch.manual_seed(config.seed)
+    method = METHODS[config.method](config.model, config.sal)
+    if not (config.out / INITIAL).exists():
+        save_encoder(config.out / INITIAL, method.encoder, _about(config, cache, 0))
+    device.to(method)
+    latest: dict[str, Any] = {}
+
+    def step(batch: SliceBatch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        views = make_views(batch, config, device.device, generator)
+        with device.autocast():
+            outcome = method(views)
+        latest.update(views=views, outcome=outcome)
+        return outcome.loss, outcome.terms
+
+    watch = CollapseWatch(method, config.out)
+
+    def hook(_: int) -> dict[str, float]:
+        return watch(latest["views"], latest["outcome"])
+
+    fit(
+        method,
+        [{"params": list(method.parameters())}],
+        step,
+        dataset,
+        config,
+        log,
+        device,
+        hook,
+        config.monitor_every,
+    )
+    log.close()
+    save_encoder(config.out / ENCODER, method.encoder, _about(config, cache, config.optim.steps))
+    pretraining_figures(config.out, cache, config)
+    return config.out / ENCODER
+
+
+def subjects(config: PretrainConfig, cache: VolumeCache) -> tuple[str, ...]:
+    """The subjects that pre-training sees: all, unless a fold is to be left out."""
+    if config.leave_out_fold is None:
+        return tuple(cache.subjects)
+    return kfold(cache.subjects, config.num_folds)[config.leave_out_fold].train
+
+
+def make_views(
+    batch: SliceBatch, config: PretrainConfig, device: torch.device, generator: torch.Generator
+) -> Views:
+    """Both views of each slice: first view of all n slices, then the second of all."""
+    images = batch.images.to(device, non_blocking=True).repeat(2, 1, 1, 1)
+    volume, index, depth = (
+        column.to(device, non_blocking=True).repeat(2)
+        for column in (batch.volume, batch.slice_index, batch.num_slices)
+    )
+    # Scans numbered from 0 within the batch: slices of one scan share their strong transform.
+    group = torch.unique(volume, return_inverse=True)[1]
+    views, _ = augment(images, config.crop, config.augment, generator, group=group)
+    views = views.contiguous(memory_format=torch.channels_last)
+    return Views(views, volume, index, depth)
+
+
+class CollapseWatch:
+    """Logs what the method monitors, and warns once of each kind of trouble that it finds."""
+
+    def __init__(self, method: Method, out: Path) -> None:
+        self.method = method
+        self.path = out / "warnings.txt"
+        self.history = [row for row in read_metrics(out) if "la_control" in row]
+        said = self.path.read_text().splitlines() if self.path.exists() else []
+        self.said = {line.partition(": ")[0] for line in said}
+
+    def __call__(self, views: Views, outcome: Outcome) -> dict[str, float]:
+        now = self.method.monitor(views, outcome)
+        if now:
+            self.history.append(now)
+        for kind, sentence in self.method.warnings(self.history).items():
+            if kind not in self.said:
+                self.said.add(kind)
+                with self.path.open("a") as file:
+                    file.write(f"{kind}: {sentence}\n")
+                tqdm.write(f"warning: {sentence}", file=sys.stderr)
+        return now
+
+
+def _about(config: PretrainConfig, cache: VolumeCache, step: int) -> dict[str, Any]:
+    return {
+        "method": config.method,
+        "dataset": config.dataset,
+        "step": step,
+        "seed": config.seed,
+        "leave_out_fold": config.leave_out_fold,
+        "scans": len(cache.volumes),
+    }

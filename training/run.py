@@ -1,0 +1,15 @@
+"""Command line: `python training/run.py COMMAND`, or `python -m salkernels.training.run`."""
+
+from __future__ import annotations
+
+import sys
+
+if __name__ == "__main__" and not __package__:
+    # Started as a file, Python puts this folder first on the path, where our `data` or `config`
+    # would hide other packages of these names.
+    sys.path.pop(0)
+
+from salkernels.training.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

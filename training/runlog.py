@@ -1,0 +1,153 @@
+"""The run folder: what was run, with what, and how it went."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch.utils.tensorboard import SummaryWriter
+
+import salkernels
+
+from .checkpoint import LAST, RunError
+from .config import RunConfig
+from .files import write_atomically
+
+PACKAGES = ("torch", "triton", "numpy", "nibabel", "monai", "safetensors")
+# Settings that may differ between a run and its continuation: they do not change the result.
+FREE = {"resume", "out", "cache", "data", "threads", "workers", "log_every", "checkpoint_every"}
+
+
+class RunLog:
+    """Opens a run folder for a new run or for its continuation, and appends metrics to it."""
+
+    def __init__(self, config: RunConfig, kind: str) -> None:
+        self.out = config.out
+        settings = to_plain(config)
+        description = self.out / "config.yaml"
+        started = description.exists() or (self.out / LAST).exists()
+        if started and not config.resume:
+            raise RunError(
+                f"{self.out} already holds a run; pass --resume true to go on with it, or another "
+                f"--out to start a new one"
+            )
+        if started:
+            _check_same(yaml.safe_load(description.read_text()), settings)
+        else:
+            write_atomically(description, yaml.safe_dump(settings, sort_keys=False))
+        about = {"kind": kind, **environment()}
+        write_atomically(self.out / "environment.json", json.dumps(about, indent=2) + "\n")
+        self._metrics = self.out / "metrics.jsonl"
+        self._writer: SummaryWriter | None = None
+
+    def start_at(self, step: int) -> None:
+        """Drops metrics of steps that will be run again, and opens the event file."""
+        if self._metrics.exists():
+            kept = [row for row in read_metrics(self.out) if row["step"] <= step]
+            write_atomically(self._metrics, "".join(json.dumps(row) + "\n" for row in kept))
+        self._writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Appends one line to metrics.jsonl and to the TensorBoard events."""
+        with self._metrics.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_metrics(out: Path) -> list[dict[str, float]]:
+    """The rows of metrics.jsonl; a last line cut short by a kill is left out."""
+    rows = []
+    path = out / "metrics.jsonl"
+    if not path.exists():
+        return []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def to_plain(config: RunConfig) -> dict[str, Any]:
+    """The configuration as JSON-like values."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
+    return plain
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine, command and commit."""
+    return {
+        "command": shlex.join(sys.argv),
+        "salkernels": salkernels.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Commit of the source tree that runs, '+' if it was changed; None for an installed wheel."""
+    here = Path(__file__).parent
+    try:
+        head = _git(here, "rev-parse", "--short", "HEAD")
+        return head + ("+" if _git(here, "status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(where: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(where), *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=10
+    ).stdout.strip()
+
+
+def _check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
+    changed = [
+        f"{key}: {old!r} then, {new!r} now"
+        for key, (old, new) in _differences(before, now).items()
+        if key not in FREE
+    ]
+    if changed:
+        raise RunError(
+            "the run was started with other settings and cannot go on with these: "
+            + "; ".join(changed)
+        )
+
+
+def _differences(
+    before: dict[str, Any], now: dict[str, Any], prefix: str = ""
+) -> dict[str, tuple[Any, Any]]:
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in {**before, **now}:
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found.update(_differences(old, new, f"{prefix}{key}."))
+        elif old != new:
+            found[prefix + key] = (old, new)
+    return found
