@@ -116,9 +116,9 @@ def input_slices(out: Path, cache: VolumeCache, config: PretrainConfig) -> None:
 
 
 def matches(out: Path, cache: VolumeCache, config: PretrainConfig) -> None:
-    """Which pixel matched which between two neighbouring slices, before and after pre-training."""
+    """Which pixel matched which between two slices of a scan, before and after pre-training."""
     found = {
-        title: load_encoder(out / name)[0].eval()
+        title: load_encoder(out / name)[0]
         for title, name in (
             ("before", "encoder_initial.safetensors"),
             ("after", "encoder.safetensors"),
@@ -126,9 +126,14 @@ def matches(out: Path, cache: VolumeCache, config: PretrainConfig) -> None:
         if (out / name).is_file()
     }
     scan = max(range(len(cache.volumes)), key=cache.num_slices)
-    middle = cache.num_slices(scan) // 2
-    pair = torch.from_numpy(np.array(cache.image(scan)[middle - 1 : middle + 1]))[:, None]
-    pair = centre_crop(pair, config.crop)
+    depth = cache.num_slices(scan)
+    # Not neighbours, which look alike pixel by pixel, but the middle of what counts as a pair.
+    apart = max(1, round(config.sal.t * depth / 2))
+    first = (depth - apart) // 2
+    slices = centre_crop(torch.from_numpy(np.array(cache.image(scan)))[:, None], config.crop)
+    pair = slices[[first, first + apart]]
+    for encoder in found.values():
+        _settle_norms(encoder, slices)
     side = config.crop // 2 ** (config.sal.scale - 1)
     windows = [config.sal.window_size]
     if 2 * windows[0] <= side and side % 3 == 0:
@@ -140,7 +145,9 @@ def matches(out: Path, cache: VolumeCache, config: PretrainConfig) -> None:
         label = f"{title} pre-training, ω = {window}"
         _match_row(grid[number], pair, similarity, where, window, label, cache)
     name = cache.volumes[scan].name
-    figure.suptitle(f"{name}, slices {middle} and {middle + 1}: best match in the same window")
+    figure.suptitle(
+        f"{name}, slices {first + 1} and {first + 1 + apart} of {depth}: best match in the window"
+    )
     _save(figure, out / "figures" / "matches.png")
 
 
@@ -246,6 +253,16 @@ def summary(out: Path) -> str:
     if warnings.exists():
         lines += [f"warning: {line}" for line in warnings.read_text().splitlines()]
     return "\n".join(lines)
+
+
+@torch.no_grad()
+def _settle_norms(encoder: Encoder, slices: Tensor) -> None:
+    """Sets the running statistics to those of this scan: an untrained network has none yet."""
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    encoder.train()(slices)
+    encoder.eval()
 
 
 def _match_row(

@@ -228,7 +228,9 @@ def _volume(path: Path, image: Any, array: npt.NDArray[Any]) -> Volume:
     if not coded and steps == [1.0, 1.0, 1.0]:
         return Volume(array, affine, None, orientation, header)
     unit = _UNIT_IN_MM.get(int(header["xyzt_units"]) & 7, 1.0)
-    spacing = (steps[0] * unit, steps[1] * unit, steps[2] * unit)
+    # Headers hold float32: 1.5 rotated comes back as 1.49999999, and means 1.5.
+    x, y, z = (float(f"{step * unit:.6g}") for step in steps)
+    spacing = (x, y, z)
     if not all(math.isfinite(step) and step > 0 for step in spacing):
         raise DataError(f"{path}: voxel spacing {spacing} mm; expected positive numbers")
     return Volume(array, affine, spacing, orientation, header)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..files import write_atomically
 from .unet import Encoder, UNet, UNetConfig
 
-FORMAT = "salkernels-1"
+KEY = "salkernels"  # of the entry in the header
+FORMAT = 1
 
 
 def save_encoder(path: Path, encoder: Encoder, about: dict[str, Any]) -> None:
@@ -60,7 +61,9 @@ def _save(path: Path, module: nn.Module, description: dict[str, Any]) -> None:
     tensors = {
         name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()
     }
-    header = {"format": FORMAT, "description": json.dumps(description)}
+    # One entry only: safetensors writes several in no fixed order, and equal runs should give equal
+    # files.
+    header = {KEY: json.dumps({"format": FORMAT, **description})}
     write_atomically(path, save(tensors, metadata=header))
 
 
@@ -69,13 +72,13 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{path} is not a file; expected weights written by pretrain or finetune")
     try:
         with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-        if header.get("format") != FORMAT:
+            description = json.loads((file.metadata() or {}).get(KEY, "{}"))
+        if description.get("format") != FORMAT:
             raise ValueError(
                 f"{path} was not written by this package: expected format {FORMAT!r} in its "
-                f"header, got {header.get('format')!r}"
+                f"header, got {description.get('format')!r}"
             )
-        return load_file(path), json.loads(header["description"])
+        return load_file(path), description
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
 

@@ -1,0 +1,166 @@
+"""The loop: exact continuation, schedule, non-finite losses, optimiser groups."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from salkernels.training import engine
+from salkernels.training.checkpoint import RunError, load_checkpoint
+from salkernels.training.config import OptimConfig
+from salkernels.training.engine import (
+    Stopped,
+    learning_rate,
+    make_optimiser,
+    step_generator,
+)
+from salkernels.training.finetune import finetune
+from salkernels.training.pretrain import pretrain
+from salkernels.training.runlog import read_metrics
+
+
+def weights(out):
+    return load_checkpoint(out)["module"]
+
+
+def stop_after(monkeypatch, steps):
+    """Makes the loop see a SIGTERM once `steps` batches have been trained on."""
+    import signal
+
+    original = engine.step_generator
+
+    def counting(seed, step, device):
+        if step == steps - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return original(seed, step, device)
+
+    monkeypatch.setattr(engine, "step_generator", counting)
+    return lambda: monkeypatch.setattr(engine, "step_generator", original)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
+def test_interrupted_equals_uninterrupted(
+    pretrain_config, tmp_path, monkeypatch, precision, optimiser
+):
+    optim = OptimConfig(name=optimiser, lr=0.01, steps=7)
+    straight = pretrain_config(out=tmp_path / "straight", precision=precision, optim=optim)
+    pretrain(straight)
+    broken = pretrain_config(out=tmp_path / "broken", precision=precision, optim=optim)
+    undo = stop_after(monkeypatch, 4)  # between two checkpoints and within a line of metrics
+    with pytest.raises(Stopped, match="SIGTERM at step 4 of 7") as stopped:
+        pretrain(broken)
+    assert stopped.value.code == 143
+    undo()
+    assert not (broken.out / "encoder.safetensors").exists()
+    pretrain(pretrain_config(out=broken.out, precision=precision, optim=optim, resume=True))
+    expected, got = weights(straight.out), weights(broken.out)
+    assert expected.keys() == got.keys()
+    for name, value in expected.items():
+        assert torch.equal(value, got[name]), name
+    assert read_metrics(straight.out) == read_metrics(broken.out)
+    exported = (straight.out / "encoder.safetensors").read_bytes()
+    assert exported == (broken.out / "encoder.safetensors").read_bytes()
+
+
+def test_finetuning_resumes_exactly_too(finetune_config, tmp_path, monkeypatch):
+    straight = finetune(finetune_config(out=tmp_path / "straight"))
+    undo = stop_after(monkeypatch, 2)
+    with pytest.raises(Stopped):
+        finetune(finetune_config(out=tmp_path / "broken"))
+    undo()
+    broken = finetune(finetune_config(out=tmp_path / "broken", resume=True))
+    assert broken.rows == straight.rows
+
+
+def test_a_run_killed_between_checkpoints_goes_on_from_the_last(
+    pretrain_config, tmp_path, monkeypatch
+):
+    config = pretrain_config(checkpoint_every=2, optim=OptimConfig(steps=6))
+    original = engine.step_generator
+
+    def killed(seed, step, device):
+        if step == 5:
+            raise KeyboardInterrupt  # stands for a kill: no checkpoint at step 5
+        return original(seed, step, device)
+
+    monkeypatch.setattr(engine, "step_generator", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(config)
+    assert load_checkpoint(config.out)["step"] == 4
+    monkeypatch.setattr(engine, "step_generator", original)
+    resumed = pretrain_config(checkpoint_every=2, optim=OptimConfig(steps=6), resume=True)
+    pretrain(resumed)
+    steps = [row["step"] for row in read_metrics(config.out)]
+    assert steps == sorted(set(steps))
+
+
+def test_non_finite_loss_names_the_batch_and_keeps_the_last_good_state(
+    pretrain_config, monkeypatch
+):
+    from salkernels.training.methods import SAL
+
+    config = pretrain_config(checkpoint_every=1)
+    original = SAL.forward
+
+    def poisoned(self, views):
+        outcome = original(self, views)
+        poisoned.calls += 1
+        if poisoned.calls == 3:
+            outcome.loss = outcome.loss * math.nan
+        return outcome
+
+    poisoned.calls = 0
+    monkeypatch.setattr(SAL, "forward", poisoned)
+    with pytest.raises(RunError, match=r"nan at step 3 .*patient\d+_frame\d+ \[\d"):
+        pretrain(config)
+    state = load_checkpoint(config.out)
+    assert state["step"] == 2
+    assert all(torch.isfinite(v).all() for v in state["module"].values())
+
+
+def test_learning_rate_warms_up_and_falls_to_its_end():
+    optim = OptimConfig(steps=100, warmup=0.1, final_lr=0.2)
+    rates = [learning_rate(step, optim) for step in range(101)]
+    assert rates[:10] == sorted(rates[:10])
+    assert 0 < rates[0] < 0.11
+    assert rates[10] == 1
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[100] == pytest.approx(0.2)
+    assert rates[55] == pytest.approx(0.6)
+
+
+def test_weight_decay_spares_vectors_and_groups_scale_the_rate():
+    module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    head = nn.Linear(2, 2)
+    groups = [
+        {"params": list(module.parameters()), "scale": 0.1},
+        {"params": list(head.parameters())},
+    ]
+    optimiser = make_optimiser(groups, OptimConfig(lr=1.0, weight_decay=0.01))
+    for group in optimiser.param_groups:
+        for parameter in group["params"]:
+            assert group["weight_decay"] == (0.01 if parameter.dim() > 1 else 0)
+            in_head = any(parameter is p for p in head.parameters())
+            assert group["lr"] == pytest.approx(1.0 if in_head else 0.1)
+
+
+def test_steps_and_seeds_have_their_own_random_numbers():
+    draws = {
+        torch.rand(1, generator=step_generator(seed, step, torch.device("cpu"))).item()
+        for seed in range(5)
+        for step in range(50)
+    }
+    assert len(draws) == 250
+
+
+def test_asking_for_a_gpu_that_is_not_there(pretrain_config):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(RunError, match="sees no GPU"):
+        pretrain(pretrain_config(device="cuda"))
+    with pytest.raises(RunError, match="fp16 is for GPUs"):
+        pretrain(pretrain_config(precision="fp16"))
