@@ -18,8 +18,12 @@ WindowSize = int | Sequence[int]
 
 
 def values_visible(tensor: Tensor) -> bool:
-    """Whether the tensor's values may be read here without a synchronisation or a graph break."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether the tensor's values may be read here without a synchronisation or a graph break.
+
+    A subclass may have none: fake tensors, for one, stand for shapes alone.
+    """
+    plain = type(tensor) is Tensor and tensor.device.type == "cpu"
+    return plain and not torch.compiler.is_compiling()
 
 
 def check_tensor(name: str, x: object) -> Tensor:
@@ -73,7 +77,9 @@ def check_same_shape(name_x: str, x: Tensor, name_y: str, y: Tensor) -> None:
 def check_window(window_size: WindowSize, height: int, width: int) -> tuple[int, int]:
     """`window_size` as (rows, columns), each at least 1 and at most the size of the map."""
     pair = (window_size, window_size) if isinstance(window_size, int) else tuple(window_size)
-    if len(pair) != 2 or not all(isinstance(w, int) and not isinstance(w, bool) for w in pair):
+    # torch.SymInt: the size of a map under torch.export
+    whole = (isinstance(w, (int, torch.SymInt)) and not isinstance(w, bool) for w in pair)
+    if len(pair) != 2 or not all(whole):
         raise TypeError(
             f"window_size must be an integer or two integers (rows, columns), got {window_size!r}"
         )
@@ -97,7 +103,8 @@ def check_finite_number(name: str, value: object, *, above: float, inclusive: bo
     """A finite real number greater than (or, if inclusive, not less than) `above`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value) or value < above or (value == above and not inclusive):
+    # Comparisons only: torch.compile follows them on symbolic numbers, and NaN fails them.
+    if not (above <= value < math.inf if inclusive else above < value < math.inf):
         raise ValueError(
             f"{name} must be a finite number {'>=' if inclusive else '>'} {above:g}, got {value}"
         )
