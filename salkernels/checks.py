@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,11 +61,15 @@ def check_same_kind(name_x: str, x: Tensor, name_y: str, y: Tensor) -> None:
             f"{name_x} and {name_y} must be on one device, got {x.device} and {y.device}; "
             f"move one with .to(device)"
         )
-    if x.dtype != y.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != y.dtype and not _autocast_on(x.device.type):
         raise TypeError(
             f"{name_x} and {name_y} must have one dtype, got {x.dtype} and {y.dtype}; "
             f"convert one with .to(dtype)"
         )
+
+
+def _autocast_on(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def check_same_shape(name_x: str, x: Tensor, name_y: str, y: Tensor) -> None:
@@ -76,14 +82,16 @@ def check_same_shape(name_x: str, x: Tensor, name_y: str, y: Tensor) -> None:
 
 def check_window(window_size: WindowSize, height: int, width: int) -> tuple[int, int]:
     """`window_size` as (rows, columns), each at least 1 and at most the size of the map."""
-    pair = (window_size, window_size) if isinstance(window_size, int) else tuple(window_size)
-    # torch.SymInt: the size of a map under torch.export
-    whole = (isinstance(w, (int, torch.SymInt)) and not isinstance(w, bool) for w in pair)
+    pair: tuple[Any, ...] = (window_size, window_size)
+    if isinstance(window_size, Sequence) and not isinstance(window_size, str):
+        pair = tuple(window_size)
+    # Integral takes NumPy's integers; SymInt is the size of a map under torch.export.
+    whole = (isinstance(w, (Integral, torch.SymInt)) and not isinstance(w, bool) for w in pair)
     if len(pair) != 2 or not all(whole):
         raise TypeError(
             f"window_size must be an integer or two integers (rows, columns), got {window_size!r}"
         )
-    rows, columns = pair
+    rows, columns = (w if isinstance(w, torch.SymInt) else int(w) for w in pair)
     if rows < 1 or columns < 1:
         raise ValueError(f"window_size must be at least 1 pixel, got {window_size!r}")
     if rows > height or columns > width:
