@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -83,7 +83,7 @@ def check_same_shape(name_x: str, x: Tensor, name_y: str, y: Tensor) -> None:
 def check_window(window_size: WindowSize, height: int, width: int) -> tuple[int, int]:
     """`window_size` as (rows, columns), each at least 1 and at most the size of the map."""
     pair: tuple[Any, ...] = (window_size, window_size)
-    if isinstance(window_size, Sequence) and not isinstance(window_size, str):
+    if isinstance(window_size, Sequence):
         pair = tuple(window_size)
     # Integral takes NumPy's integers; SymInt is the size of a map under torch.export.
     whole = (isinstance(w, (Integral, torch.SymInt)) and not isinstance(w, bool) for w in pair)
@@ -99,7 +99,7 @@ def check_window(window_size: WindowSize, height: int, width: int) -> tuple[int,
             f"window_size {(rows, columns)} is larger than the {height} x {width} feature map; "
             f"use a window of at most that size, or la_loss for one window over the whole map"
         )
-    return rows, columns
+    return cast("tuple[int, int]", (rows, columns))
 
 
 def check_reduction(reduction: str) -> None:
