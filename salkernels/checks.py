@@ -82,6 +82,17 @@ def check_same_shape(name_x: str, x: Tensor, name_y: str, y: Tensor) -> None:
 
 def check_window(window_size: WindowSize, height: int, width: int) -> tuple[int, int]:
     """`window_size` as (rows, columns), each at least 1 and at most the size of the map."""
+    rows, columns = check_window_size(window_size)
+    if rows > height or columns > width:
+        raise ValueError(
+            f"window_size {(rows, columns)} is larger than the {height} x {width} feature map; "
+            f"use a window of at most that size, or la_loss for one window over the whole map"
+        )
+    return rows, columns
+
+
+def check_window_size(window_size: WindowSize) -> tuple[int, int]:
+    """`window_size` as (rows, columns), each at least 1."""
     pair: tuple[Any, ...] = (window_size, window_size)
     if isinstance(window_size, Sequence):
         pair = tuple(window_size)
@@ -94,11 +105,6 @@ def check_window(window_size: WindowSize, height: int, width: int) -> tuple[int,
     rows, columns = (w if isinstance(w, torch.SymInt) else int(w) for w in pair)
     if rows < 1 or columns < 1:
         raise ValueError(f"window_size must be at least 1 pixel, got {window_size!r}")
-    if rows > height or columns > width:
-        raise ValueError(
-            f"window_size {(rows, columns)} is larger than the {height} x {width} feature map; "
-            f"use a window of at most that size, or la_loss for one window over the whole map"
-        )
     return cast("tuple[int, int]", (rows, columns))
 
 

@@ -46,7 +46,8 @@ def wla_loss(
 
     Each pixel p of `x` is matched with the most similar pixel of `y` in the same window; windows
     tile the plane and are smaller at the edge where they do not divide it. The gradient goes to the
-    matched pixels only; among equals the first one, row by row, is the match.
+    matched pixels only; among equals the first one, row by row, is the match. Equal as computed,
+    that is: on constant regions rounding may set products of identical vectors apart.
 
     Args:
         x: (B, C, H, W) feature maps, not yet normalised; any strides; fp16, bf16, fp32 or fp64.
@@ -129,13 +130,15 @@ def wla_set_loss(
     mask = pairs if pairs.dtype == torch.bool else pairs > 0
     # Room for as many pairs as there are, if counting them costs nothing; else for all.
     capacity = int(mask.count_nonzero()) if values_visible(mask) else mask.numel()
-    mask = mask.to(features.device, non_blocking=True)
+    # Asynchronous to a GPU only: from one, values could be read before they arrive.
+    to_gpu = pairs.device.type == "cpu"
+    mask = mask.to(features.device, non_blocking=to_gpu)
     loss, _, _ = pair_losses(features[None], None, mask[None], window, eps, capacity, name)
     loss = loss[0]
     if reduction == "none":
         return loss
     # Shares are taken in the weights' own precision: a small weight must not vanish in fp32.
-    weights = pairs.to(loss.device, non_blocking=True)
+    weights = pairs.to(loss.device, non_blocking=to_gpu)
     weights = weights.to(torch.promote_types(weights.dtype, loss.dtype))
     total = weights.sum()
     shares = weights / torch.where(total > 0, total, 1)
@@ -274,7 +277,7 @@ def backends() -> tuple[BackendStatus, ...]:
 
 
 def explain(
-    x: Tensor, y: Tensor | None = None, window_size: WindowSize = 2
+    x: Tensor, y: Tensor | None = None, window_size: WindowSize = 1
 ) -> tuple[BackendStatus, ...]:
     """Every backend in the order of preference, and why one cannot run this input.
 

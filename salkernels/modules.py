@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .checks import WindowSize, check_finite_number, check_reduction, check_threshold
+from .checks import (
+    WindowSize,
+    check_finite_number,
+    check_reduction,
+    check_threshold,
+    check_window_size,
+)
 from .functional import EPS, SALTerms, gp_loss, sal_loss, wla_loss
 
 
@@ -20,6 +26,7 @@ class WLALoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        check_window_size(window_size)
         check_reduction(reduction)
         check_finite_number("eps", eps, above=0.0)
         self.window_size = window_size
@@ -38,7 +45,10 @@ class WLALoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"window_size={self.window_size}, reduction={self.reduction!r}"
+        return (
+            f"window_size={self.window_size}, reduction={self.reduction!r}, eps={self.eps}, "
+            f"backend={self.backend!r}"
+        )
 
 
 class GPLoss(nn.Module):
@@ -70,6 +80,7 @@ class SALLoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        check_window_size(window_size)
         check_finite_number("lambda_", lambda_, above=0.0, inclusive=True)
         check_threshold(t)
         check_finite_number("temperature", temperature, above=0.0)
@@ -106,5 +117,5 @@ class SALLoss(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"window_size={self.window_size}, lambda_={self.lambda_}, t={self.t}, "
-            f"temperature={self.temperature}"
+            f"temperature={self.temperature}, eps={self.eps}, backend={self.backend!r}"
         )

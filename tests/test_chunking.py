@@ -11,8 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import salkernels
 import salkernels.reference as reference
 
-BUDGETS = [1, 7, 64]
-
 
 def both_forms(window, mask):
     generator = torch.Generator().manual_seed(0)
@@ -28,9 +26,8 @@ def both_forms(window, mask):
     return by_pair, pairwise, grads, found
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize(("budget", "mask"), [(1, "holes"), (7, "others"), (64, "holes")])
 @pytest.mark.parametrize("window", [(1, 1), (2, 2), (3, 4), (4, 5)])
-@pytest.mark.parametrize("mask", ["others", "holes"])
 def test_the_budget_changes_nothing(budget, window, mask, monkeypatch):
     expected = both_forms(window, mask)
     monkeypatch.setattr(reference, "GRAM_BUDGET", budget)

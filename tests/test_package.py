@@ -18,29 +18,14 @@ def run(*args):
     return done.stdout
 
 
-def test_both_imports_give_the_function():
-    code = """
-import salkernels.wla_loss as module_style
-from salkernels import wla_loss
-import salkernels
-assert module_style is wla_loss is salkernels.wla_loss and callable(wla_loss), module_style
-import pickle
-assert pickle.loads(pickle.dumps(wla_loss)) is wla_loss
-import importlib
-assert importlib.import_module("salkernels.wla_loss") is wla_loss
-"""
-    run("-c", code)
-
-
-def test_import_is_light_and_has_no_effect():
+def test_import_is_light_has_no_effect_and_gives_the_function_both_ways():
     code = """
 import sys, torch
-before, state = set(sys.modules), torch.random.get_rng_state()
 def settings():
     deterministic = torch.are_deterministic_algorithms_enabled()
     return torch.get_num_threads(), deterministic, torch.get_default_dtype()
-flags = settings()
-import salkernels
+before, state, flags = set(sys.modules), torch.random.get_rng_state(), settings()
+import salkernels.wla_loss as module_style
 new = {name.partition(".")[0] for name in set(sys.modules) - before}
 heavy = new & {"triton", "nibabel", "matplotlib", "monai", "scipy", "tensorboard"}
 assert not heavy, heavy
@@ -48,6 +33,12 @@ assert "salkernels.training" not in sys.modules
 assert torch.equal(state, torch.random.get_rng_state())
 assert flags == settings()
 assert not torch.cuda.is_initialized()
+
+import importlib, pickle, salkernels
+from salkernels import wla_loss
+assert module_style is wla_loss is salkernels.wla_loss and callable(wla_loss), module_style
+assert importlib.import_module("salkernels.wla_loss") is wla_loss
+assert pickle.loads(pickle.dumps(wla_loss)) is wla_loss
 """
     assert run("-c", code) == "", "importing prints nothing"
 

@@ -51,8 +51,6 @@ class SALConfig:
             )
         # The public losses check ω, λ, t and τ: let them do so before anything is loaded.
         self.loss()
-        if self.window_size < 1:
-            raise ValueError(f"sal.window_size must be at least 1 pixel, got {self.window_size}")
 
     def loss(self) -> SALLoss:
         return SALLoss(
