@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,8 +20,12 @@ WindowSize = int | Sequence[int]
 
 
 def values_visible(tensor: Tensor) -> bool:
-    """Whether the tensor's values may be read here without a synchronisation or a graph break."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether the tensor's values may be read here without a synchronisation or a graph break.
+
+    A subclass may have none: fake tensors, for one, stand for shapes alone.
+    """
+    plain = type(tensor) is Tensor and tensor.device.type == "cpu"
+    return plain and not torch.compiler.is_compiling()
 
 
 def check_tensor(name: str, x: object) -> Tensor:
@@ -55,11 +61,15 @@ def check_same_kind(name_x: str, x: Tensor, name_y: str, y: Tensor) -> None:
             f"{name_x} and {name_y} must be on one device, got {x.device} and {y.device}; "
             f"move one with .to(device)"
         )
-    if x.dtype != y.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != y.dtype and not _autocast_on(x.device.type):
         raise TypeError(
             f"{name_x} and {name_y} must have one dtype, got {x.dtype} and {y.dtype}; "
             f"convert one with .to(dtype)"
         )
+
+
+def _autocast_on(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def check_same_shape(name_x: str, x: Tensor, name_y: str, y: Tensor) -> None:
@@ -72,12 +82,16 @@ def check_same_shape(name_x: str, x: Tensor, name_y: str, y: Tensor) -> None:
 
 def check_window(window_size: WindowSize, height: int, width: int) -> tuple[int, int]:
     """`window_size` as (rows, columns), each at least 1 and at most the size of the map."""
-    pair = (window_size, window_size) if isinstance(window_size, int) else tuple(window_size)
-    if len(pair) != 2 or not all(isinstance(w, int) and not isinstance(w, bool) for w in pair):
+    pair: tuple[Any, ...] = (window_size, window_size)
+    if isinstance(window_size, Sequence):
+        pair = tuple(window_size)
+    # Integral takes NumPy's integers; SymInt is the size of a map under torch.export.
+    whole = (isinstance(w, (Integral, torch.SymInt)) and not isinstance(w, bool) for w in pair)
+    if len(pair) != 2 or not all(whole):
         raise TypeError(
             f"window_size must be an integer or two integers (rows, columns), got {window_size!r}"
         )
-    rows, columns = pair
+    rows, columns = (w if isinstance(w, torch.SymInt) else int(w) for w in pair)
     if rows < 1 or columns < 1:
         raise ValueError(f"window_size must be at least 1 pixel, got {window_size!r}")
     if rows > height or columns > width:
@@ -85,7 +99,7 @@ def check_window(window_size: WindowSize, height: int, width: int) -> tuple[int,
             f"window_size {(rows, columns)} is larger than the {height} x {width} feature map; "
             f"use a window of at most that size, or la_loss for one window over the whole map"
         )
-    return rows, columns
+    return cast("tuple[int, int]", (rows, columns))
 
 
 def check_reduction(reduction: str) -> None:
@@ -97,7 +111,8 @@ def check_finite_number(name: str, value: object, *, above: float, inclusive: bo
     """A finite real number greater than (or, if inclusive, not less than) `above`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value) or value < above or (value == above and not inclusive):
+    # Comparisons only: torch.compile follows them on symbolic numbers, and NaN fails them.
+    if not (above <= value < math.inf if inclusive else above < value < math.inf):
         raise ValueError(
             f"{name} must be a finite number {'>=' if inclusive else '>'} {above:g}, got {value}"
         )

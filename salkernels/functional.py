@@ -26,7 +26,7 @@ from .checks import (
     check_window,
     values_visible,
 )
-from .library import pair_losses
+from .library import pair_losses, without_autocast
 from .pairs import positional_positives, slice_pairs
 
 EPS = 1e-12
@@ -197,7 +197,7 @@ def gp_loss(embeddings: Tensor, positives: Tensor, temperature: float = 0.1) -> 
     positives = check_positives(positives, embeddings.shape[0])
     check_finite_number("temperature", temperature, above=0.0)
     # fp32 at least, whatever the input and the autocast state: exp(cos/τ) overflows in half.
-    with torch.autocast(embeddings.device.type, enabled=False):
+    with without_autocast(embeddings.device.type):
         wide = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
         unit = F.normalize(wide, dim=1)
         logits = unit @ unit.T / temperature

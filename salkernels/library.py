@@ -6,6 +6,7 @@ that a new backend needs no new rule. Its backward is an operator of its own.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -193,6 +194,13 @@ LIBRARY.impl("pair_losses", _forward_autograd, "Autograd")
 LIBRARY.impl("pair_losses_backward", _backward_autograd, "Autograd")
 
 
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Switches autocast off; some device types (meta) have none to switch."""
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
 def _autocast_rule(device: str) -> None:
     """Under autocast: features keep their dtype (the wider of two), sums stay in fp32."""
 
@@ -200,11 +208,11 @@ def _autocast_rule(device: str) -> None:
         if key is not None and key.dtype != query.dtype:
             wider = torch.promote_types(query.dtype, key.dtype)
             query, key = query.to(wider), key.to(wider)
-        with torch.autocast(device, enabled=False):
+        with without_autocast(device):
             return pair_losses(query, key, *rest)
 
     def backward(*args: Any) -> tuple[Tensor, Tensor | None]:
-        with torch.autocast(device, enabled=False):
+        with without_autocast(device):
             return pair_losses_backward(*args)
 
     LIBRARY.impl("pair_losses", forward, f"Autocast{device.upper()}")

@@ -155,7 +155,6 @@ def write_labels(path: str | Path, labels: npt.NDArray[Any], like: Volume) -> No
         raise DataError(f"{path}: labels must be integers 0..255")
     header = like.header.copy()
     header.set_data_dtype(np.uint8)
-    header.set_slope_inter(1, 0)
     header["cal_min"] = header["cal_max"] = 0  # the image's grey window would hide the classes
     kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     suffix = ".nii.gz" if path.name.endswith(".gz") else ".nii"
