@@ -109,7 +109,9 @@ def pair_losses_backward(
     _, samples, _, height, width = query.shape
     slots, num_pairs = pair_slots(query, key, mask)
     scale = grad_loss[slots >= 0].to(max_sim.dtype)[:, None, None] / (height * width)
-    pixel_grad = -torch.sign(1 - max_sim[:num_pairs]) * scale  # ∂L/∂m, (P, H, W)
+    distance = 1 - max_sim[:num_pairs]
+    sign = torch.sign(distance) + 0 * distance  # torch.sign alone gives 0 for NaN
+    pixel_grad = -sign * scale  # ∂L/∂m, (P, H, W)
     grad_query = torch.zeros_like(query)
     grad_key = None if key is None else torch.zeros_like(key)
     if num_pairs == 0:
