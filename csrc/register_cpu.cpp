@@ -13,6 +13,10 @@
 #include <string>
 #include <tuple>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "cpu/plan.h"
 
 namespace {
@@ -242,6 +246,21 @@ void check_saved(const Problem& problem, const Tensor& argmax, const Tensor& max
                   "grad_loss must be (G, N, M)");
 }
 
+// Tens of thousands of page faults are most of the time of a large gradient that is written for the
+// first time: large pages are asked for where the system leaves it to the program.
+Tensor empty_gradient(const Tensor& like, int64_t element) {
+  Tensor grad = torch::stable::empty_like(like);
+#ifdef __linux__
+  constexpr uintptr_t kHuge = 2 << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(grad.mutable_data_ptr());
+  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t last = (begin + uintptr_t(grad.numel() * element)) / kHuge * kHuge;
+  // Only a hint: whether it was heard makes no difference to the result.
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return grad;
+}
+
 std::tuple<Tensor, std::optional<Tensor>> pair_losses_backward(
     const Tensor& grad_loss, const Tensor& query, std::optional<Tensor> key,
     std::optional<Tensor> mask, const Tensor& argmax, const Tensor& max_sim, Sizes window,
@@ -250,9 +269,9 @@ std::tuple<Tensor, std::optional<Tensor>> pair_losses_backward(
   const DType dtype = dtype_of(query);
   Problem problem = problem_of(query, window, eps, dtype);
   const salkernels::PairSet pairs = pairs_of(query, key, mask);
-  const Tensor grad_query = torch::stable::empty_like(query);
+  const Tensor grad_query = empty_gradient(query, element_size(dtype));
   std::optional<Tensor> grad_key;
-  if (key.has_value()) grad_key = torch::stable::empty_like(*key);
+  if (key.has_value()) grad_key = empty_gradient(*key, element_size(dtype));
   const salkernels::Maps queries = maps_of(query, dtype, &grad_query);
   problem.plan = salkernels::make_plan(
       pairs, queries, key.has_value() ? maps_of(*key, dtype, &*grad_key) : queries, true);

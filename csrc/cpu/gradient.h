@@ -153,8 +153,7 @@ static int64_t gradient_tile(const Problem& problem, const Tile* tile, char* scr
   const T eps = T(problem.eps);
   // A window's gradients take the place of the window before it, which nothing needs any more.
   T* unit = pack + window_size;
-  pack_tile<T, In>(problem, shape, unit, column_offset);
-  normalise<T>(unit, rows, shape.stride, shape.width, eps, inv_norm, poison);
+  pack_tile<T, In>(problem, shape, unit, column_offset, inv_norm, poison);
   for (int64_t r = 0; r < rows; ++r) inv_norm[r] = inverse_for_gradient<T>(inv_norm[r], eps);
 
   constexpr int W = kLanes<T>;

@@ -214,13 +214,21 @@ static void match_blocks(SimBlock<T>& sims, MatchState<T>& state, const T* query
   }
 }
 
+// Packs a tile as unit vectors; a sample is scaled while it is still in the cache.
 template <class T, class In>
 static void pack_tile(const Problem& problem, const TileShape& shape, T* pack,
-                      int64_t* column_offset) {
+                      int64_t* column_offset, T* norms, T* poison) {
   const PackedPlace place = shape.place(column_offset);
   const Patch patch = shape.patch(problem.channels);
   for (int64_t s = 0; s < shape.component->num_nodes; ++s) {
-    pack_patch<T, In>(shape.nodes[s], patch, pack + s * shape.pixels * shape.stride, place);
+    const int64_t first = s * shape.pixels;
+    pack_patch<T, In>(shape.nodes[s], patch, pack + first * shape.stride, place);
+    for (int64_t t = 0; t < shape.num_windows; ++t) {
+      const int64_t row = t * shape.rows + first;
+      normalise<T>(pack + row * shape.stride, shape.pixels, shape.stride, shape.width,
+                   T(problem.eps), norms == nullptr ? nullptr : norms + row,
+                   norms == nullptr ? nullptr : poison + row);
+    }
   }
 }
 
@@ -279,9 +287,7 @@ static int64_t match_tile(const Problem& problem, const Tile* tile, char* scratc
   if (scratch == nullptr) return arena.used;
 
   const TileShape shape = TileShape::of<T>(problem, *tile);
-  pack_tile<T, In>(problem, shape, pack, column_offset);
-  normalise<T>(pack, shape.num_windows * shape.rows, shape.stride, shape.width, T(problem.eps),
-               nullptr, nullptr);
+  pack_tile<T, In>(problem, shape, pack, column_offset, nullptr, nullptr);
   const Edge* edges = &problem.plan.edges[shape.component->first_edge];
   for (int64_t t = 0; t < shape.num_windows; ++t) {
     const T* rows = pack + t * shape.rows * shape.stride;

@@ -26,6 +26,11 @@ struct PackedPlace {
   const int64_t* column_offset;
 };
 
+// The last block of a row overlaps the one before it, rather than being a part of a register.
+static inline int64_t block_start(int64_t done, int64_t columns, int64_t lanes) {
+  return done + lanes > columns && columns >= lanes ? columns - lanes : done;
+}
+
 template <class T, class In>
 static void pack_patch(const Node& node, const Patch& patch, T* out, const PackedPlace& place) {
   const MapStrides& s = node.strides;
@@ -47,10 +52,21 @@ static void pack_patch(const Node& node, const Patch& patch, T* out, const Packe
   for (int64_t c = 0; c < patch.channels; c += W) {
     const int64_t channels = least(W, patch.channels - c);
     for (int64_t r = 0; r < patch.rows; ++r) {
-      for (int64_t i = 0; i < patch.columns; i += W) {
+      for (int64_t done = 0; done < patch.columns; done += W) {
+        const int64_t i = block_start(done, patch.columns, W);
         const int64_t pixels = least(W, patch.columns - i);
         const In* from = map + c * s.channel + r * s.row + i * s.column;
         Vec<T> block[W];
+        if (pixels == W && channels == W && s.column == 1) {
+          for (int64_t k = 0; k < W; ++k) {
+            __builtin_prefetch(from + (k + W) * s.channel);
+            block[k] = Convert<T, In>::load_vec(from + k * s.channel);
+          }
+          transpose<T>(block);
+          T* to = out + r * place.row_step + c;
+          for (int64_t k = 0; k < W; ++k) store<T>(to + place.column_offset[i + k], block[k]);
+          continue;
+        }
         for (int64_t k = 0; k < W; ++k) {
           if (k >= channels) {
             block[k] = Vec<T>{};
@@ -92,7 +108,8 @@ static void unpack_patch(const Node& node, const Patch& patch, const T* packed,
   for (int64_t c = 0; c < patch.channels; c += W) {
     const int64_t channels = least(W, patch.channels - c);
     for (int64_t r = 0; r < patch.rows; ++r) {
-      for (int64_t i = 0; i < patch.columns; i += W) {
+      for (int64_t done = 0; done < patch.columns; done += W) {
+        const int64_t i = block_start(done, patch.columns, W);
         const int64_t pixels = least(W, patch.columns - i);
         const T* from = packed + r * place.row_step + c;
         Vec<T> block[W];
@@ -101,6 +118,13 @@ static void unpack_patch(const Node& node, const Patch& patch, const T* packed,
         }
         transpose<T>(block);
         In* to = map + c * s.channel + r * s.row + i * s.column;
+        if (pixels == W && channels == W && s.column == 1) {
+          for (int64_t k = 0; k < W; ++k) {
+            __builtin_prefetch(to + (k + W) * s.channel, 1);
+            Convert<T, In>::store_vec(to + k * s.channel, block[k]);
+          }
+          continue;
+        }
         for (int64_t k = 0; k < channels; ++k) {
           if (s.column == 1 && pixels == W) {
             Convert<T, In>::store_vec(to + k * s.channel, block[k]);
