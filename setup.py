@@ -6,6 +6,6 @@ from pathlib import Path
 from setuptools import setup
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "buildtools"))
-import salkernels_build  # noqa: E402
+import salkernels_build
 
 setup(**salkernels_build.setup_arguments())

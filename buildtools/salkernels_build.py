@@ -37,9 +37,19 @@ INFO = "_build_info.json"
 TORCH_MINIMUM = (2, 10)
 # No -ffast-math: a NaN must stay one. -g0, since Python's own flags may ask for debug data.
 COMPILE_FLAGS = (
-    "-std=c++17 -O3 -ffp-contract=fast -fPIC -fvisibility=hidden -g0 -Wall -Wextra -Wno-psabi "
-    "-Wno-ignored-attributes -Wno-maybe-uninitialized -DTORCH_TARGET_VERSION=0x020a000000000000"
-).split()
+    "-std=c++17",
+    "-O3",
+    "-ffp-contract=fast",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-g0",
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+    "-Wno-ignored-attributes",
+    "-Wno-maybe-uninitialized",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+)
 CPU_SOURCES = (
     "csrc/register_cpu.cpp",
     "csrc/cpu/plan.cpp",
@@ -48,7 +58,7 @@ CPU_SOURCES = (
     "csrc/cpu/isa_avx512.cpp",
 )
 
-# ---- What can be built ----------------------------------------------------------------------------
+# ---- What can be built ---------------------------------------------------------------------------
 
 
 def switch(name: str) -> str:
@@ -115,7 +125,7 @@ def missing_torch() -> str:
     return f"no headers of torch {version} or later were found when salkernels was installed"
 
 
-# ---- setuptools commands --------------------------------------------------------------------------
+# ---- setuptools commands -------------------------------------------------------------------------
 
 
 def setup_arguments() -> dict[str, Any]:
@@ -229,7 +239,7 @@ class BuildExt(build_ext):
         subprocess.run(command, check=True, capture_output=True, text=True)
 
 
-# ---- PEP 517 and 660 ------------------------------------------------------------------------------
+# ---- PEP 517 and 660 -----------------------------------------------------------------------------
 
 build_sdist = build_meta.build_sdist
 build_wheel = build_meta.build_wheel

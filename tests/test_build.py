@@ -27,7 +27,9 @@ pytestmark = pytest.mark.skipif(
 def tree(tmp_path) -> Path:
     """A copy of what a build reads."""
     tree = tmp_path / "tree"
-    ignore = shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__", "build", "*.egg-info")
+    ignore = shutil.ignore_patterns(
+        "*.so", "_build_info.json", "__pycache__", "build", "*.egg-info"
+    )
     for name in ("salkernels", "training", "csrc", "buildtools"):
         shutil.copytree(ROOT / name, tree / name, ignore=ignore)
     for name in ("data", "methods", "models"):

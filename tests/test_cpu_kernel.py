@@ -1,4 +1,4 @@
-"""The C++ kernel against the definition in `salkernels.reference`, on everything it may be given."""
+"""The C++ kernel against the definition in `salkernels.reference`, on all it may be given."""
 
 from __future__ import annotations
 
@@ -336,7 +336,7 @@ def test_every_instruction_set(level):
 
 
 def test_one_large_window_needs_no_large_memory():
-    """44 x 44 at C = 384 in one window: the matrix of similarities alone would hold 15 MB a pair."""
+    """44 x 44 at C = 384 in one window: the similarities alone would be 15 MB a pair."""
     code = """
 import resource, torch, salkernels
 features = torch.randn(2, 384, 44, 44, requires_grad=True)

@@ -67,9 +67,7 @@ def pair_losses_forward(
         if mask is None or "but capacity is" not in str(error):
             raise
         num_pairs = int(mask.count_nonzero())
-        raise ValueError(
-            f"the mask holds {num_pairs} pairs, but capacity is {capacity}"
-        ) from None
+        raise ValueError(f"the mask holds {num_pairs} pairs, but capacity is {capacity}") from None
 
 
 def pair_losses_backward(
