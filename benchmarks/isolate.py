@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+GRACE = 10  # seconds for a child that is done to clean up
 MEMORY_SHARE = 0.8  # of what is free: the machine and whoever else is on it must survive a trial
 
 
@@ -59,6 +60,7 @@ def stream(
                 process.join()
                 raise ChildFailed(_ending(process.exitcode)) from None
             if kind == "end":
+                process.join(GRACE)
                 return
             if kind == "error":
                 raise ChildFailed(value)

@@ -96,7 +96,7 @@ def _truth(case, folder):
     return str(path)
 
 
-def test_the_lowest_is_what_the_definition_says():
+def test_naive_is_equation_one():
     """Naive against loops over pairs, windows and pixels: not only against our own reference."""
     features, pairs, query, key, window = Case(8, 3, 4, 4, 2, "float64").problem("cpu")
     losses = []
