@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
-from .cases import SUITES, Case
+from .cases import SUITES, SWEEPS, Case
 from .measure import Settings
 from .report import markdown, read
 from .runner import RESULTS, Options, run, say
 
-SHORT_BUDGET, BUDGET = 0.2, 4.0
+SHORT_BUDGET, BUDGET = 0.2, 2.0
+GROUPS = {"sweeps": SWEEPS}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -23,12 +24,13 @@ def parser() -> argparse.ArgumentParser:
     add("--label", help="names the files in results/ (default: the device's type)")
     add("--device", default="cpu", help="cpu (default) or cuda")
     add("--threads", type=int, default=torch.get_num_threads(), help="of torch on the CPU")
-    add("--suites", nargs="+", choices=tuple(SUITES), default=tuple(SUITES), metavar="SUITE")
+    choices = (*SUITES, *GROUPS)
+    add("--suites", nargs="+", choices=choices, default=tuple(SUITES), help=", ".join(choices))
     add("--cases", nargs="+", type=Case.parse, default=(), metavar="CASE", help="single cases")
     add("--providers", nargs="+", default=(), metavar="NAME", help="only these")
     add("--budget", type=float, help=f"seconds of rounds per provider and pass ({BUDGET:g})")
     add("--max-rounds", type=int, default=25)
-    add("--timeout", type=float, default=120.0, help="seconds for one run, compilation included")
+    add("--timeout", type=float, default=90.0, help="seconds for one run, compilation included")
     add("--fresh", action="store_true", help="measure again what the file already holds")
     add("--quick", action="store_true", help="a tiny case in seconds, to see that all works")
     add("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
@@ -58,7 +60,7 @@ def main(words: list[str] | None = None) -> int:
                 Options(
                     label,
                     settings,
-                    given.suites,
+                    [name for suite in given.suites for name in GROUPS.get(suite, [suite])],
                     given.cases,
                     given.providers,
                     given.timeout,

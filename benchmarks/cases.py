@@ -135,16 +135,13 @@ DESK = Case(channels=128, height=24, width=24)
 SUITES: dict[str, list[Case]] = {
     "paper": [PAPER, replace(PAPER, layout="nchw")],
     "desk": [replace(DESK, window=w) for w in (2, 3, 4, 6)],
-    "vanilla": [replace(PAPER, window=44)],
-    "dtypes": [replace(PAPER, dtype=name) for name in ("bfloat16", "float16", "float64")],
     "sweep-samples": [replace(DESK, samples=s) for s in (8, 16, 32, 64)],
     "sweep-channels": [replace(DESK, channels=c) for c in (32, 64, 128, 256, 512)],
     "sweep-size": [replace(DESK, height=s, width=s) for s in (12, 24, 48, 96)],
     "sweep-window": [replace(DESK, window=w) for w in (1, 2, 3, 4, 6, 8, 12, 24)],
+    "dtypes": [replace(PAPER, dtype=name) for name in ("bfloat16", "float16", "float64")],
+    "vanilla": [replace(PAPER, window=44)],
 }
 # What `--quick` runs instead: seconds, to see that all works; the times mean nothing.
 QUICK = Case(samples=8, channels=16, height=8, width=8)
-
-
-def is_sweep(suite: str) -> bool:
-    return suite.startswith("sweep-")
+SWEEPS = [suite for suite in SUITES if suite.startswith("sweep-")]

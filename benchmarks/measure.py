@@ -141,8 +141,9 @@ class PeakMemory:
 
 
 def rounds_for(seconds: float, settings: Settings) -> int:
-    """As many as the budget allows, two at least: a slow provider may not hold up the rest."""
-    return int(min(max(settings.budget / max(seconds, 1e-9), 2), settings.max_rounds))
+    """As many as the budget allows, but a few at least: the fewer, the slower the provider."""
+    least = 5 if seconds < 1.5 else 3 if seconds < 5 else 2
+    return int(min(max(settings.budget / max(seconds, 1e-9), least), settings.max_rounds))
 
 
 def time_jobs(

@@ -131,17 +131,27 @@ def providers() -> dict[str, Provider]:
     """Every provider by name, whether it can run here or not."""
     from .peers import PEERS
 
-    eager: dict[str, Run] = {"naive": naive, "gather": gather, "gram": gram}
-    found = [Provider(name, run) for name, run in eager.items()]
-    found += [compiled_provider(name, run) for name, run in eager.items()]
+    found = [Provider(name, run) for name, run in EAGER.items()]
+    found += [compiled_provider(name, run) for name, run in EAGER.items()]
     found += PEERS
     found += [backend_provider(b.name, b.reason) for b in salkernels.backends()]
     return {provider.name: provider for provider in found}
 
 
-def names_for(sweep: bool) -> list[str]:
-    """All providers, or for a sweep the ones whose growth is of interest: no compiler, no peer."""
-    quick = ("naive", "gather", "gram")
-    return [
-        name for name in providers() if not sweep or name in quick or name.startswith("salkernels-")
-    ]
+EAGER: dict[str, Run] = {"naive": naive, "gather": gather, "gram": gram}
+# Compilers and peers take minutes per shape. Everybody runs on the first case of these suites;
+# elsewhere it is plain torch, our backends, and whom the suite is of particular interest for.
+FULL_SUITES = ("single", "quick", "paper", "desk")
+ALSO = {
+    "desk": ("gram-compiled",),
+    "vanilla": ("keops", "late-interaction-padded", "maxsim-cpu"),  # made for large windows
+}
+ON_GPU = ("gram-compiled", "late-interaction-kernels", "flash-maxsim")
+
+
+def names_for(suite: str, first: bool, device: str) -> list[str]:
+    """The providers of a suite's first case, or of its other cases."""
+    if first and suite in FULL_SUITES:
+        return list(providers())
+    wanted = {*EAGER, *ALSO.get(suite, ()), *(ON_GPU if device.startswith("cuda") else ())}
+    return [name for name in providers() if name in wanted or name.startswith("salkernels-")]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .cases import QUICK, SUITES, Case, is_sweep
+from .cases import QUICK, SUITES, SWEEPS, Case
 from .isolate import ChildFailed, OutOfTime, stream
 from .machine import Rates, describe
 from .measure import MODES, Job, Settings, Trial, save_truth, time_jobs, try_jobs
@@ -41,7 +41,7 @@ class Options:
     suites: Sequence[str] = ()
     cases: Sequence[Case] = ()
     only: Sequence[str] = ()
-    timeout: float = 120
+    timeout: float = 90
     fresh: bool = False
     results: Path = RESULTS
 
@@ -49,15 +49,18 @@ class Options:
 def plan(options: Options) -> Iterator[tuple[str, Case, list[str]]]:
     """(suite, case, providers), each case once: sweeps pass through shapes of the suites before."""
     seen: set[str] = set()
-    chosen = [("single", case) for case in options.cases]
-    if not chosen and options.settings.quick:
-        chosen = [("quick", QUICK)]
-    if not chosen:
-        chosen = [(suite, case) for suite in options.suites for case in SUITES[suite]]
-    for suite, case in chosen:
-        if case.key not in seen:
-            seen.add(case.key)
-            yield suite, case, list(options.only) or names_for(is_sweep(suite))
+    chosen: dict[str, Sequence[Case]] = {suite: SUITES[suite] for suite in options.suites}
+    if options.settings.quick:
+        chosen = {"quick": [QUICK]}
+    if options.cases:
+        chosen = {"single": options.cases}
+    for suite, cases in chosen.items():
+        for case in cases:
+            if case.key not in seen:
+                seen.add(case.key)
+                first = case is cases[0] or suite == "single"
+                names = names_for(suite, first, options.settings.device)
+                yield suite, case, list(options.only) or names
 
 
 def run(options: Options) -> Results:
@@ -97,6 +100,8 @@ class _Measurement:
     ) -> None:
         self.case, self.names, self.options, self.results = case, names, options, results
         self.settings = options.settings
+        if suite in SWEEPS:  # many cases, of which the trend matters
+            self.settings = self.settings._replace(budget=self.settings.budget / 2)
         self.cuda = options.settings.device.startswith("cuda")
         self.common = {
             **machine,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import verify
-from .cases import SUITES, Case, Problem, is_sweep
+from .cases import SUITES, Case, Problem
 from .machine import synchronise
 from .measure import run_once
 from .providers import Provider, names_for, providers
@@ -34,7 +34,7 @@ def parameters() -> Iterator[Any]:
             if case.key in seen:
                 continue
             seen.add(case.key)
-            for name in names_for(is_sweep(suite)):
+            for name in names_for(suite, case is cases[0], DEVICE):
                 yield pytest.param(case, name, id=f"{suite}-{name}-{case.key}")
 
 

@@ -206,9 +206,11 @@ def test_stream_survives_the_child(function, timeout, kind, message):
 
 
 def test_rounds_follow_the_budget():
-    settings = Settings("cpu", 1, 4.0, 25, False)
+    settings = Settings("cpu", 1, 2.0, 25, False)
     assert rounds_for(0.001, settings) == 25
-    assert rounds_for(0.5, settings) == 8
+    assert rounds_for(0.3, settings) == 6
+    assert rounds_for(1, settings) == 5
+    assert rounds_for(3, settings) == 3
     assert rounds_for(100, settings) == 2
 
 
@@ -226,8 +228,12 @@ def test_csv_round_trip_and_replacement(tmp_path):
 
 
 def test_each_case_is_planned_once():
-    cases = [case.key for _, case, _ in plan(Options("x", SETTINGS._replace(quick=False), SUITES))]
-    assert len(cases) == len(set(cases))
+    full = list(plan(Options("x", SETTINGS._replace(quick=False), SUITES)))
+    cases = {case.key: names for _, case, names in full}
+    assert len(cases) == len(full)
+    assert set(cases[PAPER.key]) == set(providers())
+    assert "keops" not in cases[SUITES["paper"][1].key]
+    assert set(AVAILABLE) <= set.intersection(*map(set, cases.values()))
     assert PAPER.key in cases
     assert DESK.key in cases
     chosen = plan(Options("x", SETTINGS, only=["naive"]))
