@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from . import backends as _backends
 from .backends import BackendStatus
@@ -137,9 +136,12 @@ def wla_set_loss(
     loss = loss.squeeze(0)
     if reduction == "none":
         return loss
-    weights = pairs.to(loss.device, loss.dtype, non_blocking=True)
+    # Shares are taken in the weights' own precision: a small weight must not vanish in fp32.
+    weights = pairs.to(loss.device, non_blocking=True)
+    weights = weights.to(torch.promote_types(weights.dtype, loss.dtype))
     total = weights.sum()
-    return (weights * loss).sum() / torch.where(total > 0, total, 1)
+    shares = weights / torch.where(total > 0, total, 1)
+    return (shares.to(loss.dtype) * loss).sum()
 
 
 @torch.no_grad()
@@ -201,7 +203,9 @@ def gp_loss(embeddings: Tensor, positives: Tensor, temperature: float = 0.1) -> 
     # fp32 at least, whatever the input and the autocast state: exp(cos/τ) overflows in half.
     with without_autocast(embeddings.device.type):
         wide = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
-        unit = F.normalize(wide, dim=1)
+        norm = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
+        # As for features, a vector at or below EPS gets no gradient, where F.normalize gives 1/EPS.
+        unit = torch.where(norm <= EPS, 0, wide / norm.clamp_min(EPS))
         logits = unit @ unit.T / temperature
         itself = torch.eye(len(unit), dtype=torch.bool, device=unit.device)
         positives = positives.to(unit.device) & ~itself

@@ -43,6 +43,7 @@ def slice_pairs(volume: Tensor, index: Tensor, num_slices: Tensor, t: float) -> 
             "each index must be in [0, num_slices), "
             f"got index {index.tolist()} with num_slices {num_slices.tolist()}"
         )
+    index = index.long()  # differences of unsigned integers would wrap around
     near = (index[:, None] - index[None, :]).abs() < t * num_slices.double()[:, None]
     return near & (volume[:, None] == volume[None, :]) & _others(volume)
 

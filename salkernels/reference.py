@@ -266,5 +266,9 @@ def _selection(weight: Tensor, match: Tensor, slots: Tensor, chunk: Chunk, pixel
 
 
 def _through_norm(total: Tensor, unit: Tensor, inv_norm: Tensor) -> Tensor:
-    """Gradient of x from that of x / ‖x‖: the part along x̂ drops out."""
-    return (total - (unit * total).sum(dim=-1, keepdim=True) * unit) * inv_norm
+    """Gradient of x from that of x / ‖x‖: the part along x̂ drops out.
+
+    A pixel that no pair touches has V = 0 and no gradient, be its features NaN.
+    """
+    grad = (total - (unit * total).sum(dim=-1, keepdim=True) * unit) * inv_norm
+    return torch.where((total == 0).all(dim=-1, keepdim=True), 0, grad)

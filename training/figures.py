@@ -280,7 +280,10 @@ def _match_row(
     orientation = cache.config.orientation
     for axes, image, title in zip(row[:2], pair[:, 0], ("slice 1", "slice 2"), strict=True):
         _image(axes, image.numpy(), cache)
-        for line in np.arange(0, side + 1, window) * pixel - 0.5:
+        borders = np.append(np.arange(0, side, window), side) * pixel - 0.5
+        if orientation == "RAS":
+            borders = pair.shape[-1] - 1 - borders
+        for line in borders:
             axes.axhline(line, color="w", lw=0.3, alpha=0.5)
             axes.axvline(line, color="w", lw=0.3, alpha=0.5)
         axes.set_title(f"{title} ({label})" if title == "slice 1" else title, fontsize=9)

@@ -25,7 +25,7 @@ _DESK = {
     "crop": 96,
     "model.width": 16,
 }
-# Resolution, width and schedule of the PCL code; the phantom and the desk keep its proportions.
+# Resolution, width, batch and rate of the PCL code, whose 300 epochs over ACDC are 18,000 steps.
 _ACDC = {
     "preprocess.spacing": 1.37,
     "preprocess.unknown_zoom": 1.0,

@@ -1,0 +1,147 @@
+"""The registry: names, order, reasons, and that the chosen backend is the one that runs."""
+
+from __future__ import annotations
+
+import importlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import salkernels
+from salkernels import reference
+from salkernels.backends._absent import Absent
+
+# `import salkernels.backends as ...` would give the public function of that name.
+backends = importlib.import_module("salkernels.backends")
+
+X, Y = torch.randn(2, 2, 3, 4, 5)
+PAIRS = torch.tensor([[False, True], [True, False]])
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """A backend in front of all others that refuses maps of odd height and counts its calls."""
+    calls = []
+
+    def forward(*args):
+        calls.append("forward")
+        return reference.pair_losses_forward(*args)
+
+    def backward(*args):
+        calls.append("backward")
+        return reference.pair_losses_backward(*args)
+
+    def can_run(query, key, window):
+        return "the height is odd" if query.shape[-2] % 2 else None
+
+    module = SimpleNamespace(
+        status=lambda: None,
+        can_run=can_run,
+        pair_losses_forward=forward,
+        pair_losses_backward=backward,
+        calls=calls,
+    )
+    monkeypatch.setattr(backends, "BACKENDS", {"fake": module, **backends.BACKENDS})
+    return module
+
+
+CALLS = {
+    "wla": lambda x, **settings: salkernels.wla_loss(x, Y[:, :, : x.shape[2]], 2, **settings),
+    "la": lambda x, **settings: salkernels.la_loss(x, Y[:, :, : x.shape[2]], **settings),
+    "set": lambda x, **settings: salkernels.wla_set_loss(x, PAIRS, 2, **settings),
+    "sal": lambda x, **settings: (
+        salkernels.sal_loss(
+            x, torch.eye(2), *torch.tensor([[0, 0], [1, 2], [9, 9]]), 2, **settings
+        ).loss
+    ),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_the_first_that_can_run_is_used_forward_and_backward(call, fake):
+    x = X.clone().requires_grad_()
+    call(x).backward()
+    assert fake.calls == ["forward", "backward"]
+    expected = X.clone().requires_grad_()
+    call(expected, backend="reference").backward()
+    assert fake.calls == ["forward", "backward"]
+    assert torch.equal(x.grad, expected.grad)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_a_refusal_falls_back_in_silence_but_not_for_a_name(call, fake):
+    odd = X[:, :, :3].clone().requires_grad_()
+    call(odd).backward()
+    assert fake.calls == []
+    with pytest.raises(RuntimeError, match=r"'fake' cannot run this input: the height is odd"):
+        call(odd, backend="fake")
+
+
+def test_modules_hand_on_the_backend(fake):
+    salkernels.WLALoss(2, backend="reference")(X, Y)
+    assert fake.calls == []
+    salkernels.WLALoss(2, backend="fake")(X, Y)
+    salkernels.align(X, Y, 2, backend="fake")
+    ids = torch.tensor([[0, 0], [1, 2], [9, 9]])
+    salkernels.SALLoss(2, backend="fake")(X, torch.eye(2), *ids)
+    assert fake.calls == ["forward"] * 3
+
+
+def test_explain_reports_the_reason_for_this_input(fake):
+    even, odd = salkernels.explain(X), salkernels.explain(X[:, :, :3], Y[:, :, :3], (1, 2))
+    assert even[0].name == odd[0].name == "fake"
+    assert even[0].available
+    assert not odd[0].available
+    assert odd[0].reason == "the height is odd"
+    assert "the height is odd" in str(odd[0])
+    assert "available" in str(even[0])
+
+
+def test_backends_come_in_the_order_of_preference(fake):
+    names = [status.name for status in salkernels.backends()]
+    assert names == ["fake", "cuda", "triton", "cpu", "reference"]
+    assert salkernels.backends()[0].available  # on the machine; an input may still be refused
+
+
+def test_the_reference_runs_always(device):
+    statuses = {status.name: status for status in salkernels.backends()}
+    assert statuses["reference"].available
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        x = torch.ones(1, 2, 3, 5, device=device, dtype=dtype)
+        assert salkernels.explain(x, x, (3, 5))[-1].available
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(ValueError, match="unknown backend 'gpu'") as caught:
+        salkernels.wla_loss(X, Y, 2, backend="gpu")
+    assert all(name in str(caught.value) for name in backends.BACKENDS)
+
+
+def test_a_missing_backend_says_why():
+    for name, backend in backends.BACKENDS.items():
+        reason = backend.status()
+        if reason is None:
+            continue
+        with pytest.raises(RuntimeError, match=f"'{name}' cannot run this input") as caught:
+            salkernels.wla_loss(X, Y, 2, backend=name)
+        assert "backend=None" in str(caught.value)
+        assert (backend.can_run(X, Y, (2, 2)) or reason) in str(caught.value)
+
+
+def test_no_backend_at_all(monkeypatch):
+    left = {"cuda": Absent("no GPU here")}
+    monkeypatch.setattr(backends, "BACKENDS", left)
+    with pytest.raises(RuntimeError, match="no backend can run this input"):
+        salkernels.wla_loss(X, Y, 2)
+
+
+def test_the_operator_itself_refuses_an_unknown_backend():
+    with pytest.raises(ValueError, match="unknown backend"):
+        torch.ops.salkernels.pair_losses(X[:, None], Y[:, None], None, [2, 2], 1e-12, 2, "gpu")
+
+
+def test_too_little_capacity_is_an_error(backend):
+    mask = torch.ones(1, 2, 2, dtype=torch.bool)
+    with pytest.raises((ValueError, RuntimeError), match="capacity is 3"):
+        torch.ops.salkernels.pair_losses(X[None], None, mask, [2, 2], 1e-12, 3, backend)

@@ -1,0 +1,189 @@
+"""Gradients: finite differences in fp64, the upstream gradient, and how autograd may be used.
+
+That gradients are right element by element and as vectors is tested in test_parity.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import EPS, F64, MASKS
+from compare import assert_gradient, skip_unless_runs, tolerance_for
+from torch.autograd import gradcheck
+from torch.utils.checkpoint import checkpoint
+
+import salkernels
+
+# Full gradcheck moves one number at a time; fast mode a random mixture of all of them at once.
+WINDOWS = [((2, 2), False), ((1, 1), True), ((3, 2), True), ((3, 3), True)]
+
+
+def maps(*shape, device="cpu", dtype=F64):
+    return torch.randn(*shape, dtype=dtype, device=device).requires_grad_()
+
+
+@pytest.mark.parametrize(("window", "fast"), WINDOWS)
+def test_gradcheck_pairwise(window, fast, backend, device):
+    x, y = maps(2, 2, 3, 3, device=device), maps(2, 2, 3, 3, device=device)
+    skip_unless_runs(backend, x, y, window)
+
+    def losses(x, y):
+        settings = {"backend": backend}
+        return (
+            salkernels.wla_loss(x, y, window, **settings),
+            salkernels.wla_loss(x, y, window, reduction="none", **settings),
+        )
+
+    gradcheck(losses, (x, y), fast_mode=fast)
+
+
+def test_gradcheck_la(backend, device):
+    x, y = maps(2, 2, 3, 3, device=device), maps(2, 2, 3, 3, device=device)
+    skip_unless_runs(backend, x, y, (3, 3))
+    gradcheck(lambda x, y: salkernels.la_loss(x, y, backend=backend), (x, y))
+
+
+@pytest.mark.parametrize(("window", "fast"), WINDOWS)
+@pytest.mark.parametrize("mask", ["others", "band", "holes", "one"])
+def test_gradcheck_set(window, fast, mask, backend, device):
+    # Not the diagonal: there the loss is at a kink, |1 - m| at m = 1, and rounding picks a side.
+    pairs = (MASKS[mask](3) & MASKS["others"](3)).to(device)
+    features = maps(3, 2, 3, 3, device=device)
+    skip_unless_runs(backend, features, None, window)
+    gradcheck(
+        lambda f: salkernels.wla_set_loss(f, pairs, window, backend=backend),
+        (features,),
+        fast_mode=fast or mask != "holes",
+    )
+
+
+def test_gradcheck_set_of_features_and_weights(backend, device):
+    features = maps(3, 2, 2, 3, device=device)
+    skip_unless_runs(backend, features, None, (2, 2))
+    weights = torch.rand(3, 3, dtype=F64, device=device) + 0.1
+    weights = weights.fill_diagonal_(0.5).requires_grad_()
+    off_diagonal = ~torch.eye(3, dtype=torch.bool, device=device)
+
+    def loss(features, weights):
+        return salkernels.wla_set_loss(features, weights * off_diagonal, 2, backend=backend)
+
+    gradcheck(loss, (features, weights))
+
+
+def test_gradcheck_gp():
+    positives = torch.rand(5, 5) > 0.5
+    positives[3] = False
+    gradcheck(lambda e: salkernels.gp_loss(e, positives, 0.3), (maps(5, 4),))
+
+
+def test_gradcheck_sal():
+    features, embeddings = maps(4, 2, 2, 3), maps(4, 2)
+    volume = torch.tensor([0, 0, 1, 1])
+    index = torch.tensor([2, 3, 1, 1])
+    slices = torch.tensor([9, 9, 7, 7])
+
+    def losses(features, embeddings):
+        return tuple(
+            salkernels.sal_loss(features, embeddings, volume, index, slices, 2, lambda_=0.7)
+        )
+
+    gradcheck(losses, (features, embeddings))
+
+
+def test_upstream_gradient_scales_each_pair(backend, device):
+    x, y = maps(4, 3, 4, 5, device=device), maps(4, 3, 4, 5, device=device)
+    skip_unless_runs(backend, x, y, (2, 2))
+    loss = salkernels.wla_loss(x, y, 2, reduction="none", backend=backend)
+    ones = torch.autograd.grad(loss, (x, y), torch.ones_like(loss), retain_graph=True)
+    weights = torch.tensor([3.0, 0.0, -2.0, 1e-3], device=device, dtype=F64)
+    scaled = torch.autograd.grad(loss, (x, y), weights)
+    for one, actual in zip(ones, scaled, strict=True):
+        assert_gradient(actual, one * weights.view(-1, 1, 1, 1), tolerance_for(F64))
+
+
+def test_backward_twice_gives_the_same_and_accumulates(backend, device):
+    features = maps(4, 3, 4, 5, device=device, dtype=torch.float32)
+    skip_unless_runs(backend, features, None, (2, 2))
+    pairs = MASKS["others"](4).to(device)
+    loss = salkernels.wla_set_loss(features, pairs, 2, backend=backend)
+    loss.backward(retain_graph=True)
+    first = features.grad.clone()
+    loss.backward()
+    assert torch.equal(features.grad, 2 * first)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_only_one_side_needs_a_gradient(backend, device):
+    x, y = maps(2, 3, 4, 5, device=device), maps(2, 3, 4, 5, device=device)
+    skip_unless_runs(backend, x, y, (2, 2))
+    both = torch.autograd.grad(salkernels.wla_loss(x, y, 2, backend=backend), (x, y))
+    only_x = torch.autograd.grad(salkernels.wla_loss(x, y.detach(), 2, backend=backend), x)
+    only_y = torch.autograd.grad(salkernels.wla_loss(x.detach(), y, 2, backend=backend), y)
+    assert torch.equal(only_x[0], both[0])
+    assert torch.equal(only_y[0], both[1])
+    assert not salkernels.wla_loss(x.detach(), y.detach(), 2, backend=backend).requires_grad
+
+
+def test_one_tensor_on_both_sides_gets_the_sum(backend, device):
+    x = maps(3, 3, 4, 5, device=device)
+    skip_unless_runs(backend, x, x, (2, 2))
+    (grad,) = torch.autograd.grad(salkernels.wla_loss(x, x.roll(1, 0), 2, backend=backend), x)
+    ring = torch.eye(3, dtype=torch.bool, device=device).roll(-1, 1)  # i queries i - 1
+    (expected,) = torch.autograd.grad(salkernels.wla_set_loss(x, ring, 2, backend=backend), x)
+    assert_gradient(60 * grad, 60 * expected, tolerance_for(F64))
+
+
+def test_without_grad_mode_no_graph_is_kept(backend, device):
+    x = maps(2, 3, 4, 5, device=device)
+    skip_unless_runs(backend, x, x, (2, 2))
+    expected = salkernels.wla_loss(x, x.flip(0), 2, backend=backend)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            loss = salkernels.wla_loss(x, x.flip(0), 2, backend=backend)
+        assert not loss.requires_grad
+        assert torch.equal(loss, expected)
+
+
+def test_inputs_are_not_changed(backend, device):
+    x, y = maps(2, 3, 4, 5, device=device), maps(2, 3, 4, 5, device=device)
+    skip_unless_runs(backend, x, y, (2, 2))
+    before = x.detach().clone(), y.detach().clone()
+    salkernels.wla_loss(x, y, 2, backend=backend).backward()
+    assert torch.equal(x, before[0])
+    assert torch.equal(y, before[1])
+
+
+@pytest.mark.parametrize("changed", ["features", "pairs"])
+def test_an_input_edited_before_backward_is_an_error(changed, backend, device):
+    features, pairs = maps(3, 3, 4, 5, device=device), MASKS["others"](3).to(device)
+    skip_unless_runs(backend, features, None, (2, 2))
+    hidden = features * 1
+    loss = salkernels.wla_set_loss(hidden, pairs, 2, backend=backend)
+    with torch.no_grad():
+        (hidden if changed == "features" else pairs).zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_activation_checkpointing(backend, device):
+    x, y = maps(2, 3, 4, 5, device=device), maps(2, 3, 4, 5, device=device)
+    skip_unless_runs(backend, x, y, (2, 2))
+
+    def loss(x, y):
+        return salkernels.wla_loss(x, y, 2, backend=backend)
+
+    expected = torch.autograd.grad(loss(x, y), (x, y))
+    actual = torch.autograd.grad(checkpoint(loss, x, y, use_reentrant=False), (x, y))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_second_derivative_is_an_error(backend, device):
+    x, y = maps(2, 3, 4, 5, device=device), maps(2, 3, 4, 5, device=device)
+    skip_unless_runs(backend, x, y, (2, 2))
+    loss = salkernels.wla_loss(x, y, 2, eps=EPS, backend=backend)
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    (plain,) = torch.autograd.grad(salkernels.wla_loss(x, y, 2, backend=backend), x)
+    assert torch.equal(grad, plain)
+    with pytest.raises(RuntimeError, match="differentiable once only"):
+        grad.square().sum().backward()

@@ -1,0 +1,121 @@
+"""Every backend that can run, on one table of cases, against the slow float64 oracle."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from cases import CASES, F64, Case, oracle
+from compare import (
+    DEVICES,
+    assert_gradient,
+    assert_values,
+    clear_pixels,
+    skip_unless_runs,
+    tolerance_for,
+    upstream,
+)
+
+import salkernels
+
+
+@cache
+def pairwise_oracle(case: Case):
+    """(B,) losses, both gradients for `upstream`, and (B, H, W) max_sim, argmax and margin."""
+    x, y = case.features().double().detach(), case.features(stream=1).double().detach()
+    x.requires_grad_()
+    y.requires_grad_()
+    rows = [oracle(x[b], y[b], case.window, case.eps) for b in range(case.samples)]
+    loss = torch.stack([row.loss for row in rows])
+    grads = torch.autograd.grad(loss, (x, y), upstream(loss.shape, case.height, case.width))
+    stacks = [torch.stack([row[i] for row in rows]) for i in (1, 2, 3)]
+    return loss.detach(), grads, *stacks
+
+
+@cache
+def set_oracle(case: Case):
+    """(S, S) losses, the gradient for `upstream`, and (P, H, W) margin of the pairs."""
+    features = case.features().double().detach().requires_grad_()
+    pairs = case.pairs()
+    loss = torch.zeros(pairs.shape, dtype=F64)
+    margins = [torch.full((1, case.height, case.width), torch.inf, dtype=F64)]
+    for i, j in pairs.nonzero().tolist():
+        row = oracle(features[i], features[j], case.window, case.eps)
+        loss = torch.index_put(loss, (torch.tensor(i), torch.tensor(j)), row.loss)
+        margins.append(row.margin[None])
+    weights = upstream(loss.shape, case.height, case.width)
+    total = (loss * weights).sum() + 0 * features.sum()  # without a pair: a gradient of zeros
+    return loss.detach(), torch.autograd.grad(total, features)[0], torch.cat(margins)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_pairwise(case, backend, device):
+    x, y = case.features(device), case.features(device, stream=1)
+    skip_unless_runs(backend, x, y, case.window)
+    tolerance = tolerance_for(case.dtype)
+    settings = {"eps": case.eps, "backend": backend}
+    loss = salkernels.wla_loss(x, y, case.window, reduction="none", **settings)
+    expected, expected_grads, expected_sim, expected_argmax, margin = pairwise_oracle(case)
+    assert loss.dtype == (F64 if case.dtype == F64 else torch.float32)
+    assert_values(loss, expected, tolerance.value, "loss")
+
+    weights = upstream(loss.shape, case.height, case.width).to(loss)
+    grads = torch.autograd.grad(loss, (x, y), weights)
+    clear = clear_pixels(margin, case.window, tolerance.margin)
+    for name, actual, wanted in zip("xy", grads, expected_grads, strict=True):
+        assert actual.dtype == case.dtype
+        assert_gradient(actual.cpu()[..., clear], wanted[..., clear], tolerance, f"grad of {name}")
+
+    max_sim, argmax = salkernels.align(x, y, case.window, **settings)
+    assert_values(max_sim, expected_sim, tolerance.value, "max_sim")
+    assert_values(argmax.cpu()[:, clear], expected_argmax[:, clear], 0, "argmax")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_set(case, backend, device):
+    features, pairs = case.features(device), case.pairs(device)
+    skip_unless_runs(backend, features, None, case.window)
+    tolerance = tolerance_for(case.dtype)
+    loss = salkernels.wla_set_loss(
+        features, pairs, case.window, reduction="none", eps=case.eps, backend=backend
+    )
+    expected, expected_grad, margin = set_oracle(case)
+    assert loss.dtype == (F64 if case.dtype == F64 else torch.float32)
+    assert_values(loss, expected, tolerance.value, "loss")
+    assert (loss[~pairs] == 0).all()
+
+    weights = upstream(loss.shape, case.height, case.width).to(loss)
+    (grad,) = torch.autograd.grad(loss, features, weights)
+    assert grad.dtype == case.dtype
+    clear = clear_pixels(margin, case.window, tolerance.margin)
+    assert_gradient(grad.cpu()[..., clear], expected_grad[..., clear], tolerance, "grad")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.mask != "none"], ids=str)
+def test_means(case, backend, device):
+    """The two reductions over pairs, bool and weighted, against the oracle's losses."""
+    x, y = case.features(device), case.features(device, stream=1)
+    skip_unless_runs(backend, x, y, case.window)
+    skip_unless_runs(backend, x, None, case.window)
+    atol = tolerance_for(case.dtype).value
+    settings = {"eps": case.eps, "backend": backend}
+    mean = salkernels.wla_loss(x, y, case.window, **settings)
+    assert_values(mean, pairwise_oracle(case)[0].mean(), atol, "pairwise mean")
+
+    losses, pairs = set_oracle(case)[0], case.pairs()
+    mean = salkernels.wla_set_loss(x, pairs.to(device), case.window, **settings)
+    assert_values(mean, losses[pairs].mean(), atol, "set mean")
+    weights = torch.rand(pairs.shape, dtype=F64) * pairs
+    mean = salkernels.wla_set_loss(x, weights.to(device), case.window, **settings)
+    assert_values(mean, (weights * losses).sum() / weights.sum(), atol, "weighted mean")
+
+
+def test_some_case_runs(backend):
+    """A backend that is available but refuses every case would skip its way to green."""
+    reasons = set()
+    for device in DEVICES:
+        for case in CASES:
+            statuses = salkernels.explain(case.features(device), None, case.window)
+            reasons |= {status.reason for status in statuses if status.name == backend}
+    assert None in reasons, f"{backend} runs no case at all: {reasons}"
