@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types format clean
+.PHONY: help install demo test bench lint types format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -26,6 +26,12 @@ demo: $(STAMP)  ## phantom data -> SAL pre-training -> fine-tuning with and with
 
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest
+
+bench: $(STAMP)  ## time the loss against its peers (about 15 minutes on a quiet machine)
+	$(BIN)/python -m pip install --quiet -e ".[bench]"
+	$(BIN)/python -m benchmarks --suites paper desk sweeps
+	$(BIN)/python -m benchmarks overhead
+	$(BIN)/python -m benchmarks training
 
 lint: $(STAMP)  ## check format and style
 	$(BIN)/ruff format --check .

@@ -133,8 +133,10 @@ def wla_set_loss(
     # Asynchronous to a GPU only: from one, values could be read before they arrive.
     to_gpu = pairs.device.type == "cpu"
     mask = mask.to(features.device, non_blocking=to_gpu)
-    loss, _, _ = pair_losses(features[None], None, mask[None], window, eps, capacity, name)
-    loss = loss[0]
+    loss, _, _ = pair_losses(
+        features.unsqueeze(0), None, mask.unsqueeze(0), window, eps, capacity, name
+    )
+    loss = loss.squeeze(0)
     if reduction == "none":
         return loss
     # Shares are taken in the weights' own precision: a small weight must not vanish in fp32.
@@ -308,8 +310,11 @@ def _pairwise(
     """Each pair is a group of one query and one key: loss (B,), argmax and max_sim (B, H, W)."""
     check_finite_number("eps", eps, above=0.0)
     name = _backends.select(backend, x, y, window)
-    loss, argmax, max_sim = pair_losses(x[:, None], y[:, None], None, window, eps, x.shape[0], name)
-    return loss[:, 0, 0], argmax, max_sim
+    # Views whose gradients are views: indexing would copy into zeros on the way back.
+    loss, argmax, max_sim = pair_losses(
+        x.unsqueeze(1), y.unsqueeze(1), None, window, eps, x.shape[0], name
+    )
+    return loss.reshape(-1), argmax, max_sim
 
 
 def _mean(loss: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from . import reference
+from . import cpu, reference
 from ._absent import Absent
 
 
@@ -54,7 +54,7 @@ class Backend(Protocol):
 BACKENDS: dict[str, Backend] = {
     "cuda": Absent("the CUDA C++ kernels are not part of this version of salkernels"),
     "triton": Absent("the Triton kernels are not part of this version of salkernels"),
-    "cpu": Absent("the C++ kernel for CPUs is not part of this version of salkernels"),
+    "cpu": cpu,
     "reference": reference,
 }
 

@@ -1,0 +1,181 @@
+"""The loss's share of a pre-training step at the scale of the `desk` preset, backend by backend.
+
+A step is encoder, heads, loss, backward and optimiser on 2n = 32 views of 96 x 96 pixels; reading
+and augmenting slices is left out, since it overlaps or depends on the disk. The share is the time
+of the alignment loss alone, forward and backward on the same features, over that of the step.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from salkernels import SALTerms, backends, gp_loss, positional_positives, slice_pairs
+
+from .cases import THRESHOLD, Problem
+from .machine import describe, synchronise
+from .measure import Settings, run_once
+from .providers import Provider, providers
+from .report import MACHINE, Results, Row, number
+from .verify import BOUNDS
+
+COLUMNS = (
+    "loss", "window", "step_ms", "step_p20_ms", "step_p80_ms", "alignment_ms", "share_percent",
+    "status", "reason", *MACHINE,
+)  # fmt: skip
+SLICES, CROP, WIDTH = 16, 96, 16  # n, pixels and first level of the preset `desk`
+EXTRA = ("naive", "gram")  # what the step would cost without this package
+
+
+class AlignedBy(nn.Module):
+    """SAL's loss (Eq. 3, λ = 1) with the alignment term of any provider."""
+
+    def __init__(self, provider: Provider, window: int) -> None:
+        super().__init__()
+        self.provider, self.window = provider, window
+
+    def forward(
+        self,
+        features: Tensor,  # (S, C, H, W)
+        embeddings: Tensor,  # (S, D)
+        volume: Tensor,  # (S,)
+        index: Tensor,  # (S,)
+        num_slices: Tensor,  # (S,)
+    ) -> SALTerms:
+        gp = gp_loss(embeddings, positional_positives(index.double() / num_slices, THRESHOLD))
+        pairs = slice_pairs(volume, index, num_slices, THRESHOLD)
+        la = self.provider.run(problem_of(features, pairs, self.window))
+        return SALTerms(gp + la, gp, la)
+
+
+def problem_of(features: Tensor, pairs: Tensor, window: int) -> Problem:
+    query, key = pairs.nonzero(as_tuple=True)
+    return Problem(features, pairs.cpu(), query, key, window)
+
+
+class Step:
+    """A pre-training step on random views; the same weights and views for every loss."""
+
+    def __init__(self, loss: nn.Module, settings: Settings, window: int, quick: bool) -> None:
+        from salkernels.training.methods import SAL, SALConfig, Views
+        from salkernels.training.models import UNetConfig
+
+        torch.manual_seed(0)
+        slices, crop, width = (4, 32, 4) if quick else (SLICES, CROP, WIDTH)
+        model = UNetConfig(width=width, depth=4 if quick else 5)
+        method = SAL(model, SALConfig(window_size=window))
+        method.loss = loss
+        device = torch.device(settings.device)
+        self.method = method.to(device, memory_format=torch.channels_last)
+        half = torch.arange(slices // 2)
+        samples = {
+            "volume": torch.tensor([0, 1]).repeat_interleave(slices // 2),
+            "slice_index": half.repeat(2),
+            "num_slices": torch.full((slices,), slices // 2),
+        }
+        columns = {name: column.repeat(2).to(device) for name, column in samples.items()}
+        images = torch.randn(2 * slices, 1, crop, crop).to(device)
+        self.views = Views(images.contiguous(memory_format=torch.channels_last), **columns)
+        self.optimiser = torch.optim.SGD(self.method.parameters(), lr=0.01, momentum=0.9)
+
+    def __call__(self) -> Tensor:
+        self.optimiser.zero_grad()
+        loss: Tensor = self.method(self.views).loss
+        loss.backward()
+        self.optimiser.step()
+        return loss.detach()
+
+    def problem(self, window: int) -> Problem:
+        """The alignment loss's own input in this step."""
+        with torch.no_grad():
+            features = self.method(self.views).maps["embedding"]
+        v = self.views
+        pairs = slice_pairs(v.volume, v.slice_index, v.num_slices, THRESHOLD)
+        return problem_of(features.detach().requires_grad_(), pairs, window)
+
+
+def measure_training(label: str, settings: Settings, folder: Path, window: int = 2) -> str:
+    """Writes `<label>-training.csv` and returns the table."""
+    torch.set_num_threads(settings.threads)
+    chosen = [*EXTRA, *(f"salkernels-{status.name}" for status in backends() if status.available)]
+    found = {name: providers()[name] for name in chosen}
+    steps = {
+        name: Step(AlignedBy(provider, window), settings, window, settings.quick)
+        for name, provider in found.items()
+    }
+    problem = next(iter(steps.values())).problem(window)
+    # The first step of each starts from the same weights: its loss must be the same.
+    first = {name: float(step()) for name, step in steps.items()}
+    expected = first["salkernels-reference"]
+    good = [
+        name for name in chosen if abs(first[name] - expected) <= BOUNDS["float32"].loss * expected
+    ]
+    times: dict[tuple[str, str], list[float]] = {}
+    order = [(name, what) for name in good for what in ("step", "alignment")]
+    for index in range(2 if settings.quick else 20):
+        random.Random(index).shuffle(order)
+        for name, what in order:
+            alone = functools.partial(run_once, found[name], problem, "both")
+            run: Callable[[], object] = steps[name] if what == "step" else alone
+            times.setdefault((name, what), []).append(_seconds(run, settings.device))
+    machine = describe(settings.device, settings.threads)
+    rows = []
+    for name in chosen:
+        row = {**machine, "loss": name, "window": str(window)}
+        if name in good:
+            rows.append({**row, **_figures(times[name, "step"], times[name, "alignment"])})
+        else:
+            reason = f"first loss {first[name]:.6g}, expected {expected:.6g}"
+            rows.append({**row, "status": "wrong", "reason": reason})
+    results = Results(folder / f"{label}-training.csv", COLUMNS, ("loss", "window"))
+    results.add(rows)
+    table = _table(rows, problem)
+    results.path.with_suffix(".md").write_text(table)
+    return table
+
+
+def _seconds(run: Callable[[], object], device: str) -> float:
+    synchronise(device)
+    start = time.perf_counter()
+    run()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def _figures(step: list[float], alignment: list[float]) -> Row:
+    low, middle, high = (float(q) * 1e3 for q in np.quantile(step, (0.2, 0.5, 0.8)))
+    alone = float(np.median(alignment)) * 1e3
+    return {
+        "step_ms": number(middle),
+        "step_p20_ms": number(low),
+        "step_p80_ms": number(high),
+        "alignment_ms": number(alone),
+        "share_percent": number(100 * alone / middle),
+        "status": "ok",
+    }
+
+
+def _table(rows: list[Row], problem: Problem) -> str:
+    shape = " x ".join(str(extent) for extent in problem.features.shape)
+    lines = [
+        f"Step of pre-training, alignment loss on {shape}, window {problem.window}, "
+        f"{len(problem.query)} pairs; {rows[0]['processor']}, {rows[0]['threads']} threads, "
+        f"torch {rows[0]['torch']}, commit {rows[0]['commit']}.\n",
+        "| loss | step ms (20–80 %) | alignment loss alone ms | share of the step |",
+        "| :-- | --: | --: | --: |",
+    ]
+    lines += [
+        f"| {row['loss']} | {row['step_ms']} ({row['step_p20_ms']}–{row['step_p80_ms']}) "
+        f"| {row['alignment_ms']} | {row['share_percent']} % |"
+        if row["status"] == "ok"
+        else f"| {row['loss']} | {row['status']}: {row['reason']} | | |"
+        for row in rows
+    ]
+    return "\n".join(lines) + "\n"

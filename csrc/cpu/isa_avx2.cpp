@@ -1,0 +1,22 @@
+// The kernels for x86-64-v3: AVX2, FMA, F16C.
+#include "problem.h"
+
+#ifdef SALKERNELS_X86_LEVELS
+#include "kernel_includes.h"
+
+// Only what follows is compiled for the newer processor: library headers above must not be, since
+// the linker could then take their inline functions for everyone.
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("arch=x86-64-v3"))), apply_to = function)
+#else
+#pragma GCC target("arch=x86-64-v3")
+#endif
+
+#define SALKERNELS_ISA avx2
+#define SALKERNELS_VECTOR_BYTES 32
+#include "kernels.h"
+
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,405 @@
+// Forward: Gram products of packed rows, row by row maxima and where they lie.
+
+// Key rows (or query rows, in reverse) whose products are held at a time: 2 x 16 KB in fp32.
+constexpr int64_t kBlock = 64;
+constexpr int64_t kForwardStride = 2 * kBlock;      // query pixels are padded to whole row groups
+constexpr int64_t kReverseStride = kBlock + 16;
+constexpr int64_t kKeyColumns = 4;                  // key rows per register block
+
+// How many query rows a register block takes: the accumulators must stay in registers.
+template <class T>
+static inline int row_group(int64_t rows) {
+  constexpr int limit = SALKERNELS_VECTOR_BYTES == 64 ? 4 : 3;
+  int chosen = 1;
+  int64_t cost = -1;
+  for (int group = limit; group >= 1; --group) {
+    // Loads and products of one register block, in units of one product.
+    const int64_t blocks = (rows + group - 1) / group;
+    const int64_t price = blocks * (group * kKeyColumns + (group == 1 ? 4 : group == 2 ? 1 : 0));
+    if (cost < 0 || price < cost) {
+      cost = price;
+      chosen = group;
+    }
+  }
+  return chosen;
+}
+
+// Sums of products of `Rows` query rows with four key rows, row-major; whole registers are written.
+template <class T, int Rows>
+static inline void dot_block(const T* const* query, const T* const* key, int64_t width, T* out) {
+  constexpr int W = kLanes<T>, N = Rows * int(kKeyColumns);
+  Vec<T> sum[(N + W - 1) / W * W] = {};
+  const T* q[Rows];
+  for (int i = 0; i < Rows; ++i) q[i] = query[i];
+  const T *k0 = key[0], *k1 = key[1], *k2 = key[2], *k3 = key[3];
+  for (int64_t c = 0; c < width; c += W) {
+    const Vec<T> b0 = load<T>(k0 + c), b1 = load<T>(k1 + c);
+    const Vec<T> b2 = load<T>(k2 + c), b3 = load<T>(k3 + c);
+    for (int i = 0; i < Rows; ++i) {
+      const Vec<T> a = load<T>(q[i] + c);
+      sum[4 * i + 0] += a * b0;
+      sum[4 * i + 1] += a * b1;
+      sum[4 * i + 2] += a * b2;
+      sum[4 * i + 3] += a * b3;
+    }
+  }
+  for (int i = 0; i < N; i += W) store<T>(out + i, sum_lanes<T>(sum + i));
+}
+
+// The products of a block of query rows with a list of key rows, in the two layouts that let the
+// maxima run down the rows with query (or key) pixels along the lanes.
+template <class T>
+struct SimBlock {
+  T* forward;  // [key pixel][query pixel of each key sample]
+  T* reverse;  // [query pixel][key row]
+  int64_t forward_stride, reverse_stride;
+  const T* key[kBlock + kKeyColumns];
+  int64_t forward_place[kBlock + kKeyColumns];  // where a key row's products go in `forward`
+  int64_t columns;
+
+  // Lists the rows of `samples` key samples; `pitch` is the padded number of query pixels.
+  void add_key(const T* rows, int64_t count, int64_t stride, int64_t first_lane) {
+    for (int64_t l = 0; l < count; ++l) {
+      key[columns] = rows + l * stride;
+      forward_place[columns++] = l * forward_stride + first_lane;
+    }
+  }
+  // Repeats the last row up to a whole register block: it is computed again and written again.
+  void fill_up() {
+    for (int64_t n = columns; n % kKeyColumns != 0; ++n) {
+      key[n] = key[columns - 1];
+      forward_place[n] = forward_place[columns - 1];
+    }
+  }
+
+  template <int Rows>
+  void compute(const T* query, int64_t rows, int64_t stride, int64_t width, bool need_reverse) {
+    alignas(SALKERNELS_VECTOR_BYTES) T out[16 + kLanes<T>];
+    for (int64_t p = 0; p < rows; p += Rows) {
+      const T* q[Rows];
+      for (int i = 0; i < Rows; ++i) q[i] = query + least(p + i, rows - 1) * stride;
+      for (int64_t n = 0; n < columns; n += kKeyColumns) {
+        dot_block<T, Rows>(q, key + n, width, out);
+        for (int i = 0; i < Rows; ++i) {
+          for (int j = 0; j < kKeyColumns; ++j) {
+            forward[forward_place[n + j] + p + i] = out[i * kKeyColumns + j];
+          }
+        }
+        if (!need_reverse) continue;
+        for (int i = 0; i < Rows; ++i) {
+          __builtin_memcpy(reverse + (p + i) * reverse_stride + n, out + i * kKeyColumns,
+                           kKeyColumns * sizeof(T));
+        }
+      }
+    }
+  }
+
+  void compute(int group, const T* query, int64_t rows, int64_t stride, int64_t width,
+               bool need_reverse) {
+    switch (group) {
+      case 1: return compute<1>(query, rows, stride, width, need_reverse);
+      case 2: return compute<2>(query, rows, stride, width, need_reverse);
+      case 3: return compute<3>(query, rows, stride, width, need_reverse);
+      default: return compute<4>(query, rows, stride, width, need_reverse);
+    }
+  }
+
+  static SimBlock allocate(Arena& arena) {
+    SimBlock block;
+    block.forward = arena.take<T>(kBlock * kForwardStride);
+    block.reverse = arena.take<T>((kBlock + 4) * kReverseStride);
+    return block;
+  }
+};
+
+// Lane-wise maximum down the rows. The first of equals is kept, and the first NaN wins for good.
+template <class T>
+static void running_max(const T* sims, int64_t rows, int64_t stride, int64_t lanes,
+                        int64_t first_index, T* best, Index<T>* where) {
+  constexpr int W = kLanes<T>;
+  for (int64_t n = 0; n < lanes; n += W) {
+    Vec<T> top;
+    IndexVec<T> place;
+    int64_t i = 0;
+    if (first_index == 0) {
+      top = load<T>(sims + n);
+      place = IndexVec<T>{};
+      i = 1;
+    } else {
+      top = load<T>(best + n);
+      __builtin_memcpy(&place, where + n, sizeof place);
+    }
+    for (; i < rows; ++i) {
+      const Vec<T> next = load<T>(sims + i * stride + n);
+      const IndexVec<T> take = ~(next <= top) & (top == top);
+      top = take ? next : top;
+      place = take ? IndexVec<T>{} + Index<T>(first_index + i) : place;
+    }
+    store<T>(best + n, top);
+    __builtin_memcpy(where + n, &place, sizeof place);
+  }
+}
+
+// Writes the maxima of pixels [first, first + count) of a window to the planes of one pair.
+template <class T, class I>
+static void put_pixels(const Problem& problem, int64_t pair, const Window& window, int64_t first,
+                       int64_t count, const T* best, const Index<T>* where) {
+  const Grid& grid = problem.grid;
+  const int64_t corner = pair * grid.pixels() + window.row * grid.width + window.column;
+  T* max_sim = static_cast<T*>(problem.max_sim) + corner;
+  I* argmax = static_cast<I*>(problem.argmax) + corner;
+  int64_t row = first / window.columns, column = first % window.columns;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t at = row * grid.width + column;
+    max_sim[at] = best[i];
+    argmax[at] = I(grid.nominal_offset(where[i], window.columns));
+    if (++column == window.columns) {
+      column = 0;
+      ++row;
+    }
+  }
+}
+
+template <class T>
+static inline void put(const Problem& problem, int64_t pair, const Window& window, int64_t first,
+                       int64_t count, const T* best, const Index<T>* where) {
+  if (problem.wide_index) {
+    put_pixels<T, int32_t>(problem, pair, window, first, count, best, where);
+  } else {
+    put_pixels<T, uint8_t>(problem, pair, window, first, count, best, where);
+  }
+}
+
+// Running maxima of a whole window, in both directions of an edge.
+template <class T>
+struct MatchState {
+  T *best_forward, *best_reverse;
+  Index<T> *where_forward, *where_reverse;
+
+  static MatchState allocate(Arena& arena, int64_t pixels) {
+    const int64_t lanes = pixels + kForwardStride;
+    MatchState state;
+    state.best_forward = arena.take<T>(lanes);
+    state.best_reverse = arena.take<T>(lanes);
+    state.where_forward = arena.take<Index<T>>(lanes);
+    state.where_reverse = arena.take<Index<T>>(lanes);
+    return state;
+  }
+};
+
+// One block of query pixels against one range of key pixels of the same window, both packed.
+// `first_query` and `first_key` are their numbers in the window.
+template <class T>
+static void match_blocks(SimBlock<T>& sims, MatchState<T>& state, const T* query,
+                         int64_t first_query, int64_t num_queries, const T* keys,
+                         int64_t first_key, int64_t num_keys, int64_t stride, int64_t width,
+                         bool need_reverse) {
+  sims.forward_stride = kForwardStride;
+  sims.reverse_stride = kReverseStride;
+  const int group = row_group<T>(kBlock);
+  for (int64_t p = 0; p < num_queries; p += kBlock) {
+    const int64_t rows = least(kBlock, num_queries - p), pixel = first_query + p;
+    for (int64_t l = 0; l < num_keys; l += kBlock) {
+      const int64_t columns = least(kBlock, num_keys - l), key_pixel = first_key + l;
+      sims.columns = 0;
+      sims.add_key(keys + l * stride, columns, stride, 0);
+      sims.fill_up();
+      sims.compute(group, query + p * stride, rows, stride, width, need_reverse);
+      running_max<T>(sims.forward, columns, kForwardStride, rows, key_pixel,
+                     state.best_forward + pixel, state.where_forward + pixel);
+      if (!need_reverse) continue;
+      running_max<T>(sims.reverse, rows, kReverseStride, columns, pixel,
+                     state.best_reverse + key_pixel, state.where_reverse + key_pixel);
+    }
+  }
+}
+
+// Packs a tile as unit vectors; a sample is scaled while it is still in the cache.
+template <class T, class In>
+static void pack_tile(const Problem& problem, const TileShape& shape, T* pack,
+                      int64_t* column_offset, T* norms, T* poison) {
+  const PackedPlace place = shape.place(column_offset);
+  const Patch patch = shape.patch(problem.channels);
+  for (int64_t s = 0; s < shape.component->num_nodes; ++s) {
+    const int64_t first = s * shape.pixels;
+    pack_patch<T, In>(shape.nodes[s], patch, pack + first * shape.stride, place);
+    for (int64_t t = 0; t < shape.num_windows; ++t) {
+      const int64_t row = t * shape.rows + first;
+      normalise<T>(pack + row * shape.stride, shape.pixels, shape.stride, shape.width,
+                   T(problem.eps), norms == nullptr ? nullptr : norms + row,
+                   norms == nullptr ? nullptr : poison + row);
+    }
+  }
+}
+
+// All pairs of a component in one small window: each sample against its partners, several at once.
+template <class T>
+static void match_window(const Problem& problem, const TileShape& shape, const Window& window,
+                         const T* pack, SimBlock<T>& sims, MatchState<T>& state) {
+  const Component& component = *shape.component;
+  const Edge* edges = &problem.plan.edges[component.first_edge];
+  const int64_t pixels = shape.pixels, sample = pixels * shape.stride;
+  const int group = row_group<T>(pixels);
+  const int64_t pitch = round_up(pixels, group), batch = kBlock / pixels;
+  for (int64_t e = 0; e < component.num_edges;) {
+    const int32_t first = edges[e].first;
+    int64_t last = e;
+    bool need_reverse = false;
+    while (last < component.num_edges && edges[last].first == first && last - e < batch) {
+      need_reverse |= edges[last++].reverse >= 0;
+    }
+    sims.columns = 0;
+    sims.forward_stride = round_up((last - e) * pitch, kLanes<T>);
+    sims.reverse_stride = round_up((last - e) * pixels, most(kLanes<T>, kKeyColumns));
+    for (int64_t j = e; j < last; ++j) {
+      sims.add_key(pack + edges[j].second * sample, pixels, shape.stride, (j - e) * pitch);
+    }
+    sims.fill_up();
+    sims.compute(group, pack + first * sample, pixels, shape.stride, shape.width, need_reverse);
+    running_max<T>(sims.forward, pixels, sims.forward_stride, (last - e) * pitch, 0,
+                   state.best_forward, state.where_forward);
+    if (need_reverse) {
+      running_max<T>(sims.reverse, pixels, sims.reverse_stride, (last - e) * pixels, 0,
+                     state.best_reverse, state.where_reverse);
+    }
+    for (int64_t j = e; j < last; ++j) {
+      const int64_t lane = (j - e) * pitch, column = (j - e) * pixels;
+      if (edges[j].forward >= 0) {
+        put<T>(problem, edges[j].forward, window, 0, pixels, state.best_forward + lane,
+               state.where_forward + lane);
+      }
+      if (edges[j].reverse >= 0) {
+        put<T>(problem, edges[j].reverse, window, 0, pixels, state.best_reverse + column,
+               state.where_reverse + column);
+      }
+    }
+    e = last;
+  }
+}
+
+template <class T, class In>
+static int64_t match_tile(const Problem& problem, const Tile* tile, char* scratch) {
+  Arena arena{scratch};
+  int64_t* column_offset = arena.take<int64_t>(problem.grid.width);
+  T* pack = arena.take<T>(problem.work.max_tile_rows * packed_stride<T>(problem.channels));
+  SimBlock<T> sims = SimBlock<T>::allocate(arena);
+  MatchState<T> state = MatchState<T>::allocate(arena, most(kBlock, problem.work.max_window_pixels));
+  if (scratch == nullptr) return arena.used;
+
+  const TileShape shape = TileShape::of<T>(problem, *tile);
+  pack_tile<T, In>(problem, shape, pack, column_offset, nullptr, nullptr);
+  const Edge* edges = &problem.plan.edges[shape.component->first_edge];
+  for (int64_t t = 0; t < shape.num_windows; ++t) {
+    const T* rows = pack + t * shape.rows * shape.stride;
+    const Window window = shape.window_at(t);
+    if (shape.pixels <= kBlock) {
+      match_window<T>(problem, shape, window, rows, sims, state);
+      continue;
+    }
+    for (int64_t e = 0; e < shape.component->num_edges; ++e) {
+      const Edge& edge = edges[e];
+      const int64_t sample = shape.pixels * shape.stride;
+      match_blocks<T>(sims, state, rows + edge.first * sample, 0, shape.pixels,
+                      rows + edge.second * sample, 0, shape.pixels, shape.stride, shape.width,
+                      edge.reverse >= 0);
+      if (edge.forward >= 0) {
+        put<T>(problem, edge.forward, window, 0, shape.pixels, state.best_forward,
+               state.where_forward);
+      }
+      if (edge.reverse >= 0) {
+        put<T>(problem, edge.reverse, window, 0, shape.pixels, state.best_reverse,
+               state.where_reverse);
+      }
+    }
+  }
+  return arena.used;
+}
+
+// Packs pixels [first, first + count) of one window of one sample as unit vectors.
+template <class T, class In>
+static void pack_pixels(const Problem& problem, const Node& node, const Window& window,
+                        int64_t first, int64_t count, T* out, const int64_t* consecutive,
+                        T* norms, T* poison) {
+  const int64_t stride = packed_stride<T>(problem.channels);
+  for_pixel_runs(window, first, count, [&](int64_t row, int64_t column, int64_t run, int64_t at) {
+    pack_patch<T, In>(node, {row, column, 1, run, 0, problem.channels}, out + at * stride,
+                      {0, consecutive});
+  });
+  normalise<T>(out, count, stride, packed_width<T>(problem.channels), T(problem.eps), norms,
+               poison);
+}
+
+static inline void fill_consecutive(int64_t* offsets, int64_t count, int64_t stride) {
+  for (int64_t i = 0; i < count; ++i) offsets[i] = i * stride;
+}
+
+// Keys are streamed in blocks of this many rows: 512 KB, half of a usual second-level cache.
+template <class T>
+static inline int64_t streamed_keys(const Problem& problem) {
+  const int64_t row = packed_stride<T>(problem.channels) * int64_t(sizeof(T));
+  return most(kBlock, (512 << 10) / row / kBlock * kBlock);
+}
+
+// A window too large to be packed for all samples: key blocks are streamed with running maxima.
+template <class T, class In>
+static int64_t match_streamed(const Problem& problem, const StreamedMatch* match, char* scratch) {
+  const int64_t stride = packed_stride<T>(problem.channels);
+  const int64_t most_keys = least(streamed_keys<T>(problem), problem.work.max_window_pixels);
+  Arena arena{scratch};
+  int64_t* consecutive = arena.take<int64_t>(problem.grid.width);
+  T* keys = arena.take<T>(most_keys * stride);
+  T* queries = arena.take<T>(kBlock * stride);
+  SimBlock<T> sims = SimBlock<T>::allocate(arena);
+  MatchState<T> state = MatchState<T>::allocate(arena, problem.work.max_window_pixels);
+  if (scratch == nullptr) return arena.used;
+
+  const Component& component = problem.plan.components[match->component];
+  const Node* nodes = &problem.plan.nodes[component.first_node];
+  const Edge& edge = problem.plan.edges[component.first_edge + match->edge];
+  const Window window = problem.grid.window(match->strip, match->window);
+  const int64_t end = match->first_row + match->num_rows;
+  fill_consecutive(consecutive, problem.grid.width, stride);
+  for (int64_t l = 0; l < window.pixels(); l += most_keys) {
+    const int64_t num_keys = least(most_keys, window.pixels() - l);
+    pack_pixels<T, In>(problem, nodes[edge.second], window, l, num_keys, keys, consecutive,
+                       nullptr, nullptr);
+    for (int64_t p = match->first_row; p < end; p += kBlock) {
+      const int64_t num_queries = least(kBlock, end - p);
+      pack_pixels<T, In>(problem, nodes[edge.first], window, p, num_queries, queries, consecutive,
+                         nullptr, nullptr);
+      match_blocks<T>(sims, state, queries, p, num_queries, keys, l, num_keys, stride,
+                      packed_width<T>(problem.channels), edge.reverse >= 0);
+    }
+  }
+  if (edge.forward >= 0) {
+    put<T>(problem, edge.forward, window, match->first_row, match->num_rows,
+           state.best_forward + match->first_row, state.where_forward + match->first_row);
+  }
+  if (edge.reverse >= 0) {
+    put<T>(problem, edge.reverse, window, 0, window.pixels(), state.best_reverse,
+           state.where_reverse);
+  }
+  return arena.used;
+}
+
+// loss = mean over the pixels of |1 - max_sim|
+template <class T>
+static void pair_loss(const Problem& problem, int64_t pair) {
+  constexpr int W = kLanes<T>;
+  const int64_t count = problem.grid.pixels();
+  const T* max_sim = static_cast<const T*>(problem.max_sim) + pair * count;
+  Vec<T> sum[2] = {};
+  int64_t i = 0;
+  for (; i + 2 * W <= count; i += 2 * W) {
+    for (int k = 0; k < 2; ++k) {
+      const Vec<T> distance = 1 - load<T>(max_sim + i + k * W);
+      sum[k] += distance < 0 ? -distance : distance;
+    }
+  }
+  T rest = total<T>(sum[0] + sum[1]);
+  for (; i < count; ++i) {
+    const T distance = 1 - max_sim[i];
+    rest += distance < 0 ? -distance : distance;
+  }
+  static_cast<T*>(problem.loss)[pair] = rest / T(count);
+}

@@ -1,0 +1,126 @@
+// What the CPU kernels are asked to do, in plain pointers: no torch type appears below this line.
+//
+// Letters: G groups, N query and M key samples, C channels, L pixels of a window, R rows of a
+// packed window (nodes x L).
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "../geometry.h"
+
+namespace salkernels {
+
+enum class DType { f32, f64, bf16, f16 };
+
+// Strides of one (C, H, W) map, in elements.
+struct MapStrides {
+  int64_t channel, row, column;
+};
+
+// One sample: its map, and where its gradient goes (backward only).
+struct Node {
+  const void* map;
+  void* grad;
+  MapStrides strides, grad_strides;
+};
+
+// Two samples of a component and their numbers as pairs in both directions, -1 where masked out.
+// In the set form sim is symmetric: one edge stands for (first, second) and (second, first).
+struct Edge {
+  int32_t first, second;  // nodes, counted from the start of the component
+  int64_t forward, reverse;
+  double grad_forward, grad_reverse;  // grad_loss / (H·W), in the accumulation dtype
+};
+
+// Samples connected by pairs: only they have to be in the cache together.
+struct Component {
+  int32_t first_node, num_nodes;
+  int32_t first_edge, num_edges;
+};
+
+// A run of windows of one strip, all of the same extent, for one component: one unit of work.
+struct Tile {
+  int32_t component;
+  int32_t strip;
+  int32_t first_window, num_windows;
+};
+
+struct Plan {
+  std::vector<Node> nodes;
+  std::vector<Edge> edges;  // of a component: by first, then second
+  std::vector<Component> components;
+  std::vector<int64_t> flat;  // where pair p stands in (G, N, M)
+};
+
+// One pair of samples in one large window, whose rows do not fit into a tile together.
+struct StreamedMatch {
+  int32_t component, edge;
+  int32_t strip, window;
+  int64_t first_row, num_rows;  // query rows; all of them if the edge serves both directions
+};
+
+// Channels of the gradient of one sample in one large window.
+struct StreamedGradient {
+  int32_t component, node;
+  int32_t strip, window;
+  int64_t first_channel, num_channels;
+};
+
+// Rows of one large window of one sample, for their norms.
+struct StreamedNorms {
+  int32_t node;  // of the plan
+  int32_t strip, window;
+  int64_t first_row, num_rows;
+};
+
+// All units of work of a call, and the largest of each extent, which size the scratch memory.
+struct Work {
+  std::vector<Tile> tiles;
+  std::vector<StreamedMatch> matches;
+  std::vector<StreamedNorms> norms;
+  std::vector<StreamedGradient> gradients;
+  int64_t max_tile_rows = 0;         // packed rows of a tile
+  int64_t max_window_rows = 0;       // of these, of one window
+  int64_t max_window_pixels = 0;     // L of any window
+  int64_t max_window_matches = 0;    // directed pairs x L in one window of a tile
+  int64_t max_streamed_channels = 0;
+};
+
+struct Problem {
+  Grid grid;
+  int64_t channels;
+  double eps;
+  DType dtype;
+  bool wide_index;  // argmax is int32, else uint8
+  Plan plan;
+  Work work;
+  void* argmax;   // (P, H, W)
+  void* max_sim;  // (P, H, W)
+  void* loss;     // (P), forward only
+  // (nodes, H·W), window after window: backward of large windows only.
+  void *norms, *poison;
+};
+
+// The functions that exist once per instruction set. `scratch` is 64-byte aligned; with a null
+// scratch a function only returns how many bytes of it it needs.
+struct Kernels {
+  const char* name;
+  // Bytes from one packed row to the next.
+  int64_t (*row_bytes)(DType, int64_t channels);
+  int64_t (*match_tile)(const Problem&, const Tile*, char* scratch);
+  int64_t (*gradient_tile)(const Problem&, const Tile*, char* scratch);
+  int64_t (*match_streamed)(const Problem&, const StreamedMatch*, char* scratch);
+  int64_t (*norms_streamed)(const Problem&, const StreamedNorms*, char* scratch);
+  int64_t (*gradient_streamed)(const Problem&, const StreamedGradient*, char* scratch);
+  void (*pair_loss)(const Problem&, int64_t pair);
+};
+
+extern const Kernels kernels_baseline;
+#if defined(__x86_64__) && defined(__GNUC__)
+#define SALKERNELS_X86_LEVELS 1
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+}  // namespace salkernels

@@ -1,0 +1,52 @@
+// How windows tile a map: shared by every C++ backend, on the host and on a device.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define SALKERNELS_HOST_DEVICE __host__ __device__
+#else
+#define SALKERNELS_HOST_DEVICE
+#endif
+
+namespace salkernels {
+
+// One window: where it starts, and its extent, smaller than nominal at the edge of the map.
+struct Window {
+  int64_t row, column;
+  int64_t rows, columns;
+
+  SALKERNELS_HOST_DEVICE int64_t pixels() const { return rows * columns; }
+};
+
+struct Grid {
+  int64_t height, width;
+  int64_t window_rows, window_columns;  // nominal
+
+  SALKERNELS_HOST_DEVICE int64_t pixels() const { return height * width; }
+  SALKERNELS_HOST_DEVICE int64_t strips() const { return (height + window_rows - 1) / window_rows; }
+  SALKERNELS_HOST_DEVICE int64_t across() const {
+    return (width + window_columns - 1) / window_columns;
+  }
+  // Windows of a strip that have the nominal width; a narrower one may follow them.
+  SALKERNELS_HOST_DEVICE int64_t whole_across() const { return width / window_columns; }
+
+  SALKERNELS_HOST_DEVICE Window window(int64_t strip, int64_t index) const {
+    const int64_t row = strip * window_rows, column = index * window_columns;
+    const int64_t rows = height - row < window_rows ? height - row : window_rows;
+    const int64_t columns = width - column < window_columns ? width - column : window_columns;
+    return {row, column, rows, columns};
+  }
+
+  // `argmax` counts in nominal columns, so that it can be read without knowing the edge.
+  SALKERNELS_HOST_DEVICE int64_t nominal_offset(int64_t pixel, int64_t columns) const {
+    return columns == window_columns ? pixel
+                                     : pixel / columns * window_columns + pixel % columns;
+  }
+  SALKERNELS_HOST_DEVICE int64_t pixel_of_offset(int64_t offset, int64_t columns) const {
+    return columns == window_columns ? offset
+                                     : offset / window_columns * columns + offset % window_columns;
+  }
+};
+
+}  // namespace salkernels

@@ -1,0 +1,330 @@
+// The CPU operators as torch sees them, through the stable ABI: one binary serves torch 2.10 and
+// later, and every Python. Schemas and argument errors are Python's: salkernels/backends/cpu.py.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include "cpu/plan.h"
+
+namespace {
+
+using salkernels::DType;
+using salkernels::Kernels;
+using salkernels::Problem;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+
+// The best instruction set of this machine, or the one named by SALKERNELS_CPU_ISA if it can run.
+const Kernels& choose_kernels() {
+#ifdef SALKERNELS_X86_LEVELS
+  const char* name = std::getenv("SALKERNELS_CPU_ISA");
+  const std::string limit = name == nullptr ? "" : name;
+  __builtin_cpu_init();
+  if (limit != "baseline") {
+    if (limit != "avx2" && __builtin_cpu_supports("x86-64-v4")) return salkernels::kernels_avx512;
+    if (__builtin_cpu_supports("x86-64-v3")) return salkernels::kernels_avx2;
+  }
+#endif
+  return salkernels::kernels_baseline;
+}
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose_kernels();
+  return chosen;
+}
+
+DType dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: STD_TORCH_CHECK(false, "features must be float32, float64, bfloat16 or float16");
+  }
+}
+
+int64_t element_size(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
+
+ScalarType accumulate_type(DType dtype) {
+  return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
+}
+
+salkernels::Maps maps_of(const Tensor& x, DType dtype, const Tensor* grad) {
+  salkernels::Maps maps{};
+  maps.data = x.const_data_ptr();
+  maps.element_size = element_size(dtype);
+  for (int i = 0; i < 5; ++i) maps.strides[i] = x.strides()[i];
+  if (grad != nullptr) {
+    maps.grad = grad->mutable_data_ptr();
+    for (int i = 0; i < 5; ++i) maps.grad_strides[i] = grad->strides()[i];
+  }
+  return maps;
+}
+
+template <class T>
+salkernels::PairTable<T> table_of(const Tensor& x) {
+  const auto strides = x.strides();
+  return {x.const_data_ptr<T>(), {strides[0], strides[1], strides[2]}};
+}
+
+void check_shapes(const Tensor& query, const std::optional<Tensor>& key,
+                  const std::optional<Tensor>& mask, Sizes window) {
+  STD_TORCH_CHECK(query.dim() == 5, "query must be (G, N, C, H, W), got ", query.dim(), " axes");
+  STD_TORCH_CHECK(window.size() == 2, "window must be (rows, columns)");
+  const auto sizes = query.sizes();
+  for (int i = 0; i < 2; ++i) {
+    STD_TORCH_CHECK(window[i] >= 1 && (window[i] <= sizes[3 + i] || query.numel() == 0),
+                    "window must lie between 1 and the map's extent");
+  }
+  if (key.has_value()) {
+    const auto other = key->sizes();
+    STD_TORCH_CHECK(key->dim() == 5, "key must be (G, M, C, H, W)");
+    STD_TORCH_CHECK(other[0] == sizes[0] && other[2] == sizes[2] && other[3] == sizes[3] &&
+                        other[4] == sizes[4],
+                    "query and key must agree in all but the number of samples");
+    STD_TORCH_CHECK(key->scalar_type() == query.scalar_type(), "query and key must share a dtype");
+  }
+  if (mask.has_value()) {
+    const int64_t keys = key.has_value() ? key->sizes()[1] : sizes[1];
+    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "mask must be bool");
+    STD_TORCH_CHECK(mask->dim() == 3 && mask->sizes()[0] == sizes[0] &&
+                        mask->sizes()[1] == sizes[1] && mask->sizes()[2] == keys,
+                    "mask must be (G, N, M)");
+  }
+}
+
+salkernels::PairSet pairs_of(const Tensor& query, const std::optional<Tensor>& key,
+                             const std::optional<Tensor>& mask) {
+  salkernels::PairSet pairs{};
+  pairs.groups = query.sizes()[0];
+  pairs.queries = query.sizes()[1];
+  pairs.keys = key.has_value() ? key->sizes()[1] : pairs.queries;
+  pairs.set_form = !key.has_value();
+  if (mask.has_value()) pairs.mask = table_of<bool>(*mask);
+  return pairs;
+}
+
+Problem problem_of(const Tensor& query, Sizes window, double eps, DType dtype) {
+  Problem problem{};
+  const auto sizes = query.sizes();
+  problem.grid = {sizes[3], sizes[4], window[0], window[1]};
+  problem.channels = sizes[2];
+  problem.eps = eps;
+  problem.dtype = dtype;
+  problem.wide_index = window[0] * window[1] > 256;
+  return problem;
+}
+
+// Work below which waking the threads takes longer than doing it: about 10 us.
+constexpr int64_t kSerialProducts = 400'000;
+
+bool is_small(const Problem& problem) {
+  const int64_t window = problem.grid.window_rows * problem.grid.window_columns;
+  const int64_t per_pixel = int64_t(problem.plan.edges.size()) * window +
+                            4 * int64_t(problem.plan.nodes.size());
+  return double(per_pixel) * problem.channels * problem.grid.pixels() < kSerialProducts;
+}
+
+struct Free {
+  void operator()(char* p) const { std::free(p); }
+};
+
+// Runs one kernel over all its items, in parallel, with scratch memory once per thread.
+template <class Item>
+void run_all(const Problem& problem, const std::vector<Item>& items,
+             int64_t (*kernel)(const Problem&, const Item*, char*), bool serial) {
+  const int64_t count = int64_t(items.size());
+  if (count == 0) return;
+  const int64_t bytes = (kernel(problem, nullptr, nullptr) + 63) / 64 * 64;
+  const auto run = [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<char, Free> scratch(
+        static_cast<char*>(std::aligned_alloc(64, size_t(bytes))));
+    STD_TORCH_CHECK(scratch != nullptr, "out of memory: ", bytes, " bytes");
+    for (int64_t i = begin; i < end; ++i) kernel(problem, &items[i], scratch.get());
+  };
+  if (serial) {
+    run(0, count);
+  } else {
+    torch::stable::parallel_for(0, count, 1, run);
+  }
+}
+
+template <class T>
+void reduce_losses(Problem& problem, Tensor& loss, bool serial) {
+  const auto& flat = problem.plan.flat;
+  const int64_t count = int64_t(flat.size());
+  T* out = loss.mutable_data_ptr<T>();
+  std::vector<T> values(count);
+  problem.loss = values.data();
+  const auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t pair = begin; pair < end; ++pair) kernels().pair_loss(problem, pair);
+  };
+  if (serial) {
+    run(0, count);
+  } else {
+    torch::stable::parallel_for(0, count, 1 + 16384 / problem.grid.pixels(), run);
+  }
+  std::memset(out, 0, size_t(loss.numel()) * sizeof(T));
+  for (int64_t pair = 0; pair < count; ++pair) out[flat[pair]] = values[pair];
+}
+
+std::tuple<Tensor, Tensor, Tensor> pair_losses(const Tensor& query, std::optional<Tensor> key,
+                                               std::optional<Tensor> mask, Sizes window,
+                                               double eps, int64_t capacity) {
+  check_shapes(query, key, mask, window);
+  const DType dtype = dtype_of(query);
+  const ScalarType wide = accumulate_type(dtype);
+  Problem problem = problem_of(query, window, eps, dtype);
+  const salkernels::PairSet pairs = pairs_of(query, key, mask);
+  const salkernels::Maps queries = maps_of(query, dtype, nullptr);
+  problem.plan = salkernels::make_plan(
+      pairs, queries, key.has_value() ? maps_of(*key, dtype, nullptr) : queries, false);
+  const int64_t num_pairs = int64_t(problem.plan.flat.size());
+  STD_TORCH_CHECK(num_pairs <= capacity, "the mask holds ", num_pairs,
+                  " pairs, but capacity is ", capacity);
+
+  const int64_t plane[3] = {capacity, problem.grid.height, problem.grid.width};
+  const int64_t table[3] = {pairs.groups, pairs.queries, pairs.keys};
+  Tensor loss = torch::stable::new_empty(query, Sizes(table, 3), wide);
+  Tensor argmax = torch::stable::new_empty(
+      query, Sizes(plane, 3), problem.wide_index ? ScalarType::Int : ScalarType::Byte);
+  Tensor max_sim = torch::stable::new_empty(query, Sizes(plane, 3), wide);
+  problem.argmax = argmax.mutable_data_ptr();
+  problem.max_sim = max_sim.mutable_data_ptr();
+  const int64_t used = num_pairs * problem.grid.pixels();
+  const int64_t unused = (capacity - num_pairs) * problem.grid.pixels();
+  if (unused > 0) {
+    const int64_t index_size = problem.wide_index ? 4 : 1, sim_size = wide == ScalarType::Double ? 8 : 4;
+    std::memset(static_cast<char*>(problem.argmax) + used * index_size, 0,
+                size_t(unused * index_size));
+    std::memset(static_cast<char*>(problem.max_sim) + used * sim_size, 0,
+                size_t(unused * sim_size));
+  }
+
+  problem.work = salkernels::make_work(problem, kernels(), false);
+  const bool serial = is_small(problem);
+  run_all(problem, problem.work.tiles, kernels().match_tile, serial);
+  run_all(problem, problem.work.matches, kernels().match_streamed, serial);
+  if (dtype == DType::f64) {
+    reduce_losses<double>(problem, loss, serial);
+  } else {
+    reduce_losses<float>(problem, loss, serial);
+  }
+  return {loss, argmax, max_sim};
+}
+
+void check_saved(const Problem& problem, const Tensor& argmax, const Tensor& max_sim,
+                 const Tensor& grad_loss, const salkernels::PairSet& pairs, ScalarType wide) {
+  const int64_t needed = int64_t(problem.plan.flat.size()) * problem.grid.pixels();
+  STD_TORCH_CHECK(argmax.is_contiguous() && max_sim.is_contiguous(),
+                  "argmax and max_sim must be contiguous");
+  STD_TORCH_CHECK(argmax.numel() >= needed && max_sim.numel() >= needed,
+                  "argmax and max_sim must hold every pair of the mask");
+  STD_TORCH_CHECK(
+      argmax.scalar_type() == (problem.wide_index ? ScalarType::Int : ScalarType::Byte),
+      "argmax must be uint8 for windows of at most 256 pixels, else int32");
+  STD_TORCH_CHECK(max_sim.scalar_type() == wide && grad_loss.scalar_type() == wide,
+                  "max_sim and grad_loss must be float32, or float64 for float64 features");
+  STD_TORCH_CHECK(grad_loss.dim() == 3 && grad_loss.sizes()[0] == pairs.groups &&
+                      grad_loss.sizes()[1] == pairs.queries && grad_loss.sizes()[2] == pairs.keys,
+                  "grad_loss must be (G, N, M)");
+}
+
+// Tens of thousands of page faults are most of the time of a large gradient that is written for the
+// first time: large pages are asked for where the system leaves it to the program.
+Tensor empty_gradient(const Tensor& like, int64_t element) {
+  Tensor grad = torch::stable::empty_like(like);
+#ifdef __linux__
+  constexpr uintptr_t kHuge = 2 << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(grad.mutable_data_ptr());
+  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t last = (begin + uintptr_t(grad.numel() * element)) / kHuge * kHuge;
+  // Only a hint: whether it was heard makes no difference to the result.
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return grad;
+}
+
+std::tuple<Tensor, std::optional<Tensor>> pair_losses_backward(
+    const Tensor& grad_loss, const Tensor& query, std::optional<Tensor> key,
+    std::optional<Tensor> mask, const Tensor& argmax, const Tensor& max_sim, Sizes window,
+    double eps) {
+  check_shapes(query, key, mask, window);
+  const DType dtype = dtype_of(query);
+  Problem problem = problem_of(query, window, eps, dtype);
+  const salkernels::PairSet pairs = pairs_of(query, key, mask);
+  const Tensor grad_query = empty_gradient(query, element_size(dtype));
+  std::optional<Tensor> grad_key;
+  if (key.has_value()) grad_key = empty_gradient(*key, element_size(dtype));
+  const salkernels::Maps queries = maps_of(query, dtype, &grad_query);
+  problem.plan = salkernels::make_plan(
+      pairs, queries, key.has_value() ? maps_of(*key, dtype, &*grad_key) : queries, true);
+  check_saved(problem, argmax, max_sim, grad_loss, pairs, accumulate_type(dtype));
+  if (problem.plan.flat.empty()) {
+    torch::stable::zero_(const_cast<Tensor&>(grad_query));
+    if (grad_key.has_value()) torch::stable::zero_(*grad_key);
+    return {grad_query, grad_key};
+  }
+  if (dtype == DType::f64) {
+    salkernels::set_edge_gradients(problem.plan, pairs, table_of<double>(grad_loss),
+                                   problem.grid.pixels());
+  } else {
+    salkernels::set_edge_gradients(problem.plan, pairs, table_of<float>(grad_loss),
+                                   problem.grid.pixels());
+  }
+  problem.argmax = const_cast<void*>(argmax.const_data_ptr());
+  problem.max_sim = const_cast<void*>(max_sim.const_data_ptr());
+
+  problem.work = salkernels::make_work(problem, kernels(), true);
+  const bool serial = is_small(problem);
+  std::vector<double> norms, poison;
+  if (!problem.work.norms.empty()) {
+    // Doubles hold either dtype; one table for all samples is small beside the maps.
+    const size_t bytes = problem.plan.nodes.size() * size_t(problem.grid.pixels()) *
+                         (dtype == DType::f64 ? 8 : 4);
+    norms.resize((bytes + 7) / 8);
+    poison.resize((bytes + 7) / 8);
+    problem.norms = norms.data();
+    problem.poison = poison.data();
+  }
+  run_all(problem, problem.work.tiles, kernels().gradient_tile, serial);
+  run_all(problem, problem.work.norms, kernels().norms_streamed, serial);
+  run_all(problem, problem.work.gradients, kernels().gradient_streamed, serial);
+  return {grad_query, grad_key};
+}
+
+// 0 baseline, 1 AVX2, 2 AVX-512: for reports and tests.
+int64_t instruction_set() {
+#ifdef SALKERNELS_X86_LEVELS
+  if (&kernels() == &salkernels::kernels_avx512) return 2;
+  if (&kernels() == &salkernels::kernels_avx2) return 1;
+#endif
+  return 0;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(salkernels_cpu, CPU, m) {
+  m.impl("pair_losses", TORCH_BOX(&pair_losses));
+  m.impl("pair_losses_backward", TORCH_BOX(&pair_losses_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(salkernels_cpu, CompositeExplicitAutograd, m) {
+  m.impl("instruction_set", TORCH_BOX(&instruction_set));
+}

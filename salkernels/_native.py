@@ -1,0 +1,50 @@
+"""Loads the compiled libraries on first use, and keeps the true cause where one cannot be loaded.
+
+The libraries hold no Python symbol and use PyTorch's stable ABI only: `torch.ops.load_library` is
+all they need, whichever Python and whichever later torch is running.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).parent
+BUILD_INFO = "_build_info.json"  # written by the build: what was built, and why the rest was not
+
+
+_answers: dict[str, str | None] = {}
+
+
+@torch.compiler.assume_constant_result
+def load(name: str) -> str | None:
+    """Loads `_C_<name>`; None if that worked, else the reason. Asked and answered once."""
+    if name not in _answers:
+        _answers[name] = _load(name)
+    return _answers[name]
+
+
+def _load(name: str) -> str | None:
+    path = next(iter(sorted(HERE.glob(f"_C_{name}.*"))), None)
+    if path is None:
+        reason = build_info().get(name, {}).get("reason")
+        return reason or "its compiled library is missing: this copy of salkernels was not built"
+    try:
+        torch.ops.load_library(str(path))
+    except Exception as error:  # whatever it is, it is the answer to "why not?"
+        # load_library wraps the loader's own words, which name the missing symbol or file.
+        return f"{path.name} cannot be loaded: {error.__cause__ or error}"
+    return None
+
+
+def build_info() -> dict[str, dict[str, Any]]:
+    """What the build recorded, by library: `built`, and `reason` where it was not."""
+    try:
+        text = (HERE / BUILD_INFO).read_text(encoding="utf-8")
+    except OSError:
+        return {}
+    info: dict[str, dict[str, Any]] = json.loads(text)
+    return info

@@ -1,0 +1,35 @@
+#!/bin/sh
+# Runs the tests of the CPU kernel with AddressSanitizer and UndefinedBehaviorSanitizer.
+#
+#   PYTHON=.venv/bin/python scripts/sanitize.sh [pytest arguments]
+#
+# The library is built in a copy of the package, so that the installed one stays as it is. -O1 keeps
+# the register kernels fast enough; leaks are not looked for, since Python itself is full of them.
+set -eu
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python}
+copy=$(mktemp -d)
+trap 'rm -rf "$copy"' EXIT
+cp -r salkernels tests pyproject.toml "$copy"
+rm -f "$copy"/salkernels/_C_*.so
+
+torch=$("$python" -c "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])")
+cxx=${CXX:-g++}
+$cxx -std=c++17 -O1 -g -ffp-contract=fast -fPIC -fno-omit-frame-pointer \
+  -fsanitize=address,undefined -fno-sanitize-recover=undefined -Wno-psabi -Wno-ignored-attributes \
+  -DTORCH_TARGET_VERSION=0x020a000000000000 -isystem "$torch/include" \
+  csrc/register_cpu.cpp csrc/cpu/*.cpp -shared -o "$copy/salkernels/_C_cpu.abi3.so" \
+  -L"$torch/lib" -ltorch_cpu
+
+# The runtime has to be the first library of the process, which is Python's. torch raises C++
+# exceptions before libstdc++ would otherwise be known to it.
+preload="$($cxx -print-file-name=libasan.so) $($cxx -print-file-name=libubsan.so)"
+preload="$preload $($cxx -print-file-name=libstdc++.so)"
+cd "$copy"
+[ $# -gt 0 ] || set -- -k "not compile and not opcheck and not instruction and not large_memory"
+for level in avx512 avx2 baseline; do
+  echo "== at most $level"
+  LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+    SALKERNELS_CPU_ISA=$level PYTHONPATH="$copy" \
+    "$python" -m pytest -q -x -p no:cacheprovider tests/test_cpu_kernel.py "$@"
+done
