@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -180,7 +181,7 @@ void reduce_losses(Problem& problem, Tensor& loss, bool serial) {
   } else {
     torch::stable::parallel_for(0, count, 1 + 16384 / problem.grid.pixels(), run);
   }
-  std::memset(out, 0, size_t(loss.numel()) * sizeof(T));
+  std::fill_n(out, loss.numel(), T(0));
   for (int64_t pair = 0; pair < count; ++pair) out[flat[pair]] = values[pair];
 }
 

@@ -57,14 +57,15 @@ static void pack_patch(const Node& node, const Patch& patch, T* out, const Packe
         const int64_t pixels = least(W, patch.columns - i);
         const In* from = map + c * s.channel + r * s.row + i * s.column;
         Vec<T> block[W];
-        if (pixels == W && channels == W && s.column == 1) {
+        if (channels == W && s.column == 1) {
           for (int64_t k = 0; k < W; ++k) {
             __builtin_prefetch(from + (k + W) * s.channel);
-            block[k] = Convert<T, In>::load_vec(from + k * s.channel);
+            block[k] = pixels == W ? Convert<T, In>::load_vec(from + k * s.channel)
+                                   : load_part<T, In>(from + k * s.channel, pixels);
           }
           transpose<T>(block);
           T* to = out + r * place.row_step + c;
-          for (int64_t k = 0; k < W; ++k) store<T>(to + place.column_offset[i + k], block[k]);
+          for (int64_t k = 0; k < pixels; ++k) store<T>(to + place.column_offset[i + k], block[k]);
           continue;
         }
         for (int64_t k = 0; k < W; ++k) {
@@ -118,16 +119,20 @@ static void unpack_patch(const Node& node, const Patch& patch, const T* packed,
         }
         transpose<T>(block);
         In* to = map + c * s.channel + r * s.row + i * s.column;
-        if (pixels == W && channels == W && s.column == 1) {
+        if (channels == W && s.column == 1) {
           for (int64_t k = 0; k < W; ++k) {
             __builtin_prefetch(to + (k + W) * s.channel, 1);
-            Convert<T, In>::store_vec(to + k * s.channel, block[k]);
+            if (pixels == W) {
+              Convert<T, In>::store_vec(to + k * s.channel, block[k]);
+            } else {
+              store_part<T, In>(to + k * s.channel, block[k], pixels);
+            }
           }
           continue;
         }
         for (int64_t k = 0; k < channels; ++k) {
-          if (s.column == 1 && pixels == W) {
-            Convert<T, In>::store_vec(to + k * s.channel, block[k]);
+          if (s.column == 1) {
+            store_part<T, In>(to + k * s.channel, block[k], pixels);
           } else {
             store_strided<T, In>(to + k * s.channel, block[k], s.column, pixels);
           }

@@ -51,7 +51,7 @@ static inline void store(T* p, const Vec<T>& v) {
 }
 template <class T>
 static inline Vec<T> splat(T x) {
-  return Vec<T>{} + x;
+  return x - Vec<T>{};  // unlike a sum with 0 this is x itself to the compiler
 }
 
 // ---- Conversion of one register between storage and accumulation dtype ---------------------------
@@ -128,12 +128,23 @@ struct Convert<float, Half> {
 // Fewer elements than a register holds; what lies beyond them is read as 0, and not written.
 template <class T, class In>
 static inline Vec<T> load_part(const In* p, int64_t count) {
+#if SALKERNELS_VECTOR_BYTES == 64
+  if constexpr (sizeof(In) == 4) {
+    return (Vec<T>)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p);
+  }
+#endif
   In part[kLanes<T>] = {};
   for (int64_t i = 0; i < count; ++i) part[i] = p[i];
   return Convert<T, In>::load_vec(part);
 }
 template <class T, class In>
 static inline void store_part(In* p, const Vec<T>& v, int64_t count) {
+#if SALKERNELS_VECTOR_BYTES == 64
+  if constexpr (sizeof(In) == 4) {
+    _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)v);
+    return;
+  }
+#endif
   In part[kLanes<T>];
   Convert<T, In>::store_vec(part, v);
   for (int64_t i = 0; i < count; ++i) p[i] = part[i];

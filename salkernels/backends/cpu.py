@@ -1,4 +1,7 @@
-"""The C++ kernel for CPUs: AVX-512, AVX2 or plain vectors, chosen at run time."""
+"""The C++ kernel for CPUs: AVX-512, AVX2 or plain vectors, chosen at run time.
+
+`SALKERNELS_CPU_ISA` = avx2 or baseline, read once per process, keeps it from taking more than that.
+"""
 
 from __future__ import annotations
 
