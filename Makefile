@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SOURCES := pyproject.toml setup.py $(shell find csrc buildtools -name '*.py' -o -name '*.cpp' -o -name '*.h')
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test bench lint types format clean
@@ -13,11 +14,13 @@ help:  ## list the targets
 
 install: $(STAMP)  ## make the virtual environment and install the package with all extras
 
-$(STAMP): pyproject.toml
+$(STAMP): $(SOURCES)
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v else \
 	    "salkernels needs Python 3.10 or newer, got %d.%d; set PYTHON=python3.11" % v)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	# torch first: the build then uses it, and does not fetch another for itself
+	$(BIN)/python -m pip install --quiet "torch>=2.10"
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	touch $@
 
