@@ -1,4 +1,4 @@
-"""Loads the compiled libraries on first use, and keeps the true cause where one cannot be loaded.
+"""Loads the compiled libraries, and keeps the true cause where one cannot be loaded.
 
 The libraries hold no Python symbol and use PyTorch's stable ABI only: `torch.ops.load_library` is
 all they need, whichever Python and whichever later torch is running.
@@ -16,18 +16,8 @@ HERE = Path(__file__).parent
 BUILD_INFO = "_build_info.json"  # written by the build: what was built, and why the rest was not
 
 
-_answers: dict[str, str | None] = {}
-
-
-@torch.compiler.assume_constant_result
 def load(name: str) -> str | None:
-    """Loads `_C_<name>`; None if that worked, else the reason. Asked and answered once."""
-    if name not in _answers:
-        _answers[name] = _load(name)
-    return _answers[name]
-
-
-def _load(name: str) -> str | None:
+    """Loads `_C_<name>`; None if that worked, else the reason."""
     path = next(iter(sorted(HERE.glob(f"_C_{name}.*"))), None)
     if path is None:
         reason = build_info().get(name, {}).get("reason")

@@ -160,9 +160,18 @@ static int64_t gradient_tile(const Problem& problem, const Tile* tile, char* scr
   for (int64_t t = 0; t < shape.num_windows; ++t) {
     const T* from = unit + t * window_size;
     T* to = pack + t * window_size;
-    const T* inv = inv_norm + t * shape.rows;
+    T* inv = inv_norm + t * shape.rows;
     lists.build(problem, shape, shape.window_at(t));
-    for (int64_t r = 0; r < shape.rows; ++r) lists.along[r] += poison[t * shape.rows + r];
+    for (int64_t r = 0; r < shape.rows; ++r) {
+      const T lost = poison[t * shape.rows + r];
+      if (lists.begin[r + 1] > lists.begin[r]) {
+        lists.along[r] += lost;
+      } else if (lost != 0) {  // no pair touches this NaN: it has no gradient, and no partner
+        T* row = unit + t * window_size + r * shape.stride;
+        for (int64_t c = 0; c < shape.stride; ++c) row[c] = 0;
+        inv[r] = 0;
+      }
+    }
     // A few channels of all rows at a time: they stay in the first-level cache.
     int64_t c = 0;
     for (; c + 4 * W <= shape.width; c += 4 * W) {
@@ -216,6 +225,7 @@ static int64_t gradient_streamed(const Problem& problem, const StreamedGradient*
   T* total_grad = arena.take<T>(problem.work.max_window_pixels * stride);  // V
   T* unit = arena.take<T>(problem.work.max_window_pixels * stride);
   T* along = arena.take<T>(problem.work.max_window_pixels);
+  uint8_t* touched = arena.take<uint8_t>(problem.work.max_window_pixels);  // by some pair
   if (scratch == nullptr) return arena.used;
 
   const Component& component = problem.plan.components[item->component];
@@ -238,10 +248,14 @@ static int64_t gradient_streamed(const Problem& problem, const StreamedGradient*
     for (int64_t p = 0; p < pixels; ++p) scale_to_unit<T>(unit + p * stride, width, norms[p], eps);
   };
   for (int64_t i = 0; i < pixels * stride; ++i) total_grad[i] = 0;
-  for (int64_t p = 0; p < pixels; ++p) along[p] = 0;
+  for (int64_t p = 0; p < pixels; ++p) {
+    along[p] = 0;
+    touched[p] = 0;
+  }
   // Adds weight times the partner's row to a row of this sample.
   auto add = [&](int64_t own, int64_t partner, T max_sim, T gradient) {
     along[own] += gradient * max_sim;
+    touched[own] = 1;
     const Vec<T> weight = splat<T>(gradient);
     T* to = total_grad + own * stride;
     const T* from = unit + partner * stride;
@@ -274,6 +288,7 @@ static int64_t gradient_streamed(const Problem& problem, const StreamedGradient*
   load_unit(item->node);
   const T *norms = table(problem.norms, item->node), *poison = table(problem.poison, item->node);
   for (int64_t p = 0; p < pixels; ++p) {
+    if (!touched[p]) continue;  // V is 0, and so is the gradient, be the features NaN
     const T inv_norm = inverse_for_gradient<T>(norms[p], eps), part = along[p] + poison[p];
     T* to = total_grad + p * stride;
     const T* self = unit + p * stride;

@@ -168,7 +168,7 @@ static inline void scale_to_unit(T* row, int64_t width, T norm, T eps) {
 }
 
 // Turns packed rows into unit vectors and keeps their norms. `poison` is 0, but NaN for a row that
-// holds NaN as a unit vector: its gradient is NaN even where no pair passes through it.
+// holds NaN as a unit vector: its gradient is NaN wherever a pair touches it.
 template <class T>
 static void normalise(T* rows, int64_t count, int64_t stride, int64_t width, T eps, T* norms,
                       T* poison) {

@@ -24,12 +24,14 @@ LIBRARY.define(
     "-> (Tensor grad_query, Tensor? grad_key)"
 )
 LIBRARY.define("instruction_set() -> int")
+# Now, not at the first call: that may be one which torch.compile traces. It takes milliseconds.
+_MISSING = _native.load("cpu")
 _forward = torch.ops.salkernels_cpu.pair_losses.default
 _backward = torch.ops.salkernels_cpu.pair_losses_backward.default
 
 
 def status() -> str | None:
-    return _native.load("cpu")
+    return _MISSING
 
 
 def can_run(query: Tensor, key: Tensor | None, window: tuple[int, int]) -> str | None:
@@ -37,14 +39,13 @@ def can_run(query: Tensor, key: Tensor | None, window: tuple[int, int]) -> str |
         return f"it runs on CPUs, and the features are on {query.device}"
     if query.dtype not in DTYPES:
         return f"it takes float32, float64, bfloat16 or float16, got {query.dtype}"
-    return _native.load("cpu")
+    return _MISSING
 
 
 def _require_library() -> None:
     """The operator can be called without `backends.select` having asked first."""
-    reason = _native.load("cpu")
-    if reason is not None:
-        raise RuntimeError(f"the cpu backend cannot run: {reason}")
+    if _MISSING is not None:
+        raise RuntimeError(f"the cpu backend cannot run: {_MISSING}")
 
 
 def instruction_set() -> str:
