@@ -129,7 +129,8 @@ def wla_set_loss(
     name = _backends.select(backend, features, None, window)
     mask = pairs if pairs.dtype == torch.bool else pairs > 0
     # Room for as many pairs as there are, if counting them costs nothing; else for all.
-    capacity = int(mask.count_nonzero()) if values_visible(mask) else mask.numel()
+    counted = values_visible(mask)
+    capacity = int(mask.count_nonzero()) if counted else mask.numel()
     # Asynchronous to a GPU only: from one, values could be read before they arrive.
     to_gpu = pairs.device.type == "cpu"
     mask = mask.to(features.device, non_blocking=to_gpu)
@@ -139,6 +140,8 @@ def wla_set_loss(
     loss = loss.squeeze(0)
     if reduction == "none":
         return loss
+    if counted and pairs.dtype == torch.bool:
+        return loss.sum() / max(1, capacity)
     # Shares are taken in the weights' own precision: a small weight must not vanish in fp32.
     weights = pairs.to(loss.device, non_blocking=to_gpu)
     weights = weights.to(torch.promote_types(weights.dtype, loss.dtype))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,17 +128,15 @@ def matches(out: Path, cache: VolumeCache, config: PretrainConfig) -> None:
     }
     scan = max(range(len(cache.volumes)), key=cache.num_slices)
     depth = cache.num_slices(scan)
-    # Not neighbours, which look alike pixel by pixel, but the middle of what counts as a pair.
-    apart = max(1, round(config.sal.t * depth / 2))
+    # Not neighbours, which look alike pixel by pixel, but the farthest that still are a pair.
+    apart = max(1, math.ceil(config.sal.t * depth) - 1)
     first = (depth - apart) // 2
     slices = centre_crop(torch.from_numpy(np.array(cache.image(scan)))[:, None], config.crop)
     pair = slices[[first, first + apart]]
     for encoder in found.values():
         _settle_norms(encoder, slices)
     side = config.crop // 2 ** (config.sal.scale - 1)
-    windows = [config.sal.window_size]
-    if 2 * windows[0] <= side and side % 3 == 0:
-        windows.append(side // 3)
+    windows = sorted({config.sal.window_size, max(config.sal.window_size, side // 3)})
     figure = _figure(11, 3.9 * len(found) * len(windows))
     grid = figure.subplots(len(found) * len(windows), 3, squeeze=False)
     for number, (window, title) in enumerate((w, t) for w in windows for t in found):

@@ -52,7 +52,13 @@ _CHD = {
 }
 
 PRETRAIN: dict[PresetName, dict[str, Any]] = {
-    "phantom": {**_PHANTOM, "optim.steps": 400, "checkpoint_every": 200, "monitor_every": 20},
+    "phantom": {
+        **_PHANTOM,
+        "sal.scale": 3,  # 12 x 12, as on the desk
+        "optim.steps": 400,
+        "checkpoint_every": 200,
+        "monitor_every": 20,
+    },
     "desk": {**_DESK, "optim.steps": 2500},
     "acdc": {**_ACDC, "slices": 32, "optim.lr": 0.1, "optim.steps": 18000},
     "chd": {**_CHD, "slices": 32, "optim.lr": 0.1, "optim.steps": 100000, "sal.t": 0.1},
