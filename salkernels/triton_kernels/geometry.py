@@ -63,9 +63,10 @@ def slots_of(
     if not SET:
         pair = pair & (query_node < N) & (key >= 0)
     place = tl.where(pair, (query_group * N + query_node) * M + key, -1)
+    slot = place
     if HAS_MASK:
-        return tl.load(slots + place, mask=pair, other=-1), place
-    return place, place
+        slot = tl.load(slots + place, mask=pair, other=-1)
+    return slot, place
 
 
 @triton.jit
@@ -79,10 +80,10 @@ def row_pointers(
     group, node = group.to(tl.int64), node.to(tl.int64)
     row, column = row.to(tl.int64), column.to(tl.int64)
     pointer = query + group * query_group + node * query_sample + row * query_row + column * query_column
-    if SET:
-        return pointer
-    other = key + group * key_group + (node - N) * key_sample + row * key_row + column * key_column
-    return tl.where(node < N, pointer, other)
+    if not SET:
+        other = key + group * key_group + (node - N) * key_sample + row * key_row + column * key_column
+        pointer = tl.where(node < N, pointer, other)
+    return pointer
 
 
 @triton.jit
@@ -90,8 +91,10 @@ def channel_offsets(channel, node, N, query_channel, key_channel, SAME: tl.const
     """Offsets of a block of channels: one row for all if query and key have the same stride."""
     channel = channel.to(tl.int64)[None, :]
     if SAME:
-        return channel * query_channel
-    return channel * tl.where(node < N, query_channel, key_channel)[:, None]
+        offset = channel * query_channel
+    else:
+        offset = channel * tl.where(node < N, query_channel, key_channel)[:, None]
+    return offset
 
 
 @triton.jit

@@ -37,38 +37,26 @@ def _pixel_weights(max_sim, argmax, grad_loss, pixel, slot, place, capacity, pix
 
 
 @triton.jit
-def _selection(
-    node_groups_a, nodes_a, lanes_inside_a, group_r, node_r, inside_r,
-    node_groups_b, nodes_b, lanes_inside_b, group_c, node_c, inside_c,
-    pixel, in_window, max_sim, argmax, grad_loss, slots, N, M, capacity, pixels,
-    SET: tl.constexpr, HAS_MASK: tl.constexpr, LANES: tl.constexpr, PIXELS: tl.constexpr,
+def _selected(
+    group_r, node_r, inside_r, group_c, node_c, inside_c, pixel, in_window,
+    max_sim, argmax, grad_loss, slots, N, M, capacity, pixels,
+    SET: tl.constexpr, HAS_MASK: tl.constexpr, PIXELS: tl.constexpr,
 ):
-    """W (rows of tile a, rows of tile b) and its part of D, both roles of tile a together."""
-    ROWS: tl.constexpr = LANES * PIXELS
-    p = tl.arange(0, PIXELS)
-    # Rows of a as queries: each row's match in each sample of b.
+    """g where a column is the match of a row, and g · m, both (ROWS, ROWS).
+
+    Loaded as a matrix, though all pixels of a column's sample share a value: they come from the
+    first-level cache, and nothing has to change its layout, which costs bank conflicts.
+    """
+    ROWS: tl.constexpr = pixel.shape[0]
     slot, place = slots_of(
         slots, group_r[:, None], node_r[:, None], inside_r[:, None],
-        node_groups_b[None, :], nodes_b[None, :], lanes_inside_b[None, :], N, M, SET, HAS_MASK,
+        group_c[None, :], node_c[None, :], inside_c[None, :], N, M, SET, HAS_MASK,
     )
     g, m, match = _pixel_weights(
         max_sim, argmax, grad_loss, pixel[:, None], slot, place, capacity, pixels, in_window[:, None]
     )
-    chosen = match[:, :, None] == p[None, None, :]
-    weight = tl.reshape(tl.where(chosen, g[:, :, None], 0.0), (ROWS, ROWS))
-    along = tl.sum(g * m, 1)
-    # Rows of a as keys: the rows of b that chose them.
-    slot, place = slots_of(
-        slots, group_c[None, :], node_c[None, :], inside_c[None, :],
-        node_groups_a[:, None], nodes_a[:, None], lanes_inside_a[:, None], N, M, SET, HAS_MASK,
-    )
-    g, m, match = _pixel_weights(
-        max_sim, argmax, grad_loss, pixel[None, :], slot, place, capacity, pixels, in_window[None, :]
-    )
-    chosen = match[:, None, :] == p[None, :, None]
-    weight += tl.reshape(tl.where(chosen, g[:, None, :], 0.0), (ROWS, ROWS))
-    along += tl.reshape(tl.sum(tl.where(chosen, (g * m)[:, None, :], 0.0), 2), (ROWS,))
-    return weight, along
+    weight = tl.where(match == (tl.arange(0, ROWS) % PIXELS)[None, :], g, 0.0)
+    return weight, weight * m
 
 
 @triton.jit
@@ -98,6 +86,26 @@ def _row_scales(norm, place, inside, eps):
 
 
 @triton.jit
+def _joined(
+    group_a, node_a, inside_a, tile_b, slots, order, groups, N, M, nodes, GROUPS_PER_TILE,
+    SET: tl.constexpr, HAS_MASK: tl.constexpr, MERGED: tl.constexpr, LANES: tl.constexpr,
+):
+    """Whether any pair, in either direction, joins the nodes of two tiles."""
+    group_b, node_b, inside_b = nodes_of(
+        tl.arange(0, LANES), tile_b, order, groups, nodes, GROUPS_PER_TILE, LANES, MERGED
+    )
+    slot, place = slots_of(
+        slots, group_a[:, None], node_a[:, None], inside_a[:, None],
+        group_b[None, :], node_b[None, :], inside_b[None, :], N, M, SET, HAS_MASK,
+    )
+    back, place_back = slots_of(
+        slots, group_b[None, :], node_b[None, :], inside_b[None, :],
+        group_a[:, None], node_a[:, None], inside_a[:, None], N, M, SET, HAS_MASK,
+    )
+    return tl.max(tl.max(tl.maximum(slot, back), 1), 0) >= 0
+
+
+@triton.jit
 def gradient_kernel(
     query, key, grad_query, grad_key, grad_loss, slots, order, max_sim, argmax, norm,
     query_group, query_sample, query_channel, query_row, query_column,
@@ -118,15 +126,11 @@ def gradient_kernel(
     if MERGED:
         window = pid % windows
         tile = pid // windows
-        tiles = 1
-        first = 0
-        group_tile = tile
     else:
         tiles = tl.cdiv(nodes, LANES)
         first = pid % tiles
         window = pid // tiles % windows
-        group_tile = pid // tiles // windows * tiles
-        tile = group_tile + first
+        tile = pid // tiles // windows * tiles + first
 
     r = tl.arange(0, ROWS)
     lane = tl.arange(0, LANES)
@@ -150,66 +154,97 @@ def gradient_kernel(
         grad_query, grad_key, group_r, node_r, row, column, N,
         gq_group, gq_sample, gq_row, gq_column, gk_group, gk_sample, gk_row, gk_column, SET,
     )
-    weight, along = _selection(
-        group_a, node_a, inside_a, group_r, node_r, inside_r,
-        group_a, node_a, inside_a, group_r, node_r, inside_r,
-        pixel, in_window, max_sim, argmax, grad_loss, slots, N, M, capacity, pixels,
-        SET, HAS_MASK, LANES, PIXELS,
-    )
-    weight = weight * unit[None, :]
-
-    for start in range(0, channels, BLOCK):
-        channel = start + tl.arange(0, BLOCK)
-        in_map = (channel < channels)[None, :]
-        offset = channel_offsets(channel, node_r, N, query_channel, key_channel, SAME)
-        x = tl.load(rows[:, None] + offset, mask=finite[:, None] & in_map, other=0.0)
-        total = tl.zeros((ROWS, BLOCK), tl.float32)
-        total = _times_rows(weight, x, total, PRECISION, UPCAST)
-        all_along = along
-        if not MERGED:
-            # Partners outside this tile: few or none, since tiles hold what belongs together.
-            for other in range(0, tiles):
-                if other != first:
-                    tile_b = group_tile + other
-                    group_b, node_b, inside_b = nodes_of(
-                        lane, tile_b, order, groups, nodes, GROUPS_PER_TILE, LANES, MERGED
+    apart = False
+    if not MERGED:
+        # Tiles hold what belongs together, so that partners elsewhere are the exception.
+        for other in range(0, tiles):
+            if other != first:
+                apart = apart | _joined(
+                    group_a, node_a, inside_a, tile - first + other, slots, order, groups, N, M,
+                    nodes, GROUPS_PER_TILE, SET, HAS_MASK, MERGED, LANES,
+                )
+    if not apart:
+        weight = tl.zeros((ROWS, ROWS), tl.float32)
+        # The branch does more than save loads: operands of a product that come from an 8-bit load
+        # in sight of the compiler get a layout that reads shared memory with 32-way conflicts.
+        if _joined(
+            group_a, node_a, inside_a, tile, slots, order, groups, N, M, nodes, GROUPS_PER_TILE,
+            SET, HAS_MASK, MERGED, LANES,
+        ):
+            # Both roles of a row: its own match, and the rows that chose it.
+            weight, product = _selected(
+                group_r, node_r, inside_r, group_r, node_r, inside_r, pixel, in_window,
+                max_sim, argmax, grad_loss, slots, N, M, capacity, pixels, SET, HAS_MASK, PIXELS,
+            )
+            along = tl.sum(product, 1) + tl.sum(product, 0)
+            # Row r of W and, on the diagonal, the part of V[r] along x̂[r] that drops out: one product
+            # with x gives the gradient, and x has no other use that would spoil its layout.
+            itself = r[:, None] == r[None, :]
+            weight = (weight + tl.trans(weight) - tl.where(itself, along[:, None], 0.0)) * unit[None, :]
+        for start in range(0, channels, BLOCK):
+            channel = start + tl.arange(0, BLOCK)
+            in_map = (channel < channels)[None, :]
+            offset = channel_offsets(channel, node_r, N, query_channel, key_channel, SAME)
+            x = tl.load(rows[:, None] + offset, mask=finite[:, None] & in_map, other=0.0)
+            total = tl.zeros((ROWS, BLOCK), tl.float32)
+            # A NaN row has no inverse, but its weights are NaN: NaN · 0 is the NaN it must get.
+            grad = _times_rows(weight, x, total, PRECISION, UPCAST) * inverse[:, None]
+            offset = channel_offsets(channel, node_r, N, gq_channel, gk_channel, SAME)
+            tl.store(
+                out[:, None] + offset, grad.to(grad_query.dtype.element_ty),
+                mask=inside_r[:, None] & in_map,
+            )
+    if not MERGED:
+        if apart:
+            for start in range(0, channels, BLOCK):
+                channel = start + tl.arange(0, BLOCK)
+                in_map = (channel < channels)[None, :]
+                total = tl.zeros((ROWS, BLOCK), tl.float32)
+                along = tl.zeros((ROWS,), tl.float32)
+                for other in range(0, tiles):
+                    tile_b = tile - first + other
+                    joined = _joined(
+                        group_a, node_a, inside_a, tile_b, slots, order, groups, N, M, nodes,
+                        GROUPS_PER_TILE, SET, HAS_MASK, MERGED, LANES,
                     )
-                    slot, place = slots_of(
-                        slots, group_a[:, None], node_a[:, None], inside_a[:, None],
-                        group_b[None, :], node_b[None, :], inside_b[None, :], N, M, SET, HAS_MASK,
+                    group_c, node_c, inside_c = nodes_of(
+                        r // PIXELS, tile_b, order, groups, nodes, GROUPS_PER_TILE, LANES, MERGED
                     )
-                    slot_back, place = slots_of(
-                        slots, group_b[:, None], node_b[:, None], inside_b[:, None],
-                        group_a[None, :], node_a[None, :], inside_a[None, :], N, M, SET, HAS_MASK,
+                    inside_c = inside_c & in_window
+                    weight = tl.zeros((ROWS, ROWS), tl.float32)
+                    if joined:
+                        weight, product = _selected(
+                            group_r, node_r, inside_r, group_c, node_c, inside_c, pixel, in_window,
+                            max_sim, argmax, grad_loss, slots, N, M, capacity, pixels,
+                            SET, HAS_MASK, PIXELS,
+                        )
+                        along += tl.sum(product, 1)
+                        back, product = _selected(
+                            group_c, node_c, inside_c, group_r, node_r, inside_r, pixel, in_window,
+                            max_sim, argmax, grad_loss, slots, N, M, capacity, pixels,
+                            SET, HAS_MASK, PIXELS,
+                        )
+                        along += tl.sum(product, 0)
+                        weight += tl.trans(back)
+                    place_c = pixel.to(tl.int64) * (groups * nodes) + group_c * nodes + node_c
+                    unit_c, inverse_c, finite_c = _row_scales(norm, place_c, inside_c, eps)
+                    rows_b = row_pointers(
+                        query, key, group_c, node_c, row, column, N,
+                        query_group, query_sample, query_row, query_column,
+                        key_group, key_sample, key_row, key_column, SET,
                     )
-                    if (tl.max(tl.max(slot, 1), 0) >= 0) | (tl.max(tl.max(slot_back, 1), 0) >= 0):
-                        group_c, node_c, inside_c = nodes_of(
-                            r // PIXELS, tile_b, order, groups, nodes, GROUPS_PER_TILE, LANES, MERGED
-                        )
-                        inside_c = inside_c & in_window
-                        place_c = pixel.to(tl.int64) * (groups * nodes) + group_c * nodes + node_c
-                        unit_c, inverse_c, finite_c = _row_scales(norm, place_c, inside_c, eps)
-                        weight_b, along_b = _selection(
-                            group_a, node_a, inside_a, group_r, node_r, inside_r,
-                            group_b, node_b, inside_b, group_c, node_c, inside_c,
-                            pixel, in_window, max_sim, argmax, grad_loss, slots, N, M,
-                            capacity, pixels, SET, HAS_MASK, LANES, PIXELS,
-                        )
-                        rows_b = row_pointers(
-                            query, key, group_c, node_c, row, column, N,
-                            query_group, query_sample, query_row, query_column,
-                            key_group, key_sample, key_row, key_column, SET,
-                        )
-                        offset_b = channel_offsets(channel, node_c, N, query_channel, key_channel, SAME)
-                        y = tl.load(rows_b[:, None] + offset_b, mask=finite_c[:, None] & in_map, other=0.0)
-                        total = _times_rows(weight_b * unit_c[None, :], y, total, PRECISION, UPCAST)
-                        all_along += along_b
-        grad = (total - (all_along * unit)[:, None] * x.to(tl.float32)) * inverse[:, None]
-        # A NaN row has no inverse, but its weights are NaN: NaN · 0 is the NaN it must get.
-        offset = channel_offsets(channel, node_r, N, gq_channel, gk_channel, SAME)
-        tl.store(
-            out[:, None] + offset, grad.to(grad_query.dtype.element_ty), mask=inside_r[:, None] & in_map
-        )
+                    offset = channel_offsets(channel, node_c, N, query_channel, key_channel, SAME)
+                    if joined:
+                        y = tl.load(rows_b[:, None] + offset, mask=finite_c[:, None] & in_map, other=0.0)
+                        total = _times_rows(weight * unit_c[None, :], y, total, PRECISION, UPCAST)
+                offset = channel_offsets(channel, node_r, N, query_channel, key_channel, SAME)
+                x = tl.load(rows[:, None] + offset, mask=finite[:, None] & in_map, other=0.0)
+                grad = (total - (along * unit)[:, None] * x.to(tl.float32)) * inverse[:, None]
+                offset = channel_offsets(channel, node_r, N, gq_channel, gk_channel, SAME)
+                tl.store(
+                    out[:, None] + offset, grad.to(grad_query.dtype.element_ty),
+                    mask=inside_r[:, None] & in_map,
+                )
 
 
 @triton.jit

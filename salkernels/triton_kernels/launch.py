@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import gradient, match
-from .config import INTERPRETER, Tile, tile_for
+from .config import Tile, tile_for
 
 LEAST_ROWS = 16  # of a matrix product
 MOST_PROGRAMS = 2**31 - 1
@@ -71,11 +71,14 @@ class Layout:
         return self.lanes // self.nodes if self.merged else 1
 
     @property
+    def groups_of_tiles(self) -> int:
+        """Groups, or if they are merged as many as tiles are needed for all."""
+        return _ceil(self.groups, self.groups_per_tile)
+
+    @property
     def tiles(self) -> int:
-        """Tiles of a group, or of all groups if they are merged."""
-        if self.merged:
-            return _ceil(self.groups, self.groups_per_tile)
-        return _ceil(self.nodes, self.lanes)
+        """Tiles of a group."""
+        return 1 if self.merged else _ceil(self.nodes, self.lanes)
 
     @property
     def across(self) -> int:
@@ -149,23 +152,29 @@ def forward(
                 **precision,
             )
         else:
-            programs = layout.tiles * layout.windows
-            if not layout.merged:
-                even = layout.tiles + layout.tiles % 2
-                programs = layout.groups * layout.windows * (even // 2 * (even + 1))
-            _launch(
-                match.match_kernel,
-                programs,
-                tile,
-                (*maps, slots, node_order(layout), max_sim, argmax, norm, partial, *strides, *common, layout.groups_per_tile),
-                **layout.flags(),
-                MERGED=layout.merged,
-                SAME=layout.same_channel_stride,
-                LANES=layout.lanes,
-                PIXELS=layout.pixels,
-                BLOCK=tile.block,
-                **precision,
-            )
+            order = node_order(layout)
+            programs = [layout.groups_of_tiles * layout.tiles * layout.windows]
+            if layout.tiles > 1:
+                even = layout.tiles - 1 + (layout.tiles - 1) % 2
+                programs.append(layout.groups * layout.windows * (even // 2 * (even + 1)))
+            for count, diagonal in zip(programs, (True, False), strict=False):
+                _launch(
+                    match.match_kernel,
+                    count,
+                    tile,
+                    (
+                        *(*maps, slots, order, max_sim, argmax, norm, partial),
+                        *(*strides, *common, layout.groups_per_tile),
+                    ),
+                    **layout.flags(),
+                    MERGED=layout.merged,
+                    DIAGONAL=diagonal,
+                    SAME=layout.same_channel_stride,
+                    LANES=layout.lanes,
+                    PIXELS=layout.pixels,
+                    BLOCK=tile.block,
+                    **precision,
+                )
         _launch(
             match.loss_kernel,
             _ceil(layout.pairs, 16),
@@ -215,10 +224,9 @@ def backward(
                 **_precision(query, gradient=True),
             )
             return
-        programs = layout.tiles * layout.windows * (1 if layout.merged else layout.groups)
         _launch(
             gradient.gradient_kernel,
-            programs,
+            layout.groups_of_tiles * layout.tiles * layout.windows,
             tile,
             (*maps, *grads, grad_loss, slots, node_order(layout), max_sim, argmax, norm, *strides, *common, layout.groups_per_tile),
             **layout.flags(),
@@ -275,16 +283,22 @@ def _launch(kernel: Any, programs: int, tile: Tile, arguments: tuple[Any, ...], 
     kernel[(programs,)](*arguments, **constants, num_warps=tile.warps, num_stages=tile.stages)
 
 
-def _tile(kernel: str, x: Tensor) -> Tile:
-    if x.device.type == "cpu":
-        return INTERPRETER
+def capability(x: Tensor) -> int:
+    """Compute capability of the device, 10 · major + minor; 0 for the interpreter."""
+    if not x.is_cuda:
+        return 0
     major, minor = torch.cuda.get_device_capability(x.device)
-    return tile_for(kernel, x.element_size(), 10 * major + minor)
+    return 10 * major + minor
+
+
+def _tile(kernel: str, x: Tensor) -> Tile:
+    return tile_for(kernel, x.element_size(), capability(x))
 
 
 def _precision(x: Tensor, gradient: bool = False) -> dict[str, Any]:
     """How products of fp32 are taken; those of 16 bits are exact in any case."""
-    if torch.version.hip is not None or x.device.type == "cpu":
+    interpreted = capability(x) == 0
+    if torch.version.hip is not None or interpreted:
         precision = "ieee"
     elif x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         precision = "tf32"
@@ -292,7 +306,7 @@ def _precision(x: Tensor, gradient: bool = False) -> dict[str, Any]:
         precision = "tf32x3"
     else:
         precision = "ieee"
-    return {"PRECISION": precision, "UPCAST": x.device.type == "cpu"}
+    return {"PRECISION": precision, "UPCAST": interpreted}
 
 
 def _device_of(x: Tensor) -> AbstractContextManager[Any]:

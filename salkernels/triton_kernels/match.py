@@ -1,7 +1,7 @@
 """Forward: cosine similarities window by window, their row-max and arg-max, and the MAE to 1.
 
-    match_kernel          windows of which a tile holds all pixels: every feature is loaded once per
-                          tile pair, in most cases once at all
+    match_kernel          windows of which a tile holds all pixels: a feature is loaded once, and once
+                          more for every other tile with partners of its sample
     stream_match_kernel   larger windows: key pixels pass by in blocks under a running maximum
     norm_kernel           norms for the latter; the former takes them from the loads it makes anyway
     loss_kernel           sums the partial MAE of all windows in a fixed order
@@ -55,54 +55,59 @@ def match_kernel(
     key_group, key_sample, key_channel, key_row, key_column,
     groups, N, M, channels, height, width, window_rows, window_columns, across, windows,
     capacity, eps, GROUPS_PER_TILE,
-    SET: tl.constexpr, HAS_MASK: tl.constexpr, MERGED: tl.constexpr, SAME: tl.constexpr,
-    LANES: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr,
+    SET: tl.constexpr, HAS_MASK: tl.constexpr, MERGED: tl.constexpr, DIAGONAL: tl.constexpr,
+    SAME: tl.constexpr, LANES: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):
-    """All pairs between the nodes of two tiles, or within one tile, in one window."""
+    """All pairs within a tile, or between two tiles of a group, in one window.
+
+    The first (DIAGONAL) also stores the norms, and the second reads them: so it runs later.
+    """
     ROWS: tl.constexpr = LANES * PIXELS
     nodes = N if SET else N + M
+    tiles = 1 if MERGED else tl.cdiv(nodes, LANES)
     pid = tl.program_id(0)
-    if MERGED:
+    if DIAGONAL:
         # Neighbouring programs take neighbouring windows: in NCHW they share sectors.
         window = pid % windows
         tile_a = pid // windows
         tile_b = tile_a
     else:
-        # Neighbouring programs take the tile pairs of one window: they share its features. Tile
-        # pairs a <= b are counted along a folded triangle, without a root: row i holds the pairs
-        # of tile i and, before them, those of its mirror image.
-        tiles = tl.cdiv(nodes, LANES)
-        even = tiles + tiles % 2
+        # Neighbouring programs take the tile pairs of one window: they share its features. Pairs
+        # first < second are counted along a folded triangle, without a root: row i holds those of
+        # tile i and, before them, those of its mirror image.
+        even = tiles - 1 + (tiles - 1) % 2
         tile_pairs = even // 2 * (even + 1)
         fold = pid % tile_pairs // (even + 1)
         step = pid % tile_pairs % (even + 1)
         first = tl.where(step > fold, fold, even - 1 - fold)
-        second = tl.where(step > fold, step - 1, even - 1 - step)
+        second = tl.where(step > fold, step, even - step)
         if second >= tiles:
             return
         window = pid // tile_pairs % windows
-        group_tile = pid // tile_pairs // windows * tiles
-        tile_a = group_tile + first
-        tile_b = group_tile + second
+        tile_a = pid // tile_pairs // windows * tiles + first
+        tile_b = tile_a - first + second
 
     lane = tl.arange(0, LANES)
-    group_a, node_a, inside_a = nodes_of(lane, tile_a, order, groups, nodes, GROUPS_PER_TILE, LANES, MERGED)
-    group_b, node_b, inside_b = nodes_of(lane, tile_b, order, groups, nodes, GROUPS_PER_TILE, LANES, MERGED)
+    group_a, node_a, inside_a = nodes_of(
+        lane, tile_a, order, groups, nodes, GROUPS_PER_TILE, LANES, MERGED
+    )
+    group_b, node_b, inside_b = nodes_of(
+        lane, tile_b, order, groups, nodes, GROUPS_PER_TILE, LANES, MERGED
+    )
     slot, place = slots_of(
         slots, group_a[:, None], node_a[:, None], inside_a[:, None],
         group_b[None, :], node_b[None, :], inside_b[None, :], N, M, SET, HAS_MASK,
     )
     slot_back, place = slots_of(
-        slots, group_b[:, None], node_b[:, None], inside_b[:, None],
-        group_a[None, :], node_a[None, :], inside_a[None, :], N, M, SET, HAS_MASK,
+        slots, group_b[None, :], node_b[None, :], inside_b[None, :],
+        group_a[:, None], node_a[:, None], inside_a[:, None], N, M, SET, HAS_MASK,
     )
-    if HAS_MASK:
+    if MERGED or not DIAGONAL:
         # No pair, no work: before any load of features. With several tiles the diagonal stays,
         # for its norms.
-        if (tl.max(tl.max(slot, 1), 0) < 0) & (tl.max(tl.max(slot_back, 1), 0) < 0):
-            if MERGED or tile_a != tile_b:
-                return
+        if tl.max(tl.max(tl.maximum(slot, slot_back), 1), 0) < 0:
+            return
 
     r = tl.arange(0, ROWS)
     row, column, in_window = pixels_of(
@@ -112,56 +117,46 @@ def match_kernel(
     group_r, node_r, inside_r = nodes_of(
         r // PIXELS, tile_a, order, groups, nodes, GROUPS_PER_TILE, LANES, MERGED
     )
+    group_c, node_c, inside_c = nodes_of(
+        r // PIXELS, tile_b, order, groups, nodes, GROUPS_PER_TILE, LANES, MERGED
+    )
     inside_r = inside_r & in_window
+    inside_c = inside_c & in_window
     rows_a = row_pointers(
         query, key, group_r, node_r, row, column, N,
         query_group, query_sample, query_row, query_column,
         key_group, key_sample, key_row, key_column, SET,
     )
+    rows_b = row_pointers(
+        query, key, group_c, node_c, row, column, N,
+        query_group, query_sample, query_row, query_column,
+        key_group, key_sample, key_row, key_column, SET,
+    )
     total = tl.zeros((ROWS, ROWS), tl.float32)
-    square_a = tl.zeros((ROWS,), tl.float32)
-    if tile_a == tile_b:
-        group_c, node_c, inside_c = group_r, node_r, inside_r
-        for start in range(0, channels, BLOCK):
-            channel = start + tl.arange(0, BLOCK)
-            offset = channel_offsets(channel, node_r, N, query_channel, key_channel, SAME)
-            x = tl.load(
-                rows_a[:, None] + offset,
-                mask=inside_r[:, None] & (channel < channels)[None, :], other=0.0,
-            )
-            wide = x.to(tl.float32)
-            square_a += tl.sum(wide * wide, 1)
+    for start in range(0, channels, BLOCK):
+        channel = start + tl.arange(0, BLOCK)
+        in_map = (channel < channels)[None, :]
+        offset = channel_offsets(channel, node_r, N, query_channel, key_channel, SAME)
+        x = tl.load(rows_a[:, None] + offset, mask=inside_r[:, None] & in_map, other=0.0)
+        if DIAGONAL:
             total = dot(x, tl.trans(x), total, PRECISION, UPCAST)
-        square_c = square_a
-        norm_a = tl.sqrt(square_a)
-        place_n = pixel.to(tl.int64) * (groups * nodes) + group_r * nodes + node_r
-        tl.store(norm + place_n, norm_a, mask=inside_r)
-    else:
-        group_c, node_c, inside_c = nodes_of(
-            r // PIXELS, tile_b, order, groups, nodes, GROUPS_PER_TILE, LANES, MERGED
-        )
-        inside_c = inside_c & in_window
-        rows_b = row_pointers(
-            query, key, group_c, node_c, row, column, N,
-            query_group, query_sample, query_row, query_column,
-            key_group, key_sample, key_row, key_column, SET,
-        )
-        square_c = tl.zeros((ROWS,), tl.float32)
-        for start in range(0, channels, BLOCK):
-            channel = start + tl.arange(0, BLOCK)
-            in_map = (channel < channels)[None, :]
-            offset_a = channel_offsets(channel, node_r, N, query_channel, key_channel, SAME)
-            offset_b = channel_offsets(channel, node_c, N, query_channel, key_channel, SAME)
-            x = tl.load(rows_a[:, None] + offset_a, mask=inside_r[:, None] & in_map, other=0.0)
-            y = tl.load(rows_b[:, None] + offset_b, mask=inside_c[:, None] & in_map, other=0.0)
-            wide_x, wide_y = x.to(tl.float32), y.to(tl.float32)
-            square_a += tl.sum(wide_x * wide_x, 1)
-            square_c += tl.sum(wide_y * wide_y, 1)
+        else:
+            offset = channel_offsets(channel, node_c, N, query_channel, key_channel, SAME)
+            y = tl.load(rows_b[:, None] + offset, mask=inside_c[:, None] & in_map, other=0.0)
             total = dot(x, tl.trans(y), total, PRECISION, UPCAST)
 
-    scale_a = unit_scale(tl.sqrt(square_a), eps)
-    scale_c = unit_scale(tl.sqrt(square_c), eps)
-    sim = total * scale_a[:, None] * scale_c[None, :]
+    place_r = pixel.to(tl.int64) * (groups * nodes) + group_r * nodes + node_r
+    if DIAGONAL:
+        # The diagonal holds the squared norms: nothing but products has to read x.
+        itself = tl.where(r[:, None] == r[None, :], total, 0.0)
+        norm_r = tl.sqrt(tl.sum(itself, 1))
+        norm_c = tl.sqrt(tl.sum(itself, 0))
+        tl.store(norm + place_r, norm_r, mask=inside_r)
+    else:
+        place_c = pixel.to(tl.int64) * (groups * nodes) + group_c * nodes + node_c
+        norm_r = tl.load(norm + place_r, mask=inside_r, other=1.0)
+        norm_c = tl.load(norm + place_c, mask=inside_c, other=1.0)
+    sim = total * unit_scale(norm_r, eps)[:, None] * unit_scale(norm_c, eps)[None, :]
     sim = _comparable(sim, inside_r[:, None] & inside_c[None, :])
 
     # Rows of tile a as queries, samples of tile b as keys.
@@ -170,25 +165,25 @@ def match_kernel(
         slots, group_r[:, None], node_r[:, None], inside_r[:, None],
         group_b[None, :], node_b[None, :], inside_b[None, :], N, M, SET, HAS_MASK,
     )
-    error = _store_matches(best, where, max_sim, argmax, pixel[:, None], slot_r, capacity, in_window[:, None])
+    error = _store_matches(
+        best, where, max_sim, argmax, pixel[:, None], slot_r, capacity, in_window[:, None]
+    )
     error = tl.sum(tl.reshape(error, (LANES, PIXELS, LANES)), 1)
     line = partial + window.to(tl.int64) * capacity
     tl.store(line + slot, error, mask=(slot >= 0) & (slot < capacity))
 
-    if not MERGED:
-        if tile_a != tile_b:
-            # The same products, read down the columns: rows of tile b as queries.
-            best, where = tl.max(tl.reshape(sim, (LANES, PIXELS, ROWS)), 1, return_indices=True)
-            slot_c, place = slots_of(
-                slots, group_c[None, :], node_c[None, :], inside_c[None, :],
-                group_a[:, None], node_a[:, None], inside_a[:, None], N, M, SET, HAS_MASK,
-            )
-            error = _store_matches(
-                best, where, max_sim, argmax, pixel[None, :], slot_c, capacity, in_window[None, :]
-            )
-            error = tl.sum(tl.reshape(error, (LANES, LANES, PIXELS)), 2)
-            back = tl.trans(slot_back)
-            tl.store(line + back, error, mask=(back >= 0) & (back < capacity))
+    if not DIAGONAL:
+        # The same products, read down the columns: rows of tile b as queries.
+        best, where = tl.max(tl.reshape(sim, (LANES, PIXELS, ROWS)), 1, return_indices=True)
+        slot_r, place = slots_of(
+            slots, group_c[None, :], node_c[None, :], inside_c[None, :],
+            group_a[:, None], node_a[:, None], inside_a[:, None], N, M, SET, HAS_MASK,
+        )
+        error = _store_matches(
+            best, where, max_sim, argmax, pixel[None, :], slot_r, capacity, in_window[None, :]
+        )
+        error = tl.sum(tl.reshape(error, (LANES, LANES, PIXELS)), 2)
+        tl.store(line + slot_back, error, mask=(slot_back >= 0) & (slot_back < capacity))
 
 
 @triton.jit
