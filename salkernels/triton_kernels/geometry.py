@@ -108,4 +108,21 @@ def dot(a, b, total, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     """total + a @ b in fp32. UPCAST for the interpreter, whose bf16 products are wrong."""
     if UPCAST:
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision=PRECISION)
+    if PRECISION == "tf32x3":
+        # By hand: Triton's own tf32x3 uses one operand in two layouts, and so reads both from
+        # shared memory with bank conflicts. Here each part has one use.
+        a_high, a_low = tf32_parts(a)
+        b_high, b_low = tf32_parts(b)
+        total = tl.dot(a_low, b_high, total, input_precision="tf32")
+        total = tl.dot(a_high, b_low, total, input_precision="tf32")
+        total = tl.dot(a_high, b_high, total, input_precision="tf32")
+    else:
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def tf32_parts(x):
+    """x rounded to the 10 bits of a tf32 mantissa, and the rest; NaN and Inf leave NaN there."""
+    high = (x.to(tl.int32, bitcast=True) + 4096 & -8192).to(tl.float32, bitcast=True)
+    return high, x - high

@@ -38,25 +38,85 @@ def _pixel_weights(max_sim, argmax, grad_loss, pixel, slot, place, capacity, pix
 
 @triton.jit
 def _selected(
-    group_r, node_r, inside_r, group_c, node_c, inside_c, pixel, in_window,
-    max_sim, argmax, grad_loss, slots, N, M, capacity, pixels,
-    SET: tl.constexpr, HAS_MASK: tl.constexpr, PIXELS: tl.constexpr,
+    tile_r, r, tile_c, c, window, max_sim, argmax, grad_loss, slots, order,
+    groups, N, M, height, width, window_rows, window_columns, across, capacity, GROUPS_PER_TILE,
+    SET: tl.constexpr, HAS_MASK: tl.constexpr, MERGED: tl.constexpr,
+    LANES: tl.constexpr, PIXELS: tl.constexpr,
 ):
-    """g where a column is the match of a row, and g · m, both (ROWS, ROWS).
+    """g where row c of a tile is the match of row r of another, and g · m, both (rows, columns).
 
     Loaded as a matrix, though all pixels of a column's sample share a value: they come from the
-    first-level cache, and nothing has to change its layout, which costs bank conflicts.
+    first-level cache, and nothing has to change its layout, which would cost bank conflicts.
     """
-    ROWS: tl.constexpr = pixel.shape[0]
+    nodes = N if SET else N + M
+    row, column, in_window = pixels_of(
+        r % PIXELS, window, across, window_rows, window_columns, height, width
+    )
+    group_r, node_r, inside_r = nodes_of(
+        r // PIXELS, tile_r, order, groups, nodes, GROUPS_PER_TILE, LANES, MERGED
+    )
+    group_c, node_c, inside_c = nodes_of(
+        c // PIXELS, tile_c, order, groups, nodes, GROUPS_PER_TILE, LANES, MERGED
+    )
     slot, place = slots_of(
-        slots, group_r[:, None], node_r[:, None], inside_r[:, None],
+        slots, group_r[:, None], node_r[:, None], (inside_r & in_window)[:, None],
         group_c[None, :], node_c[None, :], inside_c[None, :], N, M, SET, HAS_MASK,
     )
     g, m, match = _pixel_weights(
-        max_sim, argmax, grad_loss, pixel[:, None], slot, place, capacity, pixels, in_window[:, None]
+        max_sim, argmax, grad_loss, (row * width + column)[:, None], slot, place, capacity,
+        height * width, slot >= 0,
     )
-    weight = tl.where(match == (tl.arange(0, ROWS) % PIXELS)[None, :], g, 0.0)
+    weight = tl.where(match == (c % PIXELS)[None, :], g, 0.0)
     return weight, weight * m
+
+
+@triton.jit
+def _both_roles(
+    tile_r, r, tile_c, c, window, max_sim, argmax, grad_loss, slots, order,
+    groups, N, M, height, width, window_rows, window_columns, across, capacity, GROUPS_PER_TILE,
+    SET: tl.constexpr, HAS_MASK: tl.constexpr, MERGED: tl.constexpr,
+    LANES: tl.constexpr, PIXELS: tl.constexpr,
+):
+    """W[r,c] and its part of D[r]: the match of r, and r as the match of c."""
+    weight, product = _selected(
+        tile_r, r, tile_c, c, window, max_sim, argmax, grad_loss, slots, order,
+        groups, N, M, height, width, window_rows, window_columns, across, capacity,
+        GROUPS_PER_TILE, SET, HAS_MASK, MERGED, LANES, PIXELS,
+    )
+    along = tl.sum(product, 1)
+    back, product = _selected(
+        tile_c, c, tile_r, r, window, max_sim, argmax, grad_loss, slots, order,
+        groups, N, M, height, width, window_rows, window_columns, across, capacity,
+        GROUPS_PER_TILE, SET, HAS_MASK, MERGED, LANES, PIXELS,
+    )
+    return weight + tl.trans(back), along + tl.sum(product, 0)
+
+
+@triton.jit
+def _rows_of(
+    tile, r, window, query, key, norm, order, groups, N, M,
+    height, width, window_rows, window_columns, across, eps, GROUPS_PER_TILE,
+    query_group, query_sample, query_row, query_column,
+    key_group, key_sample, key_row, key_column,
+    SET: tl.constexpr, MERGED: tl.constexpr, LANES: tl.constexpr, PIXELS: tl.constexpr,
+):
+    """Where rows of a tile start, their nodes, scales, and which can be multiplied."""
+    nodes = N if SET else N + M
+    row, column, in_window = pixels_of(
+        r % PIXELS, window, across, window_rows, window_columns, height, width
+    )
+    group, node, inside = nodes_of(
+        r // PIXELS, tile, order, groups, nodes, GROUPS_PER_TILE, LANES, MERGED
+    )
+    inside = inside & in_window
+    place = (row * width + column).to(tl.int64) * (groups * nodes) + group * nodes + node
+    unit, inverse, finite = _row_scales(norm, place, inside, eps)
+    rows = row_pointers(
+        query, key, group, node, row, column, N,
+        query_group, query_sample, query_row, query_column,
+        key_group, key_sample, key_row, key_column, SET,
+    )
+    return rows, node, unit, inverse, finite, inside
 
 
 @triton.jit
@@ -87,12 +147,17 @@ def _row_scales(norm, place, inside, eps):
 
 @triton.jit
 def _joined(
-    group_a, node_a, inside_a, tile_b, slots, order, groups, N, M, nodes, GROUPS_PER_TILE,
+    tile_a, tile_b, slots, order, groups, N, M, GROUPS_PER_TILE,
     SET: tl.constexpr, HAS_MASK: tl.constexpr, MERGED: tl.constexpr, LANES: tl.constexpr,
 ):
     """Whether any pair, in either direction, joins the nodes of two tiles."""
+    nodes = N if SET else N + M
+    lane = tl.arange(0, LANES)
+    group_a, node_a, inside_a = nodes_of(
+        lane, tile_a, order, groups, nodes, GROUPS_PER_TILE, LANES, MERGED
+    )
     group_b, node_b, inside_b = nodes_of(
-        tl.arange(0, LANES), tile_b, order, groups, nodes, GROUPS_PER_TILE, LANES, MERGED
+        lane, tile_b, order, groups, nodes, GROUPS_PER_TILE, LANES, MERGED
     )
     slot, place = slots_of(
         slots, group_a[:, None], node_a[:, None], inside_a[:, None],
@@ -118,41 +183,40 @@ def gradient_kernel(
     LANES: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):
-    """Gradients of the rows of one tile in one window."""
+    """Gradients of the rows of one tile in one window.
+
+    The columns of W, and the rows of x that they multiply, come in two halves: a whole matrix does
+    not fit into the registers while it is put together.
+    """
     ROWS: tl.constexpr = LANES * PIXELS
+    HALF: tl.constexpr = ROWS // 2
     nodes = N if SET else N + M
-    pixels = height * width
+    tiles = 1 if MERGED else tl.cdiv(nodes, LANES)
     pid = tl.program_id(0)
-    if MERGED:
-        window = pid % windows
-        tile = pid // windows
-    else:
-        tiles = tl.cdiv(nodes, LANES)
-        first = pid % tiles
-        window = pid // tiles % windows
-        tile = pid // tiles // windows * tiles + first
+    first = pid % tiles
+    window = pid // tiles % windows
+    tile = pid // tiles // windows * tiles + first
 
     r = tl.arange(0, ROWS)
-    lane = tl.arange(0, LANES)
-    row, column, in_window = pixels_of(
-        r % PIXELS, window, across, window_rows, window_columns, height, width
+    upper = tl.arange(0, HALF)
+    lower = HALF + upper
+    out, node_r, unit_r, inverse, finite_r, inside_r = _rows_of(
+        tile, r, window, grad_query, grad_key, norm, order, groups, N, M,
+        height, width, window_rows, window_columns, across, eps, GROUPS_PER_TILE,
+        gq_group, gq_sample, gq_row, gq_column, gk_group, gk_sample, gk_row, gk_column,
+        SET, MERGED, LANES, PIXELS,
     )
-    pixel = row * width + column
-    group_a, node_a, inside_a = nodes_of(lane, tile, order, groups, nodes, GROUPS_PER_TILE, LANES, MERGED)
-    group_r, node_r, inside_r = nodes_of(
-        r // PIXELS, tile, order, groups, nodes, GROUPS_PER_TILE, LANES, MERGED
-    )
-    inside_r = inside_r & in_window
-    place_n = pixel.to(tl.int64) * (groups * nodes) + group_r * nodes + node_r
-    unit, inverse, finite = _row_scales(norm, place_n, inside_r, eps)
-    rows = row_pointers(
-        query, key, group_r, node_r, row, column, N,
+    rows_u, node_u, unit_u, _, finite_u, _ = _rows_of(
+        tile, upper, window, query, key, norm, order, groups, N, M,
+        height, width, window_rows, window_columns, across, eps, GROUPS_PER_TILE,
         query_group, query_sample, query_row, query_column,
-        key_group, key_sample, key_row, key_column, SET,
+        key_group, key_sample, key_row, key_column, SET, MERGED, LANES, PIXELS,
     )
-    out = row_pointers(
-        grad_query, grad_key, group_r, node_r, row, column, N,
-        gq_group, gq_sample, gq_row, gq_column, gk_group, gk_sample, gk_row, gk_column, SET,
+    rows_l, node_l, unit_l, _, finite_l, _ = _rows_of(
+        tile, lower, window, query, key, norm, order, groups, N, M,
+        height, width, window_rows, window_columns, across, eps, GROUPS_PER_TILE,
+        query_group, query_sample, query_row, query_column,
+        key_group, key_sample, key_row, key_column, SET, MERGED, LANES, PIXELS,
     )
     apart = False
     if not MERGED:
@@ -160,35 +224,46 @@ def gradient_kernel(
         for other in range(0, tiles):
             if other != first:
                 apart = apart | _joined(
-                    group_a, node_a, inside_a, tile - first + other, slots, order, groups, N, M,
-                    nodes, GROUPS_PER_TILE, SET, HAS_MASK, MERGED, LANES,
+                    tile, tile - first + other, slots, order, groups, N, M, GROUPS_PER_TILE,
+                    SET, HAS_MASK, MERGED, LANES,
                 )
     if not apart:
-        weight = tl.zeros((ROWS, ROWS), tl.float32)
+        weight_u = tl.zeros((ROWS, HALF), tl.float32)
+        weight_l = tl.zeros((ROWS, HALF), tl.float32)
         # The branch does more than save loads: operands of a product that come from an 8-bit load
         # in sight of the compiler get a layout that reads shared memory with 32-way conflicts.
         if _joined(
-            group_a, node_a, inside_a, tile, slots, order, groups, N, M, nodes, GROUPS_PER_TILE,
-            SET, HAS_MASK, MERGED, LANES,
+            tile, tile, slots, order, groups, N, M, GROUPS_PER_TILE, SET, HAS_MASK, MERGED, LANES
         ):
-            # Both roles of a row: its own match, and the rows that chose it.
-            weight, product = _selected(
-                group_r, node_r, inside_r, group_r, node_r, inside_r, pixel, in_window,
-                max_sim, argmax, grad_loss, slots, N, M, capacity, pixels, SET, HAS_MASK, PIXELS,
+            weight_u, along_u = _both_roles(
+                tile, r, tile, upper, window, max_sim, argmax, grad_loss, slots, order,
+                groups, N, M, height, width, window_rows, window_columns, across, capacity,
+                GROUPS_PER_TILE, SET, HAS_MASK, MERGED, LANES, PIXELS,
             )
-            along = tl.sum(product, 1) + tl.sum(product, 0)
-            # Row r of W and, on the diagonal, the part of V[r] along x̂[r] that drops out: one product
-            # with x gives the gradient, and x has no other use that would spoil its layout.
-            itself = r[:, None] == r[None, :]
-            weight = (weight + tl.trans(weight) - tl.where(itself, along[:, None], 0.0)) * unit[None, :]
+            weight_l, along_l = _both_roles(
+                tile, r, tile, lower, window, max_sim, argmax, grad_loss, slots, order,
+                groups, N, M, height, width, window_rows, window_columns, across, capacity,
+                GROUPS_PER_TILE, SET, HAS_MASK, MERGED, LANES, PIXELS,
+            )
+            # What drops out of V[r] goes into W too: one product with x gives the gradient, and x
+            # has no other use that would spoil its layout.
+            along = (along_u + along_l)[:, None]
+            weight_u -= tl.where(r[:, None] == upper[None, :], along, 0.0)
+            weight_l -= tl.where(r[:, None] == lower[None, :], along, 0.0)
+            weight_u *= unit_u[None, :]
+            weight_l *= unit_l[None, :]
         for start in range(0, channels, BLOCK):
             channel = start + tl.arange(0, BLOCK)
             in_map = (channel < channels)[None, :]
-            offset = channel_offsets(channel, node_r, N, query_channel, key_channel, SAME)
-            x = tl.load(rows[:, None] + offset, mask=finite[:, None] & in_map, other=0.0)
+            offset = channel_offsets(channel, node_u, N, query_channel, key_channel, SAME)
+            x_u = tl.load(rows_u[:, None] + offset, mask=finite_u[:, None] & in_map, other=0.0)
+            offset = channel_offsets(channel, node_l, N, query_channel, key_channel, SAME)
+            x_l = tl.load(rows_l[:, None] + offset, mask=finite_l[:, None] & in_map, other=0.0)
             total = tl.zeros((ROWS, BLOCK), tl.float32)
+            total = _times_rows(weight_u, x_u, total, PRECISION, UPCAST)
+            total = _times_rows(weight_l, x_l, total, PRECISION, UPCAST)
             # A NaN row has no inverse, but its weights are NaN: NaN · 0 is the NaN it must get.
-            grad = _times_rows(weight, x, total, PRECISION, UPCAST) * inverse[:, None]
+            grad = total * inverse[:, None]
             offset = channel_offsets(channel, node_r, N, gq_channel, gk_channel, SAME)
             tl.store(
                 out[:, None] + offset, grad.to(grad_query.dtype.element_ty),
@@ -196,50 +271,54 @@ def gradient_kernel(
             )
     if not MERGED:
         if apart:
+            # D of all tiles together is needed before the part along x̂ can be taken off.
+            along = tl.zeros((ROWS,), tl.float32)
+            for other in range(0, 2 * tiles):
+                tile_b = tile - first + other // 2
+                if _joined(
+                    tile, tile_b, slots, order, groups, N, M, GROUPS_PER_TILE,
+                    SET, HAS_MASK, MERGED, LANES,
+                ):
+                    weight, part = _both_roles(
+                        tile, r, tile_b, other % 2 * HALF + upper, window,
+                        max_sim, argmax, grad_loss, slots, order,
+                        groups, N, M, height, width, window_rows, window_columns, across, capacity,
+                        GROUPS_PER_TILE, SET, HAS_MASK, MERGED, LANES, PIXELS,
+                    )
+                    along += part
             for start in range(0, channels, BLOCK):
                 channel = start + tl.arange(0, BLOCK)
                 in_map = (channel < channels)[None, :]
                 total = tl.zeros((ROWS, BLOCK), tl.float32)
-                along = tl.zeros((ROWS,), tl.float32)
-                for other in range(0, tiles):
-                    tile_b = tile - first + other
+                for other in range(0, 2 * tiles):
+                    tile_b = tile - first + other // 2
+                    c = other % 2 * HALF + upper
                     joined = _joined(
-                        group_a, node_a, inside_a, tile_b, slots, order, groups, N, M, nodes,
-                        GROUPS_PER_TILE, SET, HAS_MASK, MERGED, LANES,
+                        tile, tile_b, slots, order, groups, N, M, GROUPS_PER_TILE,
+                        SET, HAS_MASK, MERGED, LANES,
                     )
-                    group_c, node_c, inside_c = nodes_of(
-                        r // PIXELS, tile_b, order, groups, nodes, GROUPS_PER_TILE, LANES, MERGED
-                    )
-                    inside_c = inside_c & in_window
-                    weight = tl.zeros((ROWS, ROWS), tl.float32)
+                    weight = tl.zeros((ROWS, HALF), tl.float32)
                     if joined:
-                        weight, product = _selected(
-                            group_r, node_r, inside_r, group_c, node_c, inside_c, pixel, in_window,
-                            max_sim, argmax, grad_loss, slots, N, M, capacity, pixels,
-                            SET, HAS_MASK, PIXELS,
+                        weight, part = _both_roles(
+                            tile, r, tile_b, c, window, max_sim, argmax, grad_loss, slots, order,
+                            groups, N, M, height, width, window_rows, window_columns, across, capacity,
+                            GROUPS_PER_TILE, SET, HAS_MASK, MERGED, LANES, PIXELS,
                         )
-                        along += tl.sum(product, 1)
-                        back, product = _selected(
-                            group_c, node_c, inside_c, group_r, node_r, inside_r, pixel, in_window,
-                            max_sim, argmax, grad_loss, slots, N, M, capacity, pixels,
-                            SET, HAS_MASK, PIXELS,
-                        )
-                        along += tl.sum(product, 0)
-                        weight += tl.trans(back)
-                    place_c = pixel.to(tl.int64) * (groups * nodes) + group_c * nodes + node_c
-                    unit_c, inverse_c, finite_c = _row_scales(norm, place_c, inside_c, eps)
-                    rows_b = row_pointers(
-                        query, key, group_c, node_c, row, column, N,
+                    rows_c, node_c, unit_c, _, finite_c, _ = _rows_of(
+                        tile_b, c, window, query, key, norm, order, groups, N, M,
+                        height, width, window_rows, window_columns, across, eps, GROUPS_PER_TILE,
                         query_group, query_sample, query_row, query_column,
-                        key_group, key_sample, key_row, key_column, SET,
+                        key_group, key_sample, key_row, key_column, SET, MERGED, LANES, PIXELS,
                     )
-                    offset = channel_offsets(channel, node_c, N, query_channel, key_channel, SAME)
-                    if joined:
-                        y = tl.load(rows_b[:, None] + offset, mask=finite_c[:, None] & in_map, other=0.0)
-                        total = _times_rows(weight * unit_c[None, :], y, total, PRECISION, UPCAST)
-                offset = channel_offsets(channel, node_r, N, query_channel, key_channel, SAME)
-                x = tl.load(rows[:, None] + offset, mask=finite[:, None] & in_map, other=0.0)
-                grad = (total - (along * unit)[:, None] * x.to(tl.float32)) * inverse[:, None]
+                    itself = (r[:, None] == c[None, :]) & (tile == tile_b)
+                    weight = (weight - tl.where(itself, along[:, None], 0.0)) * unit_c[None, :]
+                    if joined | (tile == tile_b):
+                        offset = channel_offsets(channel, node_c, N, query_channel, key_channel, SAME)
+                        y = tl.load(
+                            rows_c[:, None] + offset, mask=finite_c[:, None] & in_map, other=0.0
+                        )
+                        total = _times_rows(weight, y, total, PRECISION, UPCAST)
+                grad = total * inverse[:, None]
                 offset = channel_offsets(channel, node_r, N, gq_channel, gk_channel, SAME)
                 tl.store(
                     out[:, None] + offset, grad.to(grad_query.dtype.element_ty),

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import gradient, match
 from .config import Tile, tile_for
 
-LEAST_ROWS = 16  # of a matrix product
+LEAST_ROWS = 32  # of a matrix product, whose inner extent comes in halves
 MOST_PROGRAMS = 2**31 - 1
 
 
