@@ -21,7 +21,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .geometry import channel_offsets, dot, nodes_of, pixels_of, row_pointers, slots_of, unit_scale
+from .geometry import (
+    channel_offsets,
+    dot,
+    nodes_of,
+    pixels_of,
+    row_pointers,
+    slots_of,
+    tf32_parts,
+    unit_scale,
+)
 
 
 @triton.jit
@@ -126,9 +135,16 @@ def _times_rows(weight, x, total, PRECISION: tl.constexpr, UPCAST: tl.constexpr)
         # Two bf16 parts keep 16 bits of a weight, and x is exact.
         high = weight.to(tl.bfloat16)
         low = (weight - high.to(tl.float32)).to(tl.bfloat16)
-        return dot(high, x, dot(low, x, total, PRECISION, UPCAST), PRECISION, UPCAST)
-    # fp16 has too little range for weights, but fits tf32.
-    return dot(weight, x.to(tl.float32), total, PRECISION, UPCAST)
+        total = dot(low, x, total, PRECISION, UPCAST)
+        total = dot(high, x, total, PRECISION, UPCAST)
+    elif x.dtype == tl.float16 and PRECISION == "tf32x3":
+        # fp16 has too little range for weights; in tf32, x is exact.
+        high, low = tf32_parts(weight)
+        total = dot(low, x.to(tl.float32), total, "tf32", UPCAST)
+        total = dot(high, x.to(tl.float32), total, "tf32", UPCAST)
+    else:
+        total = dot(weight, x.to(tl.float32), total, PRECISION, UPCAST)
+    return total
 
 
 @triton.jit

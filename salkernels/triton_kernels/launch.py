@@ -13,6 +13,7 @@ from . import gradient, match
 from .config import Tile, tile_for
 
 LEAST_ROWS = 32  # of a matrix product, whose inner extent comes in halves
+MOST_LANES = 32  # nodes of a tile: a tile has lanes x lanes pairs to look up
 MOST_PROGRAMS = 2**31 - 1
 
 
@@ -29,11 +30,23 @@ class Layout:
 
     @classmethod
     def of(
-        cls, query: Tensor, key: Tensor | None, mask: Tensor | None, window: tuple[int, int], rows: int
-    ) -> Layout:
+        cls,
+        query: Tensor,
+        key: Tensor | None,
+        mask: Tensor | None,
+        window: tuple[int, int],
+        kernel: str,
+    ) -> tuple[Layout, Tile]:
+        """The layout for a kernel, or, for windows larger than its tiles, for its streamed twin."""
         pixels = _power_of_two(window[0] * window[1])
-        everything = _power_of_two(query.shape[0] * _count_nodes(query, key) * pixels)
-        return cls(query, key, mask, window, max(LEAST_ROWS, min(rows, everything)), pixels)
+        tile = _tile(kernel, query)
+        if pixels > tile.rows:
+            tile = _tile(f"stream_{kernel}", query)
+            rows = min(tile.rows, pixels)
+        else:
+            everything = _power_of_two(query.shape[0] * _count_nodes(query, key) * pixels)
+            rows = max(LEAST_ROWS, min(tile.rows, everything, MOST_LANES * pixels))
+        return cls(query, key, mask, window, rows, pixels), tile
 
     @property
     def groups(self) -> int:
@@ -117,8 +130,7 @@ def forward(
 ) -> None:
     """Fills loss (G, N, M), argmax and max_sim (P, H, W) and norm (nodes, H, W)."""
     loss, argmax, max_sim, norm = outputs
-    tile = _tile("match", query)
-    layout = Layout.of(query, key, mask, window, tile.rows)
+    layout, tile = Layout.of(query, key, mask, window, "match")
     capacity = max_sim.shape[0]
     slots = pair_slots(layout)
     maps = (query, query if key is None else key)
@@ -140,7 +152,6 @@ def forward(
                 ROWS=norm_tile.rows,
                 BLOCK=norm_tile.block,
             )
-            tile = _tile("stream_match", query)
             _launch(
                 match.stream_match_kernel,
                 layout.pairs * layout.windows * layout.blocks,
@@ -200,8 +211,7 @@ def backward(
     grad_key: Tensor | None,
 ) -> None:
     """Fills the gradients, every element of them."""
-    tile = _tile("gradient", query)
-    layout = Layout.of(query, key, mask, window, tile.rows)
+    layout, tile = Layout.of(query, key, mask, window, "gradient")
     maps = (query, query if key is None else key)
     grads = (grad_query, grad_query if grad_key is None else grad_key)
     same = layout.same_channel_stride and grads[0].stride(2) == grads[1].stride(2)
@@ -211,7 +221,6 @@ def backward(
     grad_loss = grad_loss.to(torch.float32).contiguous()
     with _device_of(query):
         if layout.streamed:
-            tile = _tile("stream_gradient", query)
             _launch(
                 gradient.stream_gradient_kernel,
                 layout.groups * layout.nodes * layout.windows * layout.blocks * _ceil(query.shape[2], tile.block),
@@ -292,7 +301,7 @@ def capability(x: Tensor) -> int:
 
 
 def _tile(kernel: str, x: Tensor) -> Tile:
-    return tile_for(kernel, x.element_size(), capability(x))
+    return tile_for(kernel, x.dtype, capability(x))
 
 
 def _precision(x: Tensor, gradient: bool = False) -> dict[str, Any]:
