@@ -1,18 +1,26 @@
-"""Compiles the Triton kernels for GPUs that are not here, exactly as a call would launch them.
+"""Compiles Triton kernels for GPUs that are not here, exactly as a call would launch them.
 
-A call on CPU tensors is recorded instead of run: kernel, arguments, constants, tile. From that come
-the signature and the hints of alignment that Triton takes at a launch, and the compiler does the
-rest without a driver. Not in a process with `TRITON_INTERPRET=1`, which defines other kernels.
+    python -m benchmarks.offline            registers, spills and shared memory of every variant
+    python -m benchmarks.offline --quick    of those that the tests look at
+
+A call on CPU tensors is recorded instead of run: kernel, arguments, constants, warps, stages. From
+that come the signature and the hints of alignment that Triton takes at a launch, and the compiler
+does the rest without a driver. Not in a process with `TRITON_INTERPRET=1`: it defines no kernels to
+compile.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +29,24 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.autotuner import Autotuner
+from triton.runtime.jit import JITFunction
 
+from salkernels.backends import triton as backend
 from salkernels.triton_kernels import launch
-from salkernels.triton_kernels.config import Tile
 
+CAPABILITIES = (80, 90, 100, 120)
+# Shared memory of one block, bytes: CUDA C++ Programming Guide, compute capabilities.
+SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.uint8: "*u8",
+    torch.int8: "*i8",
     torch.int32: "*i32",
+    torch.int64: "*i64",
 }
 
 
@@ -39,72 +55,86 @@ class Launch:
     """One launch: what a GPU would have been given."""
 
     kernel: Any
-    programs: int
-    tile: Tile
-    arguments: tuple[Any, ...]
-    constants: dict[str, Any]
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]  # by name, constants included
+    warps: int
+    stages: int
 
     @property
     def name(self) -> str:
         return str(self.kernel.fn.__name__)
 
-    @property
-    def names(self) -> list[str]:
-        """Of the arguments that are not constants."""
-        return [name for name in self.kernel.arg_names if name not in self.constants]
+    def constants(self) -> dict[str, Any]:
+        """What is compiled in: `tl.constexpr` arguments, integers that are 1, and None."""
+        declared = {p.name for p in self.kernel.params if p.is_constexpr}
+        return {
+            name: value
+            for name, value in self.arguments.items()
+            if name in declared or value is None or (_is_integer(value) and value == 1)
+        }
+
+    def values(self) -> dict[str, Any]:
+        """What is passed at run time, in order."""
+        constants = self.constants()
+        return {name: value for name, value in self.arguments.items() if name not in constants}
 
     def signature(self) -> dict[str, str]:
-        """Types by name, as a launch finds them: an integer 1 becomes a constant."""
-        types = dict.fromkeys(self.kernel.arg_names, "constexpr")
-        for name, value in zip(self.names, self.arguments, strict=True):
-            types[name] = _type(value)
-        return types
+        types = dict.fromkeys(self.arguments, "constexpr")
+        return types | {name: _type(value) for name, value in self.values().items()}
 
-    def hints(self) -> dict[str, int]:
-        """Arguments divisible by 16: aligned pointers and integers."""
-        found = {}
-        for name, value in zip(self.names, self.arguments, strict=True):
-            number = value.data_ptr() if isinstance(value, Tensor) else value
-            if isinstance(number, int) and number != 1 and number % 16 == 0:
-                found[name] = 16
-        return found
-
-    def all_constants(self) -> dict[str, Any]:
-        ones = {
-            name: 1
-            for name, value in zip(self.names, self.arguments, strict=True)
-            if isinstance(value, int) and value == 1
+    def hints(self) -> dict[tuple[int, ...], list[list[Any]]]:
+        """Values divisible by 16: aligned pointers, and integers that are not sizes of 1."""
+        places = {name: (index,) for index, name in enumerate(self.arguments)}
+        return {
+            places[name]: [["tt.divisibility", 16]]
+            for name, value in self.values().items()
+            if not isinstance(value, float)
+            and (value.data_ptr() if isinstance(value, Tensor) else value) % 16 == 0
         }
-        return {**self.constants, **ones}
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _type(value: Any) -> str:
     if isinstance(value, Tensor):
         return POINTERS[value.dtype]
+    if isinstance(value, bool):
+        return "i1"
     if isinstance(value, float):
         return "fp32"
-    if value == 1:
-        return "constexpr"
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
 @contextmanager
-def recorded(capability: int) -> Iterator[list[Launch]]:
-    """Launches inside are recorded for a device of this capability, and not run."""
-    found: list[Launch] = []
+def recorded(capability: int, act: Callable[[Launch], None]) -> Iterator[None]:
+    """Launches of any Triton kernel inside go to `act` instead of a GPU of this capability.
 
-    def record(
-        kernel: Any, programs: int, tile: Tile, arguments: tuple[Any, ...], **constants: Any
-    ) -> None:
-        found.append(Launch(kernel, programs, tile, arguments, constants))
+    An autotuner takes its first configuration.
+    """
 
-    before = launch.capability, launch._launch
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+        names = [p.name for p in kernel.params]
+        defaults = {p.name: p.default for p in kernel.params if p.has_default}
+        given = defaults | dict(zip(names, args, strict=False)) | kwargs
+        size = grid(given) if callable(grid) else grid
+        found = {name: given[name] for name in names}
+        act(Launch(kernel, tuple(size), found, options.get("num_warps", 4), options.get("num_stages", 3)))
+
+    def tune(tuner: Any, *args: Any, **kwargs: Any) -> None:
+        tuner.nargs = dict(zip(tuner.arg_names, args, strict=False))
+        config = tuner.prune_configs(kwargs)[0]
+        tuner.fn.run(*args, **(kwargs | config.all_kwargs()))
+
+    before = launch.capability, JITFunction.run, Autotuner.run
     launch.capability = lambda _: capability
-    launch._launch = record
+    JITFunction.run, Autotuner.run = run, tune
     try:
-        yield found
+        yield
     finally:
-        launch.capability, launch._launch = before
+        launch.capability, JITFunction.run, Autotuner.run = before
 
 
 @dataclass(frozen=True)
@@ -119,22 +149,17 @@ class Compiled:
 
 def compile_launch(item: Launch, capability: int) -> Compiled:
     """Triton to PTX to machine code, which is thrown away."""
-    order = {name: (i,) for i, name in enumerate(item.kernel.arg_names)}
-    source = ASTSource(
-        item.kernel,
-        item.signature(),
-        item.all_constants(),
-        {order[name]: [["tt.divisibility", 16]] for name in item.hints()},
+    kernel = triton.compile(
+        ASTSource(item.kernel, item.signature(), item.constants(), item.hints()),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": item.warps, "num_stages": item.stages},
     )
-    options = {"num_warps": item.tile.warps, "num_stages": item.tile.stages}
-    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    ptx = kernel.asm["ptx"]
-    registers, spill_bytes = resources(ptx, capability)
-    return Compiled(ptx, registers, spill_bytes, kernel.metadata.shared)
+    registers, spill_bytes = resources(kernel.asm["ptx"], capability)
+    return Compiled(kernel.asm["ptx"], registers, spill_bytes, kernel.metadata.shared)
 
 
 def resources(ptx: str, capability: int) -> tuple[int, int]:
-    """Registers of a thread and bytes that it spills, stores and loads together."""
+    """Registers of a thread, and bytes that it spills, stores and loads together."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     target = re.search(r"\.target\s+(\w+)", ptx)
@@ -150,30 +175,101 @@ def resources(ptx: str, capability: int) -> tuple[int, int]:
     return registers, sum(int(n) for n in re.findall(r"(\d+) bytes spill", done.stderr))
 
 
-def forward_and_backward(
-    shape: tuple[int, ...], dtype: torch.dtype, window: tuple[int, int], *, cross: bool, layout: str
-) -> Callable[[], None]:
-    """A call of the backend: both directions, a mask in the set form."""
-    from salkernels.backends import triton as backend
+@dataclass(frozen=True)
+class Variant:
+    """A call whose kernels are compiled: shape and form decide which code it takes."""
 
-    groups, samples, channels, height, width = shape
+    dtype: str
+    window: tuple[int, int]
+    samples: int = 32
+    form: str = "set"  # or "pairs"
+    layout: str = "channels_last"
 
-    def features() -> Tensor:
-        if layout == "channels_last":
-            return torch.zeros(groups, samples, height, width, channels, dtype=dtype).movedim(-1, 2)
-        return torch.zeros(shape, dtype=dtype)
-
-    query = features()
-    key = features() if cross else None
-    mask = None if cross else ~torch.eye(samples, dtype=torch.bool).repeat(groups, 1, 1)
-    capacity = groups * samples * samples if mask is None else int(mask.count_nonzero())
-
-    def call() -> None:
-        found = backend.outputs(query, key, window, capacity)
-        launch.forward(query, key, mask, window, 1e-12, found)
+    def call(self) -> None:
+        """Forward and backward of the backend, on zeros."""
+        groups, samples = (1, self.samples) if self.form == "set" else (self.samples, 1)
+        size = max(16, *self.window)
+        shape = (groups, samples, 384, size, size)
+        query = zeros(shape, DTYPES[self.dtype], self.layout)
+        key = None if self.form == "set" else torch.zeros_like(query)
+        mask = torch.ones(1, samples, samples, dtype=torch.bool) if self.form == "set" else None
+        found = backend.outputs(query, key, self.window, groups * samples * samples)
+        launch.forward(query, key, mask, self.window, 1e-12, found)
         grads = torch.empty_like(query), None if key is None else torch.empty_like(key)
-        launch.backward(
-            found[0], query, key, mask, found[1], found[2], found[3], window, 1e-12, *grads
-        )
+        launch.backward(found[0], query, key, mask, *found[1:], self.window, 1e-12, *grads)
 
-    return call
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Tensor:
+    """(G, N, C, H, W) in a memory layout."""
+    if layout == "nchw":
+        return torch.zeros(shape, dtype=dtype)
+    groups, samples, channels, height, width = shape
+    return torch.zeros(groups, samples, height, width, channels, dtype=dtype).movedim(-1, 2)
+
+
+def variants(quick: bool) -> list[Variant]:
+    """One of each kind of code: samples and pixels of a tile, one tile or several, forms."""
+    found = []
+    for dtype in DTYPES:
+        found += [
+            Variant(dtype, (2, 2)),
+            Variant(dtype, (2, 2), form="pairs"),
+            Variant(dtype, (12, 12), samples=2),
+        ]
+        if not quick:
+            found += [Variant(dtype, (w, w), samples=80) for w in (1, 2, 3, 5, 8)]
+            found += [Variant(dtype, (w, w), form="pairs") for w in (1, 3, 5, 8, 12)]
+            found += [Variant(dtype, (2, 2), layout="nchw"), Variant(dtype, (2, 2), samples=8)]
+    return found
+
+
+def report(capability: int, variant: Variant) -> list[dict[str, Any]]:
+    """A row for each kernel of a variant."""
+    items: list[Launch] = []
+    with recorded(capability, items.append):
+        variant.call()
+    rows = []
+    for item in items:
+        compiled = compile_launch(item, capability)
+        rows.append(
+            {
+                "capability": capability,
+                **asdict(variant),
+                "kernel": item.name,
+                "diagonal": item.arguments.get("DIAGONAL"),
+                "merged": item.arguments.get("MERGED"),
+                "warps": item.warps,
+                "stages": item.stages,
+                "registers": compiled.registers,
+                "spill_bytes": compiled.spill_bytes,
+                "shared_bytes": compiled.shared_bytes,
+                "shared_limit": SHARED_LIMIT[capability],
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--quick", action="store_true", help="what the tests look at")
+    parser.add_argument("--json", action="store_true", help="one row a line, as JSON")
+    parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
+    parser.add_argument("--capabilities", type=int, nargs="+", default=CAPABILITIES)
+    options = parser.parse_args()
+    work = [(c, v) for v in variants(options.quick) for c in options.capabilities]
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        for rows in pool.map(report, *zip(*work, strict=True)):
+            for row in rows:
+                if options.json:
+                    print(json.dumps(row), flush=True)
+                else:
+                    print(
+                        "sm_{capability:<3} {kernel:22} {dtype:8} {form:5} {layout:13} window "
+                        "{window[0]:<2} samples {samples:<2} {warps} warps, {registers:>3} registers, "
+                        "{spill_bytes:>3} bytes spilled, {shared_bytes:>6} bytes shared".format(**row),
+                        flush=True,
+                    )
+
+
+if __name__ == "__main__":
+    main()

@@ -132,10 +132,13 @@ def _rows_of(
 def _times_rows(weight, x, total, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     """total + weight @ x without rounding the fp32 weights to the dtype of x."""
     if x.dtype == tl.bfloat16:
-        # Two bf16 parts keep 16 bits of a weight, and x is exact.
+        # Three bf16 parts hold a whole fp32 weight, and x is exact.
         high = weight.to(tl.bfloat16)
-        low = (weight - high.to(tl.float32)).to(tl.bfloat16)
+        rest = weight - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
         total = dot(low, x, total, PRECISION, UPCAST)
+        total = dot(middle, x, total, PRECISION, UPCAST)
         total = dot(high, x, total, PRECISION, UPCAST)
     elif x.dtype == tl.float16 and PRECISION == "tf32x3":
         # fp16 has too little range for weights; in tf32, x is exact.
