@@ -35,6 +35,7 @@ from triton.runtime.jit import JITFunction
 from salkernels.backends import triton as backend
 from salkernels.triton_kernels import launch
 
+OPTIONS = {"num_warps": 4, "num_stages": 3, "maxnreg": None}  # of a launch, with Triton's defaults
 CAPABILITIES = (80, 90, 100, 120)
 # Shared memory of one block, bytes: CUDA C++ Programming Guide, compute capabilities.
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -59,6 +60,7 @@ class Launch:
     arguments: dict[str, Any]  # by name, constants included
     warps: int
     stages: int
+    registers: int | None  # the most that a thread may take
 
     @property
     def name(self) -> str:
@@ -115,13 +117,13 @@ def recorded(capability: int, act: Callable[[Launch], None]) -> Iterator[None]:
     """
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
         names = [p.name for p in kernel.params]
         defaults = {p.name: p.default for p in kernel.params if p.has_default}
         given = defaults | dict(zip(names, args, strict=False)) | kwargs
         size = grid(given) if callable(grid) else grid
         found = {name: given[name] for name in names}
-        act(Launch(kernel, tuple(size), found, options.get("num_warps", 4), options.get("num_stages", 3)))
+        act(Launch(kernel, tuple(size), found, *(options.get(name, OPTIONS[name]) for name in OPTIONS)))
 
     def tune(tuner: Any, *args: Any, **kwargs: Any) -> None:
         tuner.nargs = dict(zip(tuner.arg_names, args, strict=False))
@@ -152,7 +154,7 @@ def compile_launch(item: Launch, capability: int) -> Compiled:
     kernel = triton.compile(
         ASTSource(item.kernel, item.signature(), item.constants(), item.hints()),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": item.warps, "num_stages": item.stages},
+        options=dict(zip(OPTIONS, (item.warps, item.stages, item.registers), strict=True)),
     )
     registers, spill_bytes = resources(kernel.asm["ptx"], capability)
     return Compiled(kernel.asm["ptx"], registers, spill_bytes, kernel.metadata.shared)

@@ -15,6 +15,7 @@ from .config import Tile, tile_for
 LEAST_ROWS = 32  # of a matrix product, whose inner extent comes in halves
 MOST_LANES = 32  # nodes of a tile: a tile has lanes x lanes pairs to look up
 MOST_PROGRAMS = 2**31 - 1
+MOST_REGISTERS = 248  # told so, the assembler does not spill a few for one more block
 
 
 @dataclass(frozen=True)
@@ -289,7 +290,10 @@ def _launch(kernel: Any, programs: int, tile: Tile, arguments: tuple[Any, ...], 
             f"this input needs {programs} programs, more than the {MOST_PROGRAMS} of a grid; "
             "split the pairs over several calls"
         )
-    kernel[(programs,)](*arguments, **constants, num_warps=tile.warps, num_stages=tile.stages)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    if torch.version.hip is None:
+        options["maxnreg"] = MOST_REGISTERS
+    kernel[(programs,)](*arguments, **constants, **options)
 
 
 def capability(x: Tensor) -> int:
