@@ -56,7 +56,7 @@ def finetune(config: FinetuneConfig) -> Scores:
 
     best = None
     if config.select == "best-on-test":
-        best = BestOnTest(model, cache, fold, device, config.out)
+        best = BestOnTest(model, cache, fold, device, config)
     fit(
         model,
         [
@@ -69,7 +69,6 @@ def finetune(config: FinetuneConfig) -> Scores:
         log,
         device,
         best.look if best else None,
-        config.select_every,
     )
     log.close()
     if best:
@@ -116,13 +115,16 @@ class BestOnTest:
     """
 
     def __init__(
-        self, model: UNet, cache: VolumeCache, fold: Fold, device: Device, out: Path
+        self, model: UNet, cache: VolumeCache, fold: Fold, device: Device, config: FinetuneConfig
     ) -> None:
         self.model, self.cache, self.fold, self.device = model, cache, fold, device
-        self.path = out / "checkpoints" / "best_on_test.safetensors"
+        self.every, self.steps = config.select_every, config.optim.steps
+        self.path = config.out / "checkpoints" / "best_on_test.safetensors"
         self.best = load_unet(self.path)[1]["dice"] if self.path.exists() else -1.0
 
     def look(self, step: int) -> dict[str, float]:
+        if step % self.every and step < self.steps:
+            return {}
         scores = evaluate(self.model, self.cache, self.fold.test, self.device, progress=False)
         self.model.train()
         if scores.mean > self.best:
