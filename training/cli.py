@@ -23,12 +23,13 @@ from .presets import FINETUNE, PRETRAIN, PresetName
 Config = TypeVar("Config", bound=RunConfig)
 
 DESCRIPTION = "Self-supervised alignment learning on slices of 3D scans."
+SWITCHES = ("--resume", "--cine", "--overwrite")  # true where no value follows
 ERRORS = (RunError, DataError, ValueError, TypeError, OSError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns the exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = _spell_out(sys.argv[1:] if argv is None else argv)
     parser = make_parser(arguments)
     if not arguments:
         parser.print_help()
@@ -134,16 +135,13 @@ def run_demo(namespace: Namespace) -> None:
             options.append(f"--optim.steps={steps[command]}")
         arguments = [command, *options]
         configs.append(make_parser(arguments).parse_args(arguments)[command])
-    if namespace.draws < 1:
-        raise ValueError(f"draws must be at least 1, got {namespace.draws}")
-    print(
-        demo(
-            namespace.out,
-            _build(PretrainConfig, configs[0]),
-            _build(FinetuneConfig, configs[1]),
-            namespace.draws,
+    pretraining = _build(PretrainConfig, configs[0])
+    finetuning = _build(FinetuneConfig, configs[1])
+    if not 1 <= namespace.draws <= finetuning.num_folds:
+        raise ValueError(
+            f"draws must be 1 to {finetuning.num_folds}, one per fold, got {namespace.draws}"
         )
-    )
+    print(demo(namespace.out, pretraining, finetuning, namespace.draws))
 
 
 def run_evaluate(namespace: Namespace) -> None:
@@ -176,7 +174,7 @@ def run_predict(namespace: Namespace) -> None:
     targets = [namespace.out / f"{stem}_pred.nii.gz" for stem in stems]
     existing = [str(target) for target in targets if target.exists()]
     if existing and not namespace.overwrite:
-        raise RunError(f"already there: {', '.join(existing[:5])}; pass --overwrite true")
+        raise RunError(f"already there: {', '.join(existing[:5])}; pass --overwrite")
     if len(set(targets)) < len(targets):
         raise RunError("two input files have the same name; predict their folders one by one")
     model, about, device = _load_model(namespace)
@@ -196,7 +194,11 @@ def run_show(namespace: Namespace) -> None:
     from .figures import run_figures, summary
 
     if not (namespace.run / "metrics.jsonl").exists():
-        raise RunError(f"{namespace.run} is not the folder of a run: it has no metrics.jsonl")
+        runs = sorted(path.parent.name for path in namespace.run.glob("*/metrics.jsonl"))
+        raise RunError(
+            f"{namespace.run} is not the folder of a run: it has no metrics.jsonl"
+            + (f"; the runs in it are {', '.join(runs)}" if runs else "")
+        )
     drawn = run_figures(namespace.run)
     print(summary(namespace.run))
     print("\n".join(f"figure: {path}" for path in drawn))
@@ -210,6 +212,16 @@ COMMANDS = {
     "predict": run_predict,
     "show": run_show,
 }
+
+
+def _spell_out(arguments: Sequence[str]) -> list[str]:
+    """`--resume` as `--resume true`: the parser wants a value of every setting."""
+    spelt: list[str] = []
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        spelt.append(argument)
+        if argument in SWITCHES and following.startswith("--"):
+            spelt.append("true")
+    return spelt
 
 
 def _named_preset(arguments: Sequence[str]) -> PresetName:
@@ -236,7 +248,7 @@ def _add_model(parser: ArgumentParser) -> None:
         "--model", type=Path, required=True, help="run folder of finetune, or model.safetensors"
     )
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--precision", type=Precision, default="auto", help="of the forward pass")
+    parser.add_argument("--precision", type=Precision, default="fp32", help="of the forward pass")
 
 
 def _load_model(namespace: Namespace) -> Any:

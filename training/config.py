@@ -65,7 +65,7 @@ class RunConfig:
         crop: side of the network's square input in pixels of the cached slices.
         seed: of weights, batches and augmentation.
         device: "auto" takes a GPU if torch sees one.
-        precision: of the forward pass; "auto" is bf16 where the device computes in it.
+        precision: of training; "auto" is bf16 where that is faster. Evaluation is in fp32.
         threads: CPU threads of torch; 0 leaves torch's choice.
         workers: processes that load slices; 0 loads in the main process.
         log_every: steps between two lines of metrics.

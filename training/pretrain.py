@@ -31,7 +31,7 @@ def pretrain(config: PretrainConfig) -> Path:
     device = Device.of(config)
     cache = open_dataset(config)
     dataset = TwoSubjects(cache, subjects(config, cache), config.slices, config.seed)
-    log = RunLog(config, "pretrain")
+    log = RunLog(config, "pretrain", device.describe())
 
     torch.manual_seed(config.seed)
     method = METHODS[config.method](config.model, config.sal)

@@ -45,6 +45,17 @@ def test_last_and_the_one_before(tmp_path):
     assert torch.equal(state["x"], torch.full((3,), 2))
 
 
+def test_file_systems_without_hard_links(tmp_path, monkeypatch):
+    def refused(self, target):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("pathlib.Path.hardlink_to", refused)
+    for step in (1, 2):
+        save_checkpoint(tmp_path, {"step": step})
+    assert torch.load(tmp_path / PREVIOUS, weights_only=True)["step"] == 1
+    assert load_checkpoint(tmp_path)["step"] == 2
+
+
 def test_a_full_disk_says_so_and_keeps_the_last_good_state(tmp_path, monkeypatch):
     save_checkpoint(tmp_path, {"step": 1})
 

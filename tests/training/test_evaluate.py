@@ -20,6 +20,7 @@ from salkernels.training.evaluate import (
     predict_file,
     write_scores,
 )
+from salkernels.training.figures import summary
 from salkernels.training.inputs import open_dataset
 
 ACDC = DATASETS["acdc"]
@@ -46,7 +47,18 @@ def test_dice_of_known_overlap():
     dice = dice_per_class(guess, truth, ACDC)
     assert dice[0] == pytest.approx(0.5)
     assert dice[1] == 0  # missed altogether
-    assert math.isnan(dice[2])  # not in the truth
+    assert math.isnan(dice[2])  # in neither
+    guess[0, 0] = 3
+    assert dice_per_class(guess, truth, ACDC)[2] == 0  # invented
+
+
+def test_dice_against_counting():
+    rng = np.random.default_rng(0)
+    truth, guess = rng.integers(0, 4, (2, 5, 6, 7)).astype(np.uint8)
+    for k, value in enumerate(dice_per_class(guess, truth, ACDC), start=1):
+        both = sum(a == b == k for a, b in zip(truth.flat, guess.flat, strict=True))
+        either = sum(v == k for volume in (truth, guess) for v in volume.flat)
+        assert value == pytest.approx(2 * both / either)
 
 
 def test_perfect_slices_score_near_one_and_in_native_voxels(pretrain_config):
@@ -72,6 +84,17 @@ def test_means_skip_absent_classes_and_files_say_all(tmp_path):
     assert result == {"fold": 3, "mean_dice": 0.625, "dice": {"RV": 0.5, "LV": 0.75}}
     with (tmp_path / "dice.csv").open() as file:
         assert [row["LV"] for row in csv.DictReader(file)] == ["1.0", "0.5"]
+
+
+def test_a_class_that_no_scan_holds_is_null_and_counts_nowhere(tmp_path, recwarn):
+    rows = [{"subject": "a", "frame": "f", "role": "ED", "RV": math.nan, "LV": 0.5}]
+    scores = Scores(("RV", "LV"), rows)
+    assert scores.mean == 0.5
+    write_scores(tmp_path, scores, {})
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert result == {"mean_dice": 0.5, "dice": {"RV": None, "LV": 0.5}}
+    assert "RV -, LV 0.500" in summary(tmp_path)
+    assert not recwarn.list
 
 
 def test_prediction_has_the_grid_and_header_of_the_image(pretrain_config, tmp_path):
