@@ -226,7 +226,8 @@ def test_demo_as_a_script_without_arguments_that_matter(tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_a_run_that_resumes(phantom, cache_folder, tmp_path):
+@pytest.mark.parametrize(("kind", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_a_run_that_resumes(phantom, cache_folder, tmp_path, kind, code):
     """As a terminal or a batch system does it: every process gets the signal, loaders too."""
     out = tmp_path / "run"
     command = [
@@ -239,9 +240,9 @@ def test_ctrl_c_leaves_a_run_that_resumes(phantom, cache_folder, tmp_path):
     deadline = time.monotonic() + 90
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, kind)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == code, said
     assert "go on with --resume" in said
     assert (out / "checkpoints" / "last.pt").is_file()
     done = subprocess.run([*command, "--resume"], capture_output=True, text=True)
