@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from dataclasses import asdict
 
 import nibabel as nib
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from salkernels.training.data.datasets import DATASETS
+from salkernels.training.data.preprocess import PreprocessConfig
 from salkernels.training.engine import Device
 from salkernels.training.evaluate import (
     Scores,
@@ -112,3 +114,32 @@ def test_prediction_has_the_grid_and_header_of_the_image(pretrain_config, tmp_pa
     assert predicted.header.get_zooms() == image.header.get_zooms()
     truth = np.asarray(nib.load(entry.label).dataobj).astype(np.uint8)
     assert np.mean(dice_per_class(np.asarray(predicted.dataobj), truth, ACDC)) > 0.75
+
+
+class Bright(torch.nn.Module):
+    """Class 1 where the slice is brighter than its volume's mean."""
+
+    def forward(self, x):
+        return torch.cat((torch.zeros_like(x), 9 * x), dim=1)
+
+
+@pytest.mark.parametrize("orientation", ["native", "RAS"])
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "ASR", "PIL"])
+def test_prediction_lies_on_the_structure_whatever_the_axes(codes, orientation, tmp_path):
+    """An off-centre ball in a volume of three different sides, stored along any axes."""
+    shape = (40, 32, 24)
+    grid = np.stack(np.meshgrid(*[np.arange(n) for n in shape], indexing="ij"), axis=-1)
+    ball = np.linalg.norm(grid - (10, 20, 9), axis=-1) < 7
+    ornt = nib.orientations.axcodes2ornt(codes)
+    affine = nib.orientations.inv_ornt_aff(ornt, shape) @ np.diag([2.0, 2.0, 2.0, 1.0])
+    affine[:3, 3] += (-31, 17, 5)
+    image = nib.Nifti1Image((500 * ball + 100).astype(np.int16), affine)
+    image.header.set_slope_inter(0.5, -20)
+    source, target = tmp_path / "scan.nii.gz", tmp_path / "out" / "scan_pred.nii.gz"
+    image.to_filename(source)
+    settings = PreprocessConfig(spacing=2.0, size=48, orientation=orientation)
+    predict_file(Bright(), {"dataset": "acdc", "preprocess": asdict(settings)}, source, target, CPU)
+    predicted = nib.load(target)
+    assert nib.aff2axcodes(predicted.affine) == nib.aff2axcodes(nib.load(source).affine)
+    np.testing.assert_array_equal(predicted.affine, nib.load(source).affine)
+    np.testing.assert_array_equal(np.asarray(predicted.dataobj), ball.astype(np.uint8))
