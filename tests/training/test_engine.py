@@ -50,8 +50,8 @@ def test_interrupted_equals_uninterrupted(
     straight = pretrain_config(out=tmp_path / "straight", precision=precision, optim=optim)
     pretrain(straight)
     broken = pretrain_config(out=tmp_path / "broken", precision=precision, optim=optim)
-    undo = stop_after(monkeypatch, 4)  # between two checkpoints and within a line of metrics
-    with pytest.raises(Stopped, match="SIGTERM at step 4 of 7") as stopped:
+    undo = stop_after(monkeypatch, 5)  # between two checkpoints and within a line of metrics
+    with pytest.raises(Stopped, match="SIGTERM at step 5 of 7") as stopped:
         pretrain(broken)
     assert stopped.value.code == 143
     undo()

@@ -77,6 +77,16 @@ def test_both_ways_to_start_differ_in_the_encoder_alone(pretrain_config, finetun
     assert all(name.startswith("encoder.") for name in differing)
 
 
+def test_the_encoder_has_a_rate_of_its_own(finetune_config):
+    """At 0 its weights stay, while the decoder's move."""
+    config = finetune_config(encoder_lr=0.0)
+    before = {name: p.clone() for name, p in initial_model(config)[0].named_parameters()}
+    finetune(config)
+    after = dict(load_unet(config.out / "model.safetensors")[0].named_parameters())
+    for name, value in before.items():
+        assert torch.equal(value, after[name]) == name.startswith("encoder."), name
+
+
 def test_the_last_weights_are_scored_by_default(finetune_config):
     finetune(finetune_config())
     out = finetune_config().out
