@@ -38,13 +38,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = namespace.command
     if namespace[command].get("preset", preset := _named_preset(arguments)) != preset:
         parser.error("preset is for the command line; a settings file cannot name it")
-    from .engine import Stopped  # torch is imported only once the arguments are good
+    # Imported only once the arguments are good: torch takes seconds.
+    from torch import OutOfMemoryError
+
+    from .engine import Stopped
 
     try:
         COMMANDS[command](namespace[command])
     except Stopped as stopped:
-        print(f"{parser.prog} {command}: {stopped}", file=sys.stderr)
+        how = "run it again to go on" if command == "demo" else "go on with --resume"
+        print(f"{parser.prog} {command}: {stopped}; {how}", file=sys.stderr)
         return stopped.code
+    except OutOfMemoryError as error:
+        print(
+            f"{parser.prog} {command}: error: the GPU's memory is full ({error}); lower slices or "
+            f"batch_size, crop, or model.width",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
         print(f"{parser.prog} {command}: interrupted", file=sys.stderr)
         return 130

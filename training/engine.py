@@ -153,8 +153,7 @@ def fit(
             if stop.signal:
                 log.close()
                 raise Stopped(
-                    f"stopped by {stop.signal.name} at step {step} of {optim.steps}; "
-                    f"go on with --resume",
+                    f"stopped by {stop.signal.name} at step {step} of {optim.steps}",
                     128 + stop.signal.value,
                 )
 
