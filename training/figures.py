@@ -318,7 +318,7 @@ def _match_row(
         centre, match = pair.shape[-1] - 1 - centre, pair.shape[-1] - 1 - match
     # Hue along one axis, saturation along the other: every pixel has a colour of its own.
     along, across = ((here.flatten(0, 1).numpy() + 0.5) / side).T
-    hsv = np.stack((0.9 * along, 1 - 0.7 * across, np.ones_like(along)), axis=-1)
+    hsv = np.stack((0.9 * along, 1 - 0.6 * across, np.ones_like(along)), axis=-1)
     colours = mpl.colors.hsv_to_rgb(hsv)
     row[0].scatter(centre[:, 0], centre[:, 1], c=colours, s=7, lw=0)
     row[1].add_collection(
