@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from monai.metrics import compute_dice
-from torch import Tensor
 from tqdm import tqdm
 
 from .data.cache import VolumeCache
@@ -54,13 +53,16 @@ def segment(
 ) -> npt.NDArray[np.uint8]:
     """Labels (X, Y, Z) at native resolution of preprocessed slices (Z, size, size)."""
     model.eval()
-    scores: list[Tensor] = []
+    scores = torch.empty(0)
     with torch.inference_mode(), device.autocast():
         for start in range(0, len(slices), BATCH):
             part = torch.from_numpy(np.array(slices[start : start + BATCH]))[:, None]
             part = part.to(device.device, memory_format=torch.channels_last)
-            scores.append(model(part).float().softmax(dim=1).cpu())
-    return geometry.restore(torch.cat(scores))
+            part = model(part).float().softmax(dim=1)
+            if start == 0:  # at once: a list and its concatenation would be gigabytes twice
+                scores = part.new_empty((len(slices), *part.shape[1:]), device="cpu")
+            scores[start : start + BATCH] = part
+    return geometry.restore(scores)
 
 
 def evaluate(
