@@ -100,7 +100,7 @@ def make_parser(arguments: Sequence[str]) -> ArgumentParser:
     evaluate.add_argument("--out", type=Path, required=True, help="folder for the results")
     evaluate.add_argument("--cache", type=Path | None, default=None, help="preprocessed slices")
     evaluate.add_argument(
-        "--subjects", type=list[str] | None, default=None,
+        "--subjects", type=str, nargs="+", default=None,
         help="subjects to evaluate; by default those that were held out in fine-tuning",
     )  # fmt: skip
     commands.add_subcommand("evaluate", evaluate, help="Dice of a fine-tuned model")

@@ -76,6 +76,12 @@ def test_evaluate_repeats_the_result(runs, phantom, cache_folder, tmp_path, caps
     after = json.loads((tmp_path / "again" / "results.json").read_text())
     assert after["dice"] == before["dice"]
     assert "mean Dice" in capsys.readouterr().out
+    some = ["--subjects", "patient001", "patient003", f"--out={tmp_path / 'some'}"]
+    assert main(["evaluate", *arguments, *some, "--device=cpu"]) == 0
+    chosen = json.loads((tmp_path / "some" / "results.json").read_text())["evaluated"]
+    assert chosen == ["patient001", "patient003"]
+    assert main(["evaluate", *arguments, "--subjects", "patient099", f"--out={tmp_path}"]) == 2
+    assert "patient099: no such subject among 6" in capsys.readouterr().err
 
 
 def test_predict_writes_one_label_map_per_image(runs, phantom, tmp_path, capsys):
