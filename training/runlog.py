@@ -25,8 +25,8 @@ from .files import write_atomically
 
 ENVIRONMENT = "environment.json"
 PACKAGES = ("torch", "triton", "numpy", "nibabel", "monai", "safetensors")
-# Settings that may differ between a run and its continuation: they do not change the result, but for
-# the last bits where `threads` differs.
+# Settings that may differ between a run and its continuation: they do not change the result, but
+# for the last bits where `threads` differs.
 FREE = {"resume", "out", "cache", "data", "threads", "workers", "log_every", "checkpoint_every"}
 
 
