@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -17,6 +17,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
+from torch.nn import functional as F
 
 from salkernels import align
 
@@ -151,9 +152,9 @@ def matches(out: Path, cache: VolumeCache, config: PretrainConfig) -> None:
     figure = _figure(11, 3.9 * len(found) * len(windows))
     grid = figure.subplots(len(found) * len(windows), 3, squeeze=False)
     for number, (window, title) in enumerate((w, t) for w in windows for t in found):
-        similarity, where = match_field(found[title], config.sal.scale, pair, window)
+        field = match_field(found[title], config.sal.scale, pair, window)
         label = f"{title} pre-training, ω = {window}"
-        _match_row(grid[number], pair, similarity, where, window, label, cache)
+        _match_row(grid[number], pair, field, window, label, cache)
     name = cache.volumes[scan].name
     figure.suptitle(
         f"{name}, slices {first + 1} and {first + 1 + apart} of {depth}: best match in the window, "
@@ -162,15 +163,25 @@ def matches(out: Path, cache: VolumeCache, config: PretrainConfig) -> None:
     _save(figure, out / "figures" / "matches.png")
 
 
+class MatchField(NamedTuple):
+    """Similarity (h, w) and position (h, w, 2) (row, column) of each pixel's match in slice 2, and
+    the mean similarity of any two pixels: where features are all alike, matches mean nothing."""
+
+    similarity: Tensor
+    where: Tensor
+    of_any_two: float
+
+
 @torch.no_grad()
-def match_field(encoder: Encoder, scale: int, pair: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """Similarity (h, w) and position (h, w, 2) (row, column) of each pixel's match in slice 2."""
+def match_field(encoder: Encoder, scale: int, pair: Tensor, window: int) -> MatchField:
+    """What matched what between slices (2, 1, H, W) in the encoder's map of that scale."""
     features = encoder(pair)[scale - 1]
     similarity, offset = align(features[:1], features[1:], window)
     height, width = similarity.shape[1:]
     row = torch.arange(height)[:, None] // window * window + offset[0] // window
     column = torch.arange(width)[None, :] // window * window + offset[0] % window
-    return similarity[0], torch.stack((row, column), dim=-1)
+    means = F.normalize(features, dim=1).mean(dim=(2, 3))
+    return MatchField(similarity[0], torch.stack((row, column), dim=-1), float(means[0] @ means[1]))
 
 
 def overlays(
@@ -291,12 +302,12 @@ def _settle_norms(encoder: Encoder, slices: Tensor) -> None:
 def _match_row(
     row: Sequence[Axes],
     pair: Tensor,
-    similarity: Tensor,
-    where: Tensor,
+    field: MatchField,
     window: int,
     label: str,
     cache: VolumeCache,
 ) -> None:
+    similarity, where, of_any_two = field
     side = similarity.shape[0]
     pixel = pair.shape[-1] / side
     here = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"), -1)
@@ -328,7 +339,8 @@ def _match_row(
     shown = for_display(similarity.numpy(), orientation)
     picture = row[2].imshow(shown, vmin=0, vmax=1, cmap="viridis")
     row[2].set(xticks=[], yticks=[])
-    row[2].set_title(f"similarity with the match, mean {similarity.mean():.3f}", fontsize=9)
+    title = f"similarity with the match, mean {similarity.mean():.2f} (any two: {of_any_two:.2f})"
+    row[2].set_title(title, fontsize=9)
     row[2].figure.colorbar(picture, ax=row[2], shrink=0.8)
 
 

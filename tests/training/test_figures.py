@@ -27,8 +27,11 @@ class Fixed(nn.Module):
 def test_matches_are_where_the_most_similar_pixel_is(window):
     torch.manual_seed(0)
     pair = torch.randn(2, 3, 8, 12)
-    similarity, where = match_field(Fixed(), 1, pair, window)
+    similarity, where, of_any_two = match_field(Fixed(), 1, pair, window)
     first, second = F.normalize(pair, dim=1)
+    pixels = [slice_.flatten(1).T for slice_ in (first, second)]
+    cosines = [a @ b for a, b in itertools.product(*pixels)]
+    assert of_any_two == pytest.approx(torch.stack(cosines).mean().item(), abs=1e-6)
     for row, column in itertools.product(range(8), range(12)):
         top, left = row // window * window, column // window * window
         inside = [
