@@ -228,9 +228,10 @@ COMMANDS = {
 def _spell_out(arguments: Sequence[str]) -> list[str]:
     """`--resume` as `--resume true`: the parser wants a value of every setting."""
     spelt: list[str] = []
-    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+    for place, argument in enumerate(arguments):
         spelt.append(argument)
-        if argument in SWITCHES and following.startswith("--"):
+        following = arguments[place + 1 : place + 2] or ["--"]
+        if argument in SWITCHES and following[0].startswith("--"):
             spelt.append("true")
     return spelt
 

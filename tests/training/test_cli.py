@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
-from salkernels.training.cli import main
+from salkernels.training.cli import COMMANDS, main
 from salkernels.training.config import FinetuneConfig, PretrainConfig
 from salkernels.training.presets import FINETUNE, PRETRAIN
 
@@ -173,6 +173,12 @@ def test_switches_need_no_value():
     given = ["pretrain", "--resume", "--cine", "false", "--seed", "1", "--resume"]
     spelt = ["pretrain", "--resume", "true", "--cine", "false", "--seed", "1", "--resume", "true"]
     assert _spell_out(given) == spelt
+
+
+def test_without_arguments_the_subcommands_are_listed(capsys):
+    assert main([]) == 2
+    said = capsys.readouterr().out
+    assert all(name in said for name in COMMANDS)
 
 
 def test_more_draws_than_folds_are_refused_before_anything_is_run(tmp_path, capsys):
