@@ -132,9 +132,17 @@ def test_warnings_come_when_features_collapse():
         "collapsed embedding"
     }
     assert set(method.warnings([figures(), figures(cosine_encoder=0.95)])) == {"collapsed encoder"}
-    fallen = method.warnings([figures(), figures(la_pairs=0.1, la_control=0.1)])
+    # Single batches of a healthy run differ by a factor of two.
+    assert method.warnings([figures(), figures(la_pairs=0.1, la_control=0.24)]) == {}
+    history = [figures(), figures(la_pairs=0.05, la_control=0.1)]
+    fallen = method.warnings(history)
     assert set(fallen) == {"control falls"}
     assert "0.500 to 0.100" in fallen["control falls"]
+    # The advice is something that the run does not do already.
+    assert "sal.embedding" in fallen["control falls"]
+    fixed = SAL(MODEL, SALConfig(embedding="orthogonal")).warnings(history)["control falls"]
+    assert "sal.embedding" not in fixed
+    assert "smaller sal.lambda_" in fixed
 
 
 @pytest.mark.parametrize(
