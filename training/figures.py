@@ -221,7 +221,7 @@ def overlays(
                 _outlines(axes, for_display(labels, geometry.orientation), info.num_classes)
             if name in models:
                 dice = dice_per_class(volumes[name], truth, info)
-                axes.set_xlabel(f"3D Dice of this scan {np.nanmean(dice):.2f}", fontsize=8)
+                axes.set_xlabel(f"mean 3D Dice of this scan {np.nanmean(dice):.2f}", fontsize=8)
             if scan == scans[0]:
                 axes.set_title(name, fontsize=10)
         row[0].set_ylabel(f"{entry.name}\nslice {middle + 1} of {len(slices)}", fontsize=8)
