@@ -38,7 +38,7 @@ def finetune(config: FinetuneConfig) -> Scores:
     model, pretraining = initial_model(config)
     log = RunLog(config, "finetune", device.describe())
     device.to(model)
-    criterion = DiceCELoss(to_onehot_y=True, softmax=True)
+    criterion = segmentation_loss()
 
     def step(batch: SliceBatch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         images, labels = augment(
@@ -80,6 +80,15 @@ def finetune(config: FinetuneConfig) -> Scores:
     write_scores(config.out, scores, about)
     finetuning_figures(config.out, model, cache, fold.test, exact)
     return scores
+
+
+def segmentation_loss() -> torch.nn.Module:
+    """Cross-entropy + soft Dice: logits (B, K, H, W), labels (B, 1, H, W); background counts too.
+
+    Dice is that of the batch as a whole. Taken per slice, a class that a slice does not hold would
+    cost nearly 1 whatever the prediction, and many slices lack one.
+    """
+    return DiceCELoss(to_onehot_y=True, softmax=True, batch=True)
 
 
 def split(config: FinetuneConfig, cache: VolumeCache) -> tuple[Fold, tuple[str, ...]]:

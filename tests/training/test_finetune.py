@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -12,7 +13,13 @@ from salkernels.training.checkpoint import RunError
 from salkernels.training.config import OptimConfig
 from salkernels.training.data.preprocess import PreprocessConfig
 from salkernels.training.evaluate import Scores
-from salkernels.training.finetune import BestOnTest, finetune, initial_model, split
+from salkernels.training.finetune import (
+    BestOnTest,
+    finetune,
+    initial_model,
+    segmentation_loss,
+    split,
+)
 from salkernels.training.inputs import open_dataset
 from salkernels.training.models import load_unet
 from salkernels.training.pretrain import pretrain, subjects
@@ -75,6 +82,22 @@ def test_both_ways_to_start_differ_in_the_encoder_alone(pretrain_config, finetun
     }
     assert differing
     assert all(name.startswith("encoder.") for name in differing)
+
+
+def test_loss_is_cross_entropy_and_the_dice_of_the_batch():
+    torch.manual_seed(0)
+    logits = torch.randn(3, 4, 6, 5, dtype=torch.double)
+    labels = torch.randint(0, 4, (3, 1, 6, 5))
+    labels[0][labels[0] == 2] = 0  # a slice without class 2
+    p = logits.softmax(dim=1)
+    dice, entropy = [], []
+    for k in range(4):
+        overlap = sum(p[b, k][labels[b, 0] == k].sum() for b in range(3))
+        dice.append(2 * overlap / (p[:, k].sum() + (labels == k).sum()))
+    for b, r, c in itertools.product(range(3), range(6), range(5)):
+        entropy.append(-p[b, labels[b, 0, r, c], r, c].log())
+    expected = torch.stack(entropy).mean() + 1 - torch.stack(dice).mean()
+    torch.testing.assert_close(segmentation_loss()(logits, labels), expected, atol=1e-6, rtol=0)
 
 
 def test_the_encoder_has_a_rate_of_its_own(finetune_config):
