@@ -90,6 +90,15 @@ def test_a_checkpoint_that_would_execute_code_is_refused(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.fixture
+def python_handles_ctrl_c():
+    """As in a terminal; a shell starts background jobs with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("python_handles_ctrl_c")
 def test_signals_are_requests_once_and_handlers_come_back():
     before = signal.getsignal(signal.SIGINT)
     with stop_on_signal() as stop:
