@@ -19,6 +19,11 @@ def skip_unless_runs(backend: str, x: Tensor, y: Tensor | None, window: tuple[in
         pytest.skip(f"{backend}: {status.reason}")
 
 
+def is_interpreted(backend: str, device: torch.device) -> bool:
+    """Whether the backend's kernels run in Triton's interpreter, seconds for a call."""
+    return backend == "triton" and device.type == "cpu"
+
+
 def tolerance_for(dtype: torch.dtype) -> Tolerance:
     return TOLERANCES[dtype]
 
