@@ -1,0 +1,420 @@
+// Forward: the products of a tile of query rows with tiles of key rows, and the best of each window.
+//
+// A block owns one tile of queries. Where a window's samples fit a tile (or some do), it meets one
+// tile of keys; in the set form a tile above the diagonal serves both directions of its pairs, and
+// one on the diagonal is staged once. Where one window is larger than a tile (streamed), a block
+// owns some query pixels of one pair and all key pixels stream by, with a running maximum.
+#pragma once
+
+#include "rows.cuh"
+
+namespace salkernels {
+namespace cuda {
+
+// How products are made. tf32x3 splits each fp32 in two tf32, which loses about what fp32 does.
+struct Fp32 {
+  using T = float;
+  static constexpr int kProducts = 3;
+};
+struct Tf32 {
+  using T = float;
+  static constexpr int kProducts = 1;
+};
+struct Bf16 {
+  using T = BFloat16;
+  static constexpr int kProducts = 1;
+};
+struct Fp16 {
+  using T = Half;
+  static constexpr int kProducts = 1;
+};
+
+constexpr int kStagePitch = kChunkWords + 4;  // words; 16-byte rows of ldmatrix fall on all banks
+constexpr int kSimPitch = kTile + 8;          // words; so do pairs of columns, and rows of 16 bytes
+
+struct alignas(16) MatchShared {
+  const unsigned char* start[2][kTile];  // rows of queries and keys
+  float scale[2][kTile];
+  float squares[2][kTile];
+  PairBits bits;
+  Unit units[kUnits];
+  alignas(16) uint32_t buffer[4];  // stages, and after them the similarities, of dynamic size
+};
+
+__host__ __device__ constexpr int64_t match_shared_bytes(int64_t stages, bool one_side) {
+  const int64_t staged = stages * (one_side ? kTile : 2 * kTile) * kStagePitch;
+  const int64_t sims = int64_t(kTile) * kSimPitch;
+  return int64_t(sizeof(MatchShared)) + 4 * (staged > sims ? staged : sims);
+}
+
+// A warp's share of the products: 2 groups of 16 rows, chosen so that the triangle above the
+// diagonal is shared evenly, and every other group of 8 columns.
+struct WarpTile {
+  int rows[2];
+  int parity;
+
+  __device__ static WarpTile mine() {
+    const int warp = threadIdx.x / 32, quarter = warp / 2;
+    return {{quarter * 16, (kTile / 16 - 1 - quarter) * 16}, warp % 2};
+  }
+  __device__ int column(int n) const { return (2 * n + parity) * 8; }
+};
+
+struct Sums {
+  float at[2][8][4];
+};
+
+template <class Mode>
+__device__ inline void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <>
+__device__ inline void multiply<Bf16>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
+                                      uint32_t b1) {
+  multiply_bf16(sum, a, b0, b1);
+}
+template <>
+__device__ inline void multiply<Fp16>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
+                                      uint32_t b1) {
+  multiply_f16(sum, a, b0, b1);
+}
+
+// Adds the products of 16 staged words (two steps of the tensor core) to the warp's sums.
+template <class Mode>
+__device__ inline void multiply_words(Sums& sums, const WarpTile& tile, uint32_t active,
+                                      const uint32_t* queries, const uint32_t* keys) {
+  const int lane = threadIdx.x % 32;
+  uint32_t a[2][2][4], a_low[2][2][4];
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+      // Rows that are not staged belong to no active product.
+      if ((active >> (8 * m) & 0xff) == 0) continue;
+      load_matrices(a[m][step], queries + (tile.rows[m] + lane % 16) * kStagePitch + step * 8 +
+                                    lane / 16 * 4);
+      if constexpr (sizeof(typename Mode::T) == 4) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const Split x = split(a[m][step][i]);
+          a[m][step][i] = x.high;
+          a_low[m][step][i] = x.low;
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+    if ((active >> n & 0x101) == 0) continue;
+    uint32_t b[4];
+    load_matrices(b, keys + (tile.column(n) + lane % 8) * kStagePitch + lane / 8 * 4);
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+      uint32_t b0 = b[2 * step], b1 = b[2 * step + 1], b0_low = 0, b1_low = 0;
+      if constexpr (sizeof(typename Mode::T) == 4) {
+        const Split x = split(b0), y = split(b1);
+        b0 = x.high, b0_low = x.low;
+        b1 = y.high, b1_low = y.low;
+      }
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        if ((active >> (8 * m + n) & 1) == 0) continue;
+        float(&sum)[4] = sums.at[m][n];
+        if constexpr (sizeof(typename Mode::T) == 4) {
+          if constexpr (Mode::kProducts == 3) {  // the small ones first
+            multiply_tf32(sum, a_low[m][step], b0, b1);
+            multiply_tf32(sum, a[m][step], b0_low, b1_low);
+          }
+          multiply_tf32(sum, a[m][step], b0, b1);
+        } else {
+          multiply<Mode>(sum, a[m][step], b0, b1);
+        }
+      }
+    }
+  }
+}
+
+// Where the rows of a side are; null for those that no pair needs.
+template <class Needed>
+__device__ void fill_rows(const Side& side, const Maps& maps, int element, const Unit* units, const Needed& needed, const unsigned char** start) {
+  const int r = threadIdx.x % kTile;
+  const unsigned char* row = nullptr;
+  if (r < side.rows()) {
+    const int member = r / side.pixels;
+    if (side.exists(units, member) && needed(member)) {
+      const Unit unit = units[side.unit(member)];
+      const int64_t pixel = side.first_pixel + r % side.pixels;
+      if (pixel < unit.pixels()) {
+        row = static_cast<const unsigned char*>(maps.data) +
+              map_offset(maps.strides, unit, side.sample(member), int(pixel)) * element;
+      }
+    }
+  }
+  start[r] = row;
+}
+
+// All products of a tile of queries with one of keys, scaled to cosines, in shared.buffer.
+template <class Mode>
+__device__ void tile_cosines(const Problem& p, MatchShared& shared, const Side (&sides)[2],
+                             bool one_side, uint32_t active) {
+  using T = typename Mode::T;
+  constexpr int kChannels = kChunkWords * 4 / int(sizeof(T));
+  const int staged[2] = {sides[0].staged(), sides[1].staged()};
+  const int stages = int(p.tiling.stages), words = (one_side ? kTile : 2 * kTile) * kStagePitch;
+  const int64_t chunks = (p.channels + kChannels - 1) / kChannels;
+  const WarpTile tile = WarpTile::mine();
+  uint32_t* const buffer = shared.buffer;
+
+  const auto stage = [&](int64_t chunk) {
+    uint32_t* to = buffer + chunk % stages * words;
+    for (int side = 0; side < (one_side ? 1 : 2); ++side) {
+      const Maps& maps = p.maps[side];
+      load_chunk<T, kStagePitch>({shared.start[side], maps.strides[2], nullptr}, staged[side],
+                                 maps.vector, maps.strides[2] == 1, chunk * kChannels, p.channels,
+                                 to + side * kTile * kStagePitch);
+    }
+  };
+
+  Sums sums = {};
+  // Two threads share a row of a single side, half a chunk each; else every row has its own.
+  const int half = threadIdx.x / kTile, row = threadIdx.x % kTile;
+  const int side = one_side ? 0 : half;
+  float squares[4] = {};
+  for (int64_t chunk = 0; chunk < stages - 1; ++chunk) {
+    if (chunk < chunks) stage(chunk);
+    copy_async_commit();
+  }
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    copy_async_wait(stages - 2);
+    // The chunk has landed for every thread, and none reads the one before it any more.
+    __syncthreads();
+    if (chunk + stages - 1 < chunks) stage(chunk + stages - 1);
+    copy_async_commit();
+    const uint32_t* queries = buffer + chunk % stages * words;
+    const uint32_t* keys = one_side ? queries : queries + kTile * kStagePitch;
+    if (row < staged[side]) {
+      const uint32_t* mine = (side == 0 ? queries : keys) + row * kStagePitch;
+      add_squares<T>(one_side ? mine + half * kChunkWords / 2 : mine,
+                     one_side ? kChunkWords / 2 : kChunkWords, 1, squares);
+    }
+    const int64_t left = (p.channels - chunk * kChannels) * int64_t(sizeof(T));  // bytes
+    multiply_words<Mode>(sums, tile, active, queries, keys);
+    if (left > kChunkWords * 2) {
+      multiply_words<Mode>(sums, tile, active, queries + kChunkWords / 2, keys + kChunkWords / 2);
+    }
+  }
+  copy_async_wait(0);
+  shared.squares[half][row] = (squares[0] + squares[1]) + (squares[2] + squares[3]);
+  __syncthreads();
+  if (row < staged[side]) {
+    const float total = one_side ? shared.squares[0][row] + shared.squares[1][row]
+                                 : shared.squares[half][row];
+    const T* start = reinterpret_cast<const T*>(shared.start[side][row]);
+    const float norm =
+        finish_norm<T>(start == nullptr ? 0.0f : total, start, p.maps[side].strides[2], p.channels);
+    shared.scale[half][row] = unit_scale(norm, float(p.eps));
+  }
+  __syncthreads();
+
+  const int lane = threadIdx.x % 32;
+  const float* const key_scale = shared.scale[one_side ? 0 : 1];
+  float* const sims = reinterpret_cast<float*>(buffer);
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      if ((active >> (8 * m + n) & 1) == 0) continue;
+      const int column = tile.column(n) + lane % 4 * 2;
+      const float scales[2] = {key_scale[column], key_scale[column + 1]};
+#pragma unroll
+      for (int upper = 0; upper < 2; ++upper) {
+        const int r = tile.rows[m] + upper * 8 + lane / 4;
+        const float scale = shared.scale[0][r];
+        float pair[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          // A scale of 0 stands for a zero vector also where products overflow.
+          pair[i] = scale == 0 || scales[i] == 0
+                        ? scale * scales[i]
+                        : sums.at[m][n][2 * upper + i] * scale * scales[i];
+        }
+        *reinterpret_cast<float2*>(sims + r * kSimPitch + column) = make_float2(pair[0], pair[1]);
+      }
+    }
+  }
+  __syncthreads();
+}
+
+// The best of each window, for all pairs of a query on one side with a key on the other.
+// If `reverse`, the queries are those of the columns, and the keys those of the rows.
+template <bool reverse>
+__device__ void best_of_windows(const Problem& p, const MatchShared& shared,
+                                const Side (&sides)[2], bool one_side) {
+  const Side& queries = sides[reverse];
+  const Side& keys = sides[!reverse];
+  const int pixels = queries.pixels, per_unit = queries.samples * keys.samples;
+  const float* const sims = reinterpret_cast<const float*>(shared.buffer);
+  for (int i = threadIdx.x; i < queries.units * per_unit * pixels; i += kThreads) {
+    // Lanes beside each other take pixels of a query, then what lies beside in shared memory.
+    const int pixel = i % pixels, pair = i / pixels, u = pair / per_unit;
+    const int fast = pair % per_unit % (reverse ? queries : keys).samples;
+    const int slow = pair % per_unit / (reverse ? queries : keys).samples;
+    const int query = reverse ? fast : slow, key = reverse ? slow : fast;
+    // On the diagonal, products were made for query <= key only.
+    if (one_side && (reverse ? query <= key : query > key)) continue;
+    const Unit unit = shared.units[u];
+    const int64_t query_sample = queries.first_sample + query;
+    const int64_t key_sample = keys.first_sample + key;
+    if (unit.group < 0 || pixel >= unit.pixels()) continue;
+    if (query_sample >= queries.end_sample || key_sample >= keys.end_sample) continue;
+    const int64_t slot = pair_slot(p, unit.group, query_sample, key_sample);
+    if (slot < 0) continue;
+    const int row = (u * queries.samples + query) * pixels + pixel;
+    const int column = (u * keys.samples + key) * pixels;
+    const float* from = reverse ? sims + column * kSimPitch + row : sims + row * kSimPitch + column;
+    Best<float> best = {0, -1};
+    const int count = unit.pixels();
+    int l = 0;
+    if (!reverse && pixels % 4 == 0) {
+      for (; l + 4 <= count; l += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(from + l);
+        best.take(four.x, l);
+        best.take(four.y, l + 1);
+        best.take(four.z, l + 2);
+        best.take(four.w, l + 3);
+      }
+    }
+    for (; l < count; ++l) best.take(from[l * (reverse ? kSimPitch : 1)], l);
+    store_match<float>(p, slot, unit, pixel, best.value, int(best.place));
+  }
+}
+
+__device__ inline uint32_t active_products(const MatchShared& shared, const Side (&sides)[2]) {
+  const int lane = threadIdx.x % 32, m = lane / 8 % 2, n = lane % 8;
+  const WarpTile tile = WarpTile::mine();
+  const bool on = lane < 16 && tile.rows[m] < sides[0].rows() && tile.column(n) < sides[1].rows() &&
+                  shared.bits.any_of_block(tile.rows[m], 16, tile.column(n), 8, sides[0].members(),
+                                           sides[0].pixels, sides[1].pixels);
+  return __ballot_sync(0xffffffffu, on);
+}
+
+template <class Mode>
+__device__ void match_tile(const Problem& p, MatchShared& shared) {
+  const Tiling& t = p.tiling;
+  const int64_t tile_pairs =
+      p.set_form ? t.tiles[0] * (t.tiles[0] + 1) / 2 : t.tiles[0] * t.tiles[1];
+  int64_t first = blockIdx.x % tile_pairs, second;
+  if (p.set_form) {  // the pairs of tiles on and above the diagonal, row by row
+    second = first;
+    for (first = 0; second >= t.tiles[0] - first; ++first) second -= t.tiles[0] - first;
+    second += first;
+  } else {
+    second = first % t.tiles[1];
+    first /= t.tiles[1];
+  }
+  const bool one_side = p.set_form && first == second;
+  const int units = int(t.units), pixels = int(t.pixels);
+  const Side sides[2] = {
+      {first * t.samples[0], p.maps[0].samples, 0, units, int(t.samples[0]), pixels},
+      {second * t.samples[1], p.maps[1].samples, 0, units, int(t.samples[1]), pixels}};
+  if (threadIdx.x < t.units) {
+    shared.units[threadIdx.x] = unit_of(p, blockIdx.x / tile_pairs * t.units + threadIdx.x);
+  }
+  __syncthreads();
+  const Unit* const all = shared.units;
+  shared.bits.fill(sides[0].members(), sides[1].members(), [&](int a, int b) {
+    const int u = sides[0].unit(a);
+    if (u != sides[1].unit(b) || (one_side && b < a)) return false;
+    if (!sides[0].exists(all, a) || !sides[1].exists(all, b)) return false;
+    const int64_t query = sides[0].sample(a), key = sides[1].sample(b), group = all[u].group;
+    return pair_slot(p, group, query, key) >= 0 ||
+           (p.set_form && pair_slot(p, group, key, query) >= 0);
+  });
+  __syncthreads();
+  const int members = sides[0].members();
+  const uint32_t active = active_products(shared, sides);
+  if (!__syncthreads_or(active != 0)) return;
+
+  const int element = int(sizeof(typename Mode::T));
+  if (threadIdx.x < kTile) {
+    fill_rows(sides[0], p.maps[0], element, all,
+              [&](int a) {
+                return shared.bits.any_of_row(a) ||
+                       (one_side && shared.bits.any_of_column(a, members));
+              },
+              shared.start[0]);
+  } else if (!one_side) {
+    fill_rows(sides[1], p.maps[1], element, all,
+              [&](int b) { return shared.bits.any_of_column(b, members); }, shared.start[1]);
+  }
+  __syncthreads();
+  tile_cosines<Mode>(p, shared, sides, one_side, active);
+  best_of_windows<false>(p, shared, sides, one_side);
+  if (p.set_form) best_of_windows<true>(p, shared, sides, one_side);
+}
+
+template <class Mode>
+__device__ void match_streamed(const Problem& p, MatchShared& shared) {
+  const Tiling& t = p.tiling;
+  const int64_t table = p.maps[0].samples * p.maps[1].samples;
+  const int64_t chunk = blockIdx.x % t.chunks, rest = blockIdx.x / t.chunks;
+  const int64_t query = rest % table / p.maps[1].samples, key = rest % p.maps[1].samples;
+  const Unit unit = unit_of(p, rest / table);
+  const int64_t slot = pair_slot(p, unit.group, query, key);
+  const int pixels = int(t.pixels), count = unit.pixels(), first = int(chunk) * pixels;
+  if (slot < 0 || first >= count) return;
+  Side sides[2] = {{query, query + 1, first, 1, 1, pixels}, {key, key + 1, 0, 1, 1, pixels}};
+  if (threadIdx.x == 0) {
+    shared.units[0] = unit;
+    shared.bits.words[0][0] = 1;
+  }
+  __syncthreads();
+  const uint32_t active = active_products(shared, sides);
+  const int element = int(sizeof(typename Mode::T));
+  const auto always = [](int) { return true; };
+  if (threadIdx.x < kTile) {
+    fill_rows(sides[0], p.maps[0], element, shared.units, always, shared.start[0]);
+  }
+  // Two threads share a query row, and take turns of four key pixels.
+  const int row = threadIdx.x / 2, half = threadIdx.x % 2;
+  const bool mine = row < pixels && first + row < count;
+  const float* const sims = reinterpret_cast<const float*>(shared.buffer) + row * kSimPitch;
+  Best<float> best = {0, -1};
+  for (int from = 0; from < count; from += pixels) {
+    sides[1].first_pixel = from;
+    if (threadIdx.x < kTile) {
+      fill_rows(sides[1], p.maps[1], element, shared.units, always, shared.start[1]);
+    }
+    __syncthreads();
+    tile_cosines<Mode>(p, shared, sides, false, active);
+    const int width = count - from < pixels ? count - from : pixels;
+    if (mine) {
+      for (int l = half * 4; l < width; l += 8) {
+        const float4 four = *reinterpret_cast<const float4*>(sims + l);
+        best.take(four.x, from + l);
+        if (l + 1 < width) best.take(four.y, from + l + 1);
+        if (l + 2 < width) best.take(four.z, from + l + 2);
+        if (l + 3 < width) best.take(four.w, from + l + 3);
+      }
+    }
+    __syncthreads();  // the next tile takes the place of these similarities
+  }
+  const float other = __shfl_xor_sync(0xffffffffu, best.value, 1);
+  const int other_place = __shfl_xor_sync(0xffffffffu, int(best.place), 1);
+  best.merge(other, other_place);
+  if (mine && half == 0) {
+    store_match<float>(p, slot, unit, first + row, best.value, int(best.place));
+  }
+}
+
+template <class Mode>
+__device__ void match(const Problem& p) {
+  SALKERNELS_SHARED(memory);
+  MatchShared& shared = *reinterpret_cast<MatchShared*>(memory);
+  if (p.tiling.streamed) {
+    match_streamed<Mode>(p, shared);
+  } else {
+    match_tile<Mode>(p, shared);
+  }
+}
+
+}  // namespace cuda
+}  // namespace salkernels
