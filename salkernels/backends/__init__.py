@@ -16,7 +16,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from . import cpu, reference
+from . import cpu, cuda, reference
 from ._absent import Absent
 
 
@@ -52,7 +52,7 @@ class Backend(Protocol):
 
 # The order of preference. A backend that this version does not contain keeps its place and says so.
 BACKENDS: dict[str, Backend] = {
-    "cuda": Absent("the CUDA C++ kernels are not part of this version of salkernels"),
+    "cuda": cuda,
     "triton": Absent("the Triton kernels are not part of this version of salkernels"),
     "cpu": cpu,
     "reference": reference,
