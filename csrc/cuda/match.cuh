@@ -77,55 +77,56 @@ __device__ inline void multiply<Fp16>(float (&sum)[4], const uint32_t (&a)[4], u
   multiply_f16(sum, a, b0, b1);
 }
 
-// Adds the products of 16 staged words (two steps of the tensor core) to the warp's sums.
+// Adds the products of 8 staged words (one step of the tensor core) to the warp's sums.
 template <class Mode>
 __device__ inline void multiply_words(Sums& sums, const WarpTile& tile, uint32_t active,
                                       const uint32_t* queries, const uint32_t* keys) {
+  constexpr bool kWide = sizeof(typename Mode::T) == 4;
   const int lane = threadIdx.x % 32;
-  uint32_t a[2][2][4], a_low[2][2][4];
+  uint32_t a[2][4] = {}, a_low[2][4];
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
+    // Rows that are not staged belong to no active product.
+    if ((active >> (8 * m) & 0xff) == 0) continue;
+    load_matrices(a[m], queries + (tile.rows[m] + lane % 16) * kStagePitch + lane / 16 * 4);
+    if constexpr (kWide) {
 #pragma unroll
-    for (int step = 0; step < 2; ++step) {
-      // Rows that are not staged belong to no active product.
-      if ((active >> (8 * m) & 0xff) == 0) continue;
-      load_matrices(a[m][step], queries + (tile.rows[m] + lane % 16) * kStagePitch + step * 8 +
-                                    lane / 16 * 4);
-      if constexpr (sizeof(typename Mode::T) == 4) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const Split x = split(a[m][step][i]);
-          a[m][step][i] = x.high;
-          a_low[m][step][i] = x.low;
-        }
+      for (int i = 0; i < 4; ++i) {
+        const Split x = split(a[m][i]);
+        a[m][i] = x.high;
+        a_low[m][i] = x.low;
       }
     }
   }
+  // Two groups of columns at a time: they lie in one group of 32, so both are staged if one is.
 #pragma unroll
-  for (int n = 0; n < 8; ++n) {
-    if ((active >> n & 0x101) == 0) continue;
-    uint32_t b[4];
-    load_matrices(b, keys + (tile.column(n) + lane % 8) * kStagePitch + lane / 8 * 4);
+  for (int n = 0; n < 8; n += 2) {
+    if ((active >> n & 0x303) == 0) continue;
+    uint32_t b[4], b_low[4];
+    load_matrices(b, keys + (tile.column(n + lane / 16) + lane % 8) * kStagePitch +
+                         lane / 8 % 2 * 4);
+    if constexpr (kWide) {
 #pragma unroll
-    for (int step = 0; step < 2; ++step) {
-      uint32_t b0 = b[2 * step], b1 = b[2 * step + 1], b0_low = 0, b1_low = 0;
-      if constexpr (sizeof(typename Mode::T) == 4) {
-        const Split x = split(b0), y = split(b1);
-        b0 = x.high, b0_low = x.low;
-        b1 = y.high, b1_low = y.low;
+      for (int i = 0; i < 4; ++i) {
+        const Split x = split(b[i]);
+        b[i] = x.high;
+        b_low[i] = x.low;
       }
+    }
 #pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        if ((active >> (8 * m + n) & 1) == 0) continue;
-        float(&sum)[4] = sums.at[m][n];
-        if constexpr (sizeof(typename Mode::T) == 4) {
+    for (int m = 0; m < 2; ++m) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        if ((active >> (8 * m + n + j) & 1) == 0) continue;
+        float(&sum)[4] = sums.at[m][n + j];
+        if constexpr (kWide) {
           if constexpr (Mode::kProducts == 3) {  // the small ones first
-            multiply_tf32(sum, a_low[m][step], b0, b1);
-            multiply_tf32(sum, a[m][step], b0_low, b1_low);
+            multiply_tf32(sum, a_low[m], b[2 * j], b[2 * j + 1]);
+            multiply_tf32(sum, a[m], b_low[2 * j], b_low[2 * j + 1]);
           }
-          multiply_tf32(sum, a[m][step], b0, b1);
+          multiply_tf32(sum, a[m], b[2 * j], b[2 * j + 1]);
         } else {
-          multiply<Mode>(sum, a[m][step], b0, b1);
+          multiply<Mode>(sum, a[m], b[2 * j], b[2 * j + 1]);
         }
       }
     }
@@ -153,36 +154,37 @@ __device__ void fill_rows(const Side& side, const Maps& maps, int element, const
 
 // All products of a tile of queries with one of keys, scaled to cosines, in shared.buffer.
 template <class Mode>
-__device__ void tile_cosines(const Problem& p, MatchShared& shared, const Side (&sides)[2],
-                             bool one_side, uint32_t active) {
+__device__ __forceinline__ void tile_cosines(const Problem& p, MatchShared& shared,
+                                             int query_rows, int key_rows, bool one_side,
+                                             uint32_t active) {
   using T = typename Mode::T;
   constexpr int kChannels = kChunkWords * 4 / int(sizeof(T));
-  const int staged[2] = {sides[0].staged(), sides[1].staged()};
   const int stages = int(p.tiling.stages), words = (one_side ? kTile : 2 * kTile) * kStagePitch;
-  const int64_t chunks = (p.channels + kChannels - 1) / kChannels;
+  const int channels = int(p.channels), chunks = (channels + kChannels - 1) / kChannels;
   const WarpTile tile = WarpTile::mine();
   uint32_t* const buffer = shared.buffer;
 
-  const auto stage = [&](int64_t chunk) {
+  const auto stage = [&](int chunk) {
     uint32_t* to = buffer + chunk % stages * words;
-    for (int side = 0; side < (one_side ? 1 : 2); ++side) {
-      const Maps& maps = p.maps[side];
-      load_chunk<T, kStagePitch>({shared.start[side], maps.strides[2], nullptr}, staged[side],
-                                 maps.vector, maps.strides[2] == 1, chunk * kChannels, p.channels,
-                                 to + side * kTile * kStagePitch);
-    }
+    load_chunk<T, kStagePitch>({shared.start[0], p.maps[0].strides[2], nullptr}, query_rows,
+                               p.maps[0].vector, p.maps[0].strides[2] == 1, chunk * kChannels,
+                               channels, to);
+    if (one_side) return;
+    load_chunk<T, kStagePitch>({shared.start[1], p.maps[1].strides[2], nullptr}, key_rows,
+                               p.maps[1].vector, p.maps[1].strides[2] == 1, chunk * kChannels,
+                               channels, to + kTile * kStagePitch);
   };
 
   Sums sums = {};
   // Two threads share a row of a single side, half a chunk each; else every row has its own.
   const int half = threadIdx.x / kTile, row = threadIdx.x % kTile;
-  const int side = one_side ? 0 : half;
+  const int side = one_side ? 0 : half, side_rows = side == 0 ? query_rows : key_rows;
   float squares[4] = {};
-  for (int64_t chunk = 0; chunk < stages - 1; ++chunk) {
+  for (int chunk = 0; chunk < stages - 1; ++chunk) {
     if (chunk < chunks) stage(chunk);
     copy_async_commit();
   }
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+  for (int chunk = 0; chunk < chunks; ++chunk) {
     copy_async_wait(stages - 2);
     // The chunk has landed for every thread, and none reads the one before it any more.
     __syncthreads();
@@ -190,26 +192,26 @@ __device__ void tile_cosines(const Problem& p, MatchShared& shared, const Side (
     copy_async_commit();
     const uint32_t* queries = buffer + chunk % stages * words;
     const uint32_t* keys = one_side ? queries : queries + kTile * kStagePitch;
-    if (row < staged[side]) {
+    if (row < side_rows) {
       const uint32_t* mine = (side == 0 ? queries : keys) + row * kStagePitch;
       add_squares<T>(one_side ? mine + half * kChunkWords / 2 : mine,
                      one_side ? kChunkWords / 2 : kChunkWords, 1, squares);
     }
-    const int64_t left = (p.channels - chunk * kChannels) * int64_t(sizeof(T));  // bytes
-    multiply_words<Mode>(sums, tile, active, queries, keys);
-    if (left > kChunkWords * 2) {
-      multiply_words<Mode>(sums, tile, active, queries + kChunkWords / 2, keys + kChunkWords / 2);
+    const int left = (channels - chunk * kChannels) * int(sizeof(T)) / 4;  // words
+#pragma unroll 1
+    for (int w = 0; w < kChunkWords && w <= left; w += 8) {
+      multiply_words<Mode>(sums, tile, active, queries + w, keys + w);
     }
   }
   copy_async_wait(0);
   shared.squares[half][row] = (squares[0] + squares[1]) + (squares[2] + squares[3]);
   __syncthreads();
-  if (row < staged[side]) {
+  if (row < side_rows) {
     const float total = one_side ? shared.squares[0][row] + shared.squares[1][row]
                                  : shared.squares[half][row];
     const T* start = reinterpret_cast<const T*>(shared.start[side][row]);
     const float norm =
-        finish_norm<T>(start == nullptr ? 0.0f : total, start, p.maps[side].strides[2], p.channels);
+        finish_norm<T>(start == nullptr ? 0.0f : total, start, p.maps[side].strides[2], channels);
     shared.scale[half][row] = unit_scale(norm, float(p.eps));
   }
   __syncthreads();
@@ -290,129 +292,129 @@ __device__ void best_of_windows(const Problem& p, const MatchShared& shared,
 __device__ inline uint32_t active_products(const MatchShared& shared, const Side (&sides)[2]) {
   const int lane = threadIdx.x % 32, m = lane / 8 % 2, n = lane % 8;
   const WarpTile tile = WarpTile::mine();
-  const bool on = lane < 16 && tile.rows[m] < sides[0].rows() && tile.column(n) < sides[1].rows() &&
-                  shared.bits.any_of_block(tile.rows[m], 16, tile.column(n), 8, sides[0].members(),
+  const int first = m == 0 ? tile.rows[0] : tile.rows[1];
+  const bool on = lane < 16 && first < sides[0].rows() && tile.column(n) < sides[1].rows() &&
+                  shared.bits.any_of_block(first, 16, tile.column(n), 8, sides[0].members(),
                                            sides[0].pixels, sides[1].pixels);
   return __ballot_sync(0xffffffffu, on);
 }
 
-template <class Mode>
-__device__ void match_tile(const Problem& p, MatchShared& shared) {
+// What a block works on.
+struct Work {
+  Side sides[2];
+  int64_t first_unit;
+  int64_t slot;  // of the one pair, if streamed; negative: nothing to do
+  bool one_side;
+};
+
+__device__ inline Work work_of_tile(const Problem& p) {
   const Tiling& t = p.tiling;
   const int64_t tile_pairs =
       p.set_form ? t.tiles[0] * (t.tiles[0] + 1) / 2 : t.tiles[0] * t.tiles[1];
-  int64_t first = blockIdx.x % tile_pairs, second;
+  int first = int(blockIdx.x % tile_pairs), second;
   if (p.set_form) {  // the pairs of tiles on and above the diagonal, row by row
+    const int tiles = int(t.tiles[0]);
     second = first;
-    for (first = 0; second >= t.tiles[0] - first; ++first) second -= t.tiles[0] - first;
+    for (first = 0; second >= tiles - first; ++first) second -= tiles - first;
     second += first;
   } else {
-    second = first % t.tiles[1];
-    first /= t.tiles[1];
+    second = first % int(t.tiles[1]);
+    first /= int(t.tiles[1]);
   }
-  const bool one_side = p.set_form && first == second;
   const int units = int(t.units), pixels = int(t.pixels);
-  const Side sides[2] = {
-      {first * t.samples[0], p.maps[0].samples, 0, units, int(t.samples[0]), pixels},
-      {second * t.samples[1], p.maps[1].samples, 0, units, int(t.samples[1]), pixels}};
-  if (threadIdx.x < t.units) {
-    shared.units[threadIdx.x] = unit_of(p, blockIdx.x / tile_pairs * t.units + threadIdx.x);
-  }
-  __syncthreads();
-  const Unit* const all = shared.units;
-  shared.bits.fill(sides[0].members(), sides[1].members(), [&](int a, int b) {
-    const int u = sides[0].unit(a);
-    if (u != sides[1].unit(b) || (one_side && b < a)) return false;
-    if (!sides[0].exists(all, a) || !sides[1].exists(all, b)) return false;
-    const int64_t query = sides[0].sample(a), key = sides[1].sample(b), group = all[u].group;
-    return pair_slot(p, group, query, key) >= 0 ||
-           (p.set_form && pair_slot(p, group, key, query) >= 0);
-  });
-  __syncthreads();
-  const int members = sides[0].members();
-  const uint32_t active = active_products(shared, sides);
-  if (!__syncthreads_or(active != 0)) return;
-
-  const int element = int(sizeof(typename Mode::T));
-  if (threadIdx.x < kTile) {
-    fill_rows(sides[0], p.maps[0], element, all,
-              [&](int a) {
-                return shared.bits.any_of_row(a) ||
-                       (one_side && shared.bits.any_of_column(a, members));
-              },
-              shared.start[0]);
-  } else if (!one_side) {
-    fill_rows(sides[1], p.maps[1], element, all,
-              [&](int b) { return shared.bits.any_of_column(b, members); }, shared.start[1]);
-  }
-  __syncthreads();
-  tile_cosines<Mode>(p, shared, sides, one_side, active);
-  best_of_windows<false>(p, shared, sides, one_side);
-  if (p.set_form) best_of_windows<true>(p, shared, sides, one_side);
+  return {{{first * t.samples[0], p.maps[0].samples, 0, units, int(t.samples[0]), pixels},
+           {second * t.samples[1], p.maps[1].samples, 0, units, int(t.samples[1]), pixels}},
+          blockIdx.x / tile_pairs * units,
+          0,
+          p.set_form && first == second};
 }
 
-template <class Mode>
-__device__ void match_streamed(const Problem& p, MatchShared& shared) {
+__device__ inline Work work_of_stream(const Problem& p) {
   const Tiling& t = p.tiling;
-  const int64_t table = p.maps[0].samples * p.maps[1].samples;
+  const int64_t keys = p.maps[1].samples, table = p.maps[0].samples * keys;
   const int64_t chunk = blockIdx.x % t.chunks, rest = blockIdx.x / t.chunks;
-  const int64_t query = rest % table / p.maps[1].samples, key = rest % p.maps[1].samples;
+  const int64_t query = rest % table / keys, key = rest % keys;
+  const int pixels = int(t.pixels);
   const Unit unit = unit_of(p, rest / table);
-  const int64_t slot = pair_slot(p, unit.group, query, key);
-  const int pixels = int(t.pixels), count = unit.pixels(), first = int(chunk) * pixels;
-  if (slot < 0 || first >= count) return;
-  Side sides[2] = {{query, query + 1, first, 1, 1, pixels}, {key, key + 1, 0, 1, 1, pixels}};
-  if (threadIdx.x == 0) {
-    shared.units[0] = unit;
-    shared.bits.words[0][0] = 1;
-  }
-  __syncthreads();
-  const uint32_t active = active_products(shared, sides);
-  const int element = int(sizeof(typename Mode::T));
-  const auto always = [](int) { return true; };
-  if (threadIdx.x < kTile) {
-    fill_rows(sides[0], p.maps[0], element, shared.units, always, shared.start[0]);
-  }
-  // Two threads share a query row, and take turns of four key pixels.
-  const int row = threadIdx.x / 2, half = threadIdx.x % 2;
-  const bool mine = row < pixels && first + row < count;
-  const float* const sims = reinterpret_cast<const float*>(shared.buffer) + row * kSimPitch;
-  Best<float> best = {0, -1};
-  for (int from = 0; from < count; from += pixels) {
-    sides[1].first_pixel = from;
-    if (threadIdx.x < kTile) {
-      fill_rows(sides[1], p.maps[1], element, shared.units, always, shared.start[1]);
-    }
-    __syncthreads();
-    tile_cosines<Mode>(p, shared, sides, false, active);
-    const int width = count - from < pixels ? count - from : pixels;
-    if (mine) {
-      for (int l = half * 4; l < width; l += 8) {
-        const float4 four = *reinterpret_cast<const float4*>(sims + l);
-        best.take(four.x, from + l);
-        if (l + 1 < width) best.take(four.y, from + l + 1);
-        if (l + 2 < width) best.take(four.z, from + l + 2);
-        if (l + 3 < width) best.take(four.w, from + l + 3);
-      }
-    }
-    __syncthreads();  // the next tile takes the place of these similarities
-  }
-  const float other = __shfl_xor_sync(0xffffffffu, best.value, 1);
-  const int other_place = __shfl_xor_sync(0xffffffffu, int(best.place), 1);
-  best.merge(other, other_place);
-  if (mine && half == 0) {
-    store_match<float>(p, slot, unit, first + row, best.value, int(best.place));
-  }
+  const int64_t slot = chunk * pixels < unit.pixels() ? pair_slot(p, unit.group, query, key) : -1;
+  return {{{query, query + 1, chunk * pixels, 1, 1, pixels}, {key, key + 1, 0, 1, 1, pixels}},
+          rest / table,
+          slot,
+          false};
 }
 
 template <class Mode>
 __device__ void match(const Problem& p) {
   SALKERNELS_SHARED(memory);
   MatchShared& shared = *reinterpret_cast<MatchShared*>(memory);
-  if (p.tiling.streamed) {
-    match_streamed<Mode>(p, shared);
-  } else {
-    match_tile<Mode>(p, shared);
+  const bool streamed = p.tiling.streamed != 0;
+  Work work = streamed ? work_of_stream(p) : work_of_tile(p);
+  if (work.slot < 0) return;
+  const Side &queries = work.sides[0], &keys = work.sides[1];
+  const bool one_side = work.one_side;
+  if (int(threadIdx.x) < queries.units) {
+    shared.units[threadIdx.x] = unit_of(p, work.first_unit + threadIdx.x);
+  }
+  __syncthreads();
+  const Unit* const units = shared.units;
+  shared.bits.fill(queries.members(), keys.members(), [&](int a, int b) {
+    const int u = queries.unit(a);
+    if (u != keys.unit(b) || (one_side && b < a)) return false;
+    if (!queries.exists(units, a) || !keys.exists(units, b)) return false;
+    const int64_t query = queries.sample(a), key = keys.sample(b), group = units[u].group;
+    return pair_slot(p, group, query, key) >= 0 ||
+           (p.set_form && !streamed && pair_slot(p, group, key, query) >= 0);
+  });
+  __syncthreads();
+  const int members = queries.members(), key_rows = keys.staged();
+  const uint32_t active = active_products(shared, work.sides);
+  if (!__syncthreads_or(active != 0)) return;
+
+  const int element = int(sizeof(typename Mode::T));
+  if (threadIdx.x < kTile) {
+    fill_rows(
+        queries, p.maps[0], element, units,
+        [&](int a) {
+          return shared.bits.any_of_row(a) || (one_side && shared.bits.any_of_column(a, members));
+        },
+        shared.start[0]);
+  }
+  // One tile of keys, or, streamed, all of a window, with a running maximum: two threads share a
+  // query row then, and take turns of four key pixels.
+  const int row = threadIdx.x / 2, turn = threadIdx.x % 2 * 4;
+  const int end = streamed ? units[0].pixels() : keys.pixels;
+  const float* const sims = reinterpret_cast<const float*>(shared.buffer) + row * kSimPitch;
+  Best<float> best = {0, -1};
+  for (int from = 0; from < end; from += keys.pixels) {
+    work.sides[1].first_pixel = from;
+    if (threadIdx.x >= kTile) {
+      fill_rows(
+          keys, p.maps[1], element, units,
+          [&](int b) { return shared.bits.any_of_column(b, members); }, shared.start[1]);
+    }
+    __syncthreads();
+    tile_cosines<Mode>(p, shared, queries.staged(), key_rows, one_side, active);
+    if (streamed) {
+      const int width = end - from < keys.pixels ? end - from : keys.pixels;
+      for (int l = turn; l < width && row < queries.pixels; l += 8) {
+        const float4 four = *reinterpret_cast<const float4*>(sims + l);
+        best.take(four.x, from + l);
+        if (l + 1 < width) best.take(four.y, from + l + 1);
+        if (l + 2 < width) best.take(four.z, from + l + 2);
+        if (l + 3 < width) best.take(four.w, from + l + 3);
+      }
+    } else {
+      best_of_windows<false>(p, shared, work.sides, one_side);
+      if (p.set_form) best_of_windows<true>(p, shared, work.sides, one_side);
+    }
+    __syncthreads();  // the next tile takes the place of these similarities
+  }
+  if (!streamed) return;
+  const float other = __shfl_xor_sync(0xffffffffu, best.value, 1);
+  best.merge(other, __shfl_xor_sync(0xffffffffu, best.place, 1));
+  const int pixel = int(queries.first_pixel) + row;
+  if (turn == 0 && row < queries.pixels && pixel < end) {
+    store_match<float>(p, work.slot, units[0], pixel, best.value, best.place);
   }
 }
 
