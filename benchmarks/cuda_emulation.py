@@ -27,7 +27,7 @@ EMULATOR = ROOT / "csrc" / "emulator" / "emulator.cpp"
 PTXEMU = ROOT.parent / "shared" / "tools" / "ptxemu"
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-SANITIZE = ("-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined")
+SANITIZE = ("-O2", "-fno-omit-frame-pointer", "-fsanitize=address,undefined")
 _I64 = ctypes.c_int64
 _POINTER = ctypes.c_void_p
 
@@ -329,3 +329,53 @@ class HostKernels(Kernels):
         )
         if error is not None:
             raise RuntimeError(error.decode())
+
+
+class CompiledKernels(Kernels):
+    """The PTX for sm_80 on `ptxemu`; `stats` holds the counters of the launches since `clear`."""
+
+    def __init__(self, allow_tf32: bool = False) -> None:
+        super().__init__(80, allow_tf32)
+        if str(PTXEMU) not in sys.path:
+            sys.path.insert(0, str(PTXEMU))
+        import ptxemu  # type: ignore[import-not-found]
+
+        self.emulator = ptxemu
+        cuda = ROOT / "csrc" / "cuda"
+        self.modules = [
+            ptxemu.from_nvcc(str(cuda / f"{name}.cu"), arch="sm_80")
+            for name in ("forward", "backward")
+        ]
+        self.stats: list[Any] = []
+
+    def _launch(self, call: _Call, backward: bool) -> None:
+        launches = self.plan(call, backward)
+        owners = {t.data_ptr(): t for t in call.tensors if t.numel() > 0}
+        fields = list(self._fields(call.problem, owners))
+        for launch in launches:
+            stats = self.modules[backward].launch(
+                launch.name,
+                (launch.blocks, launch.rows),
+                launch.threads,
+                [self.emulator.Struct(*fields)],
+                launch.shared_bytes,
+            )
+            self.stats.append(stats)
+
+    def _fields(self, structure: Any, owners: dict[int, Tensor]) -> Any:
+        """The bytes of a Problem, with each pointer replaced by the tensor that it points to."""
+        for name, kind, *_ in structure._fields_:
+            value = getattr(structure, name)
+            if isinstance(value, ctypes.Structure):
+                yield from self._fields(value, owners)
+            elif isinstance(value, ctypes.Array):
+                for item in value:
+                    if isinstance(item, ctypes.Structure):
+                        yield from self._fields(item, owners)
+                    else:
+                        yield ("q", item)
+            elif kind is _POINTER:
+                owner = owners.get(value)
+                yield ("Q", 0 if owner is None else self.emulator.DevPtr(owner, 0))
+            else:
+                yield ("d" if kind is ctypes.c_double else "q", value)

@@ -54,8 +54,8 @@ struct Nodes {
   }
 };
 
-// Adds to W, or with `reverse` to its mirror image. `times_sim`: weights times max_sim, whose sum
-// over a row is x̂·V; else weights of the partner's features, which are not yet unit vectors.
+// Writes to W the weights of matches, or with `reverse` adds them to its mirror image. `times_sim`:
+// times max_sim, whose sum is x̂·V; else to be multiplied by features that are not unit vectors yet.
 template <bool reverse, bool times_sim>
 __device__ void add_weights(const Problem& p, GradientShared& shared, const Nodes& nodes,
                             float* weights, int pitch) {
@@ -77,11 +77,13 @@ __device__ void add_weights(const Problem& p, GradientShared& shared, const Node
         (base + nodes.first_key + key) * pixels + load_match(p, unit, at);
     const float weight =
         gradient * (times_sim ? max_sim : reverse ? shared.scale[row] : shared.scale[column]);
+    // Threads that mark the same row write the same.
     if (reverse) {
       weights[column * pitch + row] += weight;
+      shared.touched[column] = 1;
     } else {
       weights[row * pitch + column] = weight;
-      shared.touched[row] = shared.touched[column] = 1;
+      shared.touched[row] = 1;
     }
   }
 }
@@ -92,15 +94,23 @@ __device__ inline void clear_words(uint32_t* words, int count) {
   }
 }
 
-template <bool times_sim>
-__device__ void build_weights(const Problem& p, GradientShared& shared, const Nodes& nodes,
-                              float* weights, int staged) {
-  const int pitch = staged + 4;
-  clear_words(reinterpret_cast<uint32_t*>(weights), staged * pitch);
+// x̂·V of each row, which the maxima give without another product: the sum of weight times max_sim
+// over its matches (its row of W) and over those that chose it (its column).
+__device__ inline void sum_along(const Problem& p, GradientShared& shared, const Nodes& nodes,
+                                 float* weights, int staged) {
+  const int pitch = staged + 4, row = threadIdx.x / 2, half = threadIdx.x % 2;
+  add_weights<false, true>(p, shared, nodes, weights, pitch);
   __syncthreads();
-  add_weights<false, times_sim>(p, shared, nodes, weights, pitch);
-  __syncthreads();
-  add_weights<true, times_sim>(p, shared, nodes, weights, pitch);
+  float along = 0;
+  if (row < staged) {
+    for (int c = half * 4; c < staged; c += 8) {
+      const float4 four = *reinterpret_cast<const float4*>(weights + row * pitch + c);
+      along += (four.x + four.y) + (four.z + four.w);
+    }
+    for (int r = half; r < staged; r += 2) along += weights[r * pitch + row];
+  }
+  along += __shfl_xor_sync(0xffffffffu, along, 1);
+  if (row < staged && half == 0) shared.along[row] = along;
   __syncthreads();
 }
 
@@ -240,7 +250,7 @@ __device__ void gradient_tile(const Problem& p) {
 
   // First pass: norms. The last chunks stay for the second pass, which begins with them.
   const int row = threadIdx.x / 2, half = threadIdx.x % 2;  // every other 16 bytes each
-  float squares[4] = {};
+  float total = 0;
   for (int64_t chunk = 0; chunk < ahead; ++chunk) {
     if (chunk < chunks) stage(chunk);
     copy_async_commit();
@@ -255,12 +265,12 @@ __device__ void gradient_tile(const Problem& p) {
       __syncthreads();
     }
     if (row < staged) {
-      add_squares<T>(buffer + chunk % stages * words + row * kGradientPitch + half * 4,
-                     kChunkWords - half * 4, 2, squares);
+      total += sum_of_squares<T>(
+          buffer + chunk % stages * words + row * kGradientPitch + half * 4,
+          kChunkWords - half * 4, 2);
     }
   }
   copy_async_wait(0);
-  float total = (squares[0] + squares[1]) + (squares[2] + squares[3]);
   total += __shfl_xor_sync(0xffffffffu, total, 1);
   bool lost = false;  // a row without a unit vector
   if (row < staged && half == 0) {
@@ -274,19 +284,16 @@ __device__ void gradient_tile(const Problem& p) {
   }
   const bool any_lost = __syncthreads_or(lost);
 
-  build_weights<true>(p, shared, nodes, weights, staged);
   const int pitch = staged + 4;
-  float along = 0;
-  if (row < staged) {
-    for (int c = half * 4; c < staged; c += 8) {
-      const float4 four = *reinterpret_cast<const float4*>(weights + row * pitch + c);
-      along += (four.x + four.y) + (four.z + four.w);
-    }
-  }
-  along += __shfl_xor_sync(0xffffffffu, along, 1);
-  if (row < staged && half == 0) shared.along[row] = along;
+  clear_words(shared.buffer, staged * pitch);
   __syncthreads();
-  build_weights<false>(p, shared, nodes, weights, staged);
+  sum_along(p, shared, nodes, weights, staged);
+  clear_words(shared.buffer, staged * pitch);
+  __syncthreads();
+  add_weights<false, false>(p, shared, nodes, weights, pitch);
+  __syncthreads();
+  add_weights<true, false>(p, shared, nodes, weights, pitch);
+  __syncthreads();
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pixels = nodes.side.pixels;
   const uint32_t active = __ballot_sync(

@@ -32,12 +32,21 @@ struct Fp16 {
 constexpr int kStagePitch = kChunkWords + 4;  // words; 16-byte rows of ldmatrix fall on all banks
 constexpr int kSimPitch = kTile + 8;          // words; so do pairs of columns, and rows of 16 bytes
 
+// What a block works on.
+struct Work {
+  Side sides[2];
+  int64_t first_unit;
+  int64_t slot;  // of the one pair, if streamed; negative: nothing to do
+  bool one_side;  // both sides are the same rows
+};
+
 struct alignas(16) MatchShared {
   const unsigned char* start[2][kTile];  // rows of queries and keys
   float scale[2][kTile];
   float squares[2][kTile];
   PairBits bits;
   Unit units[kUnits];
+  Work work;
   alignas(16) uint32_t buffer[4];  // stages, and after them the similarities, of dynamic size
 };
 
@@ -60,8 +69,9 @@ struct WarpTile {
   __device__ int column(int n) const { return (2 * n + parity) * 8; }
 };
 
+// Of groups of columns 2 n + j: at[n][m][j].
 struct Sums {
-  float at[2][8][4];
+  float at[4][2][2][4];
 };
 
 template <class Mode>
@@ -77,72 +87,116 @@ __device__ inline void multiply<Fp16>(float (&sum)[4], const uint32_t (&a)[4], u
   multiply_f16(sum, a, b0, b1);
 }
 
-// Adds the products of 8 staged words (one step of the tensor core) to the warp's sums.
+// One operand of one step of the tensor core, which is 8 staged words: four words of it in each
+// lane, for fp32 in two parts. As queries these are 16 rows; as keys two groups of 8, n and n + 1.
 template <class Mode>
-__device__ inline void multiply_words(Sums& sums, const WarpTile& tile, uint32_t active,
-                                      const uint32_t* queries, const uint32_t* keys) {
-  constexpr bool kWide = sizeof(typename Mode::T) == 4;
-  const int lane = threadIdx.x % 32;
-  uint32_t a[2][4] = {}, a_low[2][4];
-#pragma unroll
-  for (int m = 0; m < 2; ++m) {
-    // Rows that are not staged belong to no active product.
-    if ((active >> (8 * m) & 0xff) == 0) continue;
-    load_matrices(a[m], queries + (tile.rows[m] + lane % 16) * kStagePitch + lane / 16 * 4);
+struct Operand {
+  static constexpr bool kWide = sizeof(typename Mode::T) == 4;
+  uint32_t high[4], low[4];
+
+  __device__ void load(const uint32_t* row) {
+    load_matrices(high, row);
     if constexpr (kWide) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const Split x = split(a[m][i]);
-        a[m][i] = x.high;
-        a_low[m][i] = x.low;
+        const Split x = split(high[i]);
+        high[i] = x.high;
+        low[i] = x.low;
       }
     }
   }
-  // Two groups of columns at a time: they lie in one group of 32, so both are staged if one is.
+  __device__ void load_queries(const WarpTile& tile, int m, const uint32_t* staged) {
+    const int lane = threadIdx.x % 32;
+    load(staged + (tile.rows[m] + lane % 16) * kStagePitch + lane / 16 * 4);
+  }
+  // Both groups lie in one group of 32 rows, so both are staged if one is.
+  __device__ void load_keys(const WarpTile& tile, int n, const uint32_t* staged) {
+    const int lane = threadIdx.x % 32;
+    load(staged + (tile.column(n + lane / 16) + lane % 8) * kStagePitch + lane / 8 % 2 * 4);
+  }
+};
+
+// Adds the products of 16 queries with the two groups of keys, where these are active.
+template <class Mode>
+__device__ inline void multiply_groups(float (&sums)[2][4], const Operand<Mode>& a,
+                                       const Operand<Mode>& b, uint32_t active) {
 #pragma unroll
-  for (int n = 0; n < 8; n += 2) {
-    if ((active >> n & 0x303) == 0) continue;
-    uint32_t b[4], b_low[4];
-    load_matrices(b, keys + (tile.column(n + lane / 16) + lane % 8) * kStagePitch +
-                         lane / 8 % 2 * 4);
-    if constexpr (kWide) {
+  for (int j = 0; j < 2; ++j) {
+    if ((active >> j & 1) == 0) continue;
+    if constexpr (Operand<Mode>::kWide) {
+      if constexpr (Mode::kProducts == 3) {  // the small ones first
+        multiply_tf32(sums[j], a.low, b.high[2 * j], b.high[2 * j + 1]);
+        multiply_tf32(sums[j], a.high, b.low[2 * j], b.low[2 * j + 1]);
+      }
+      multiply_tf32(sums[j], a.high, b.high[2 * j], b.high[2 * j + 1]);
+    } else {
+      multiply<Mode>(sums[j], a.high, b.high[2 * j], b.high[2 * j + 1]);
+    }
+  }
+}
+
+// Adds the products of a chunk, of which `words` words are staged.
+template <class Mode>
+__device__ inline void multiply_chunk(Sums& sums, const WarpTile& tile, uint32_t active,
+                                      const uint32_t* queries, const uint32_t* keys, int words) {
+  if constexpr (Mode::kProducts == 3) {
+    // The tensor core truncates where it adds, hundreds of times in a long row. So a chunk is
+    // summed by itself, and added with rounding; queries are loaded again for that.
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const Split x = split(b[i]);
-        b[i] = x.high;
-        b_low[i] = x.low;
+    for (int n = 0; n < 4; ++n) {
+      if ((active >> (2 * n) & 0x303) == 0) continue;
+      float part[2][2][4] = {};
+#pragma unroll 1
+      for (int w = 0; w < words; w += 8) {
+        Operand<Mode> b;
+        b.load_keys(tile, 2 * n, keys + w);
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+          const uint32_t groups = active >> (8 * m + 2 * n);
+          if ((groups & 3) == 0) continue;  // and these queries may not be staged
+          Operand<Mode> a;
+          a.load_queries(tile, m, queries + w);
+          multiply_groups<Mode>(part[m], a, b, groups);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        sums.at[n][i / 8][i / 4 % 2][i % 4] += part[i / 8][i / 4 % 2][i % 4];
       }
     }
+  } else {
+#pragma unroll 1
+    for (int w = 0; w < words; w += 8) {
+      Operand<Mode> a[2] = {};
 #pragma unroll
-    for (int m = 0; m < 2; ++m) {
+      for (int m = 0; m < 2; ++m) {
+        if ((active >> (8 * m) & 0xff) != 0) a[m].load_queries(tile, m, queries + w);
+      }
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        if ((active >> (8 * m + n + j) & 1) == 0) continue;
-        float(&sum)[4] = sums.at[m][n + j];
-        if constexpr (kWide) {
-          if constexpr (Mode::kProducts == 3) {  // the small ones first
-            multiply_tf32(sum, a_low[m], b[2 * j], b[2 * j + 1]);
-            multiply_tf32(sum, a[m], b_low[2 * j], b_low[2 * j + 1]);
-          }
-          multiply_tf32(sum, a[m], b[2 * j], b[2 * j + 1]);
-        } else {
-          multiply<Mode>(sum, a[m], b[2 * j], b[2 * j + 1]);
+      for (int n = 0; n < 4; ++n) {
+        if ((active >> (2 * n) & 0x303) == 0) continue;
+        Operand<Mode> b;
+        b.load_keys(tile, 2 * n, keys + w);
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+          multiply_groups<Mode>(sums.at[n][m], a[m], b, active >> (8 * m + 2 * n));
         }
       }
     }
   }
 }
 
-// Where the rows of a side are; null for those that no pair needs.
+// Where the rows of a side are, from a pixel of its window on; null for those that no pair needs.
 template <class Needed>
-__device__ void fill_rows(const Side& side, const Maps& maps, int element, const Unit* units, const Needed& needed, const unsigned char** start) {
+__device__ void fill_rows(const Side& side, int64_t first_pixel, const Maps& maps, int element,
+                          const Unit* units, const Needed& needed, const unsigned char** start) {
   const int r = threadIdx.x % kTile;
   const unsigned char* row = nullptr;
   if (r < side.rows()) {
     const int member = r / side.pixels;
     if (side.exists(units, member) && needed(member)) {
       const Unit unit = units[side.unit(member)];
-      const int64_t pixel = side.first_pixel + r % side.pixels;
+      const int64_t pixel = first_pixel + r % side.pixels;
       if (pixel < unit.pixels()) {
         row = static_cast<const unsigned char*>(maps.data) +
               map_offset(maps.strides, unit, side.sample(member), int(pixel)) * element;
@@ -179,7 +233,7 @@ __device__ __forceinline__ void tile_cosines(const Problem& p, MatchShared& shar
   // Two threads share a row of a single side, half a chunk each; else every row has its own.
   const int half = threadIdx.x / kTile, row = threadIdx.x % kTile;
   const int side = one_side ? 0 : half, side_rows = side == 0 ? query_rows : key_rows;
-  float squares[4] = {};
+  float squares = 0;
   for (int chunk = 0; chunk < stages - 1; ++chunk) {
     if (chunk < chunks) stage(chunk);
     copy_async_commit();
@@ -194,17 +248,15 @@ __device__ __forceinline__ void tile_cosines(const Problem& p, MatchShared& shar
     const uint32_t* keys = one_side ? queries : queries + kTile * kStagePitch;
     if (row < side_rows) {
       const uint32_t* mine = (side == 0 ? queries : keys) + row * kStagePitch;
-      add_squares<T>(one_side ? mine + half * kChunkWords / 2 : mine,
-                     one_side ? kChunkWords / 2 : kChunkWords, 1, squares);
+      squares += one_side ? sum_of_squares<T>(mine + half * kChunkWords / 2, kChunkWords / 2, 1)
+                          : sum_of_squares<T>(mine, kChunkWords, 1);
     }
-    const int left = (channels - chunk * kChannels) * int(sizeof(T)) / 4;  // words
-#pragma unroll 1
-    for (int w = 0; w < kChunkWords && w <= left; w += 8) {
-      multiply_words<Mode>(sums, tile, active, queries + w, keys + w);
-    }
+    const int left = ((channels - chunk * kChannels) * int(sizeof(T)) + 3) / 4;  // words
+    multiply_chunk<Mode>(sums, tile, active, queries, keys,
+                         left < kChunkWords ? left : int(kChunkWords));
   }
   copy_async_wait(0);
-  shared.squares[half][row] = (squares[0] + squares[1]) + (squares[2] + squares[3]);
+  shared.squares[half][row] = squares;
   __syncthreads();
   if (row < side_rows) {
     const float total = one_side ? shared.squares[0][row] + shared.squares[1][row]
@@ -236,7 +288,7 @@ __device__ __forceinline__ void tile_cosines(const Problem& p, MatchShared& shar
           // A scale of 0 stands for a zero vector also where products overflow.
           pair[i] = scale == 0 || scales[i] == 0
                         ? scale * scales[i]
-                        : sums.at[m][n][2 * upper + i] * scale * scales[i];
+                        : sums.at[n / 2][m][n % 2][2 * upper + i] * scale * scales[i];
         }
         *reinterpret_cast<float2*>(sims + r * kSimPitch + column) = make_float2(pair[0], pair[1]);
       }
@@ -299,14 +351,6 @@ __device__ inline uint32_t active_products(const MatchShared& shared, const Side
   return __ballot_sync(0xffffffffu, on);
 }
 
-// What a block works on.
-struct Work {
-  Side sides[2];
-  int64_t first_unit;
-  int64_t slot;  // of the one pair, if streamed; negative: nothing to do
-  bool one_side;
-};
-
 __device__ inline Work work_of_tile(const Problem& p) {
   const Tiling& t = p.tiling;
   const int64_t tile_pairs =
@@ -348,7 +392,9 @@ __device__ void match(const Problem& p) {
   SALKERNELS_SHARED(memory);
   MatchShared& shared = *reinterpret_cast<MatchShared*>(memory);
   const bool streamed = p.tiling.streamed != 0;
-  Work work = streamed ? work_of_stream(p) : work_of_tile(p);
+  if (threadIdx.x == 0) shared.work = streamed ? work_of_stream(p) : work_of_tile(p);
+  __syncthreads();
+  const Work& work = shared.work;  // there, since registers are short
   if (work.slot < 0) return;
   const Side &queries = work.sides[0], &keys = work.sides[1];
   const bool one_side = work.one_side;
@@ -373,7 +419,7 @@ __device__ void match(const Problem& p) {
   const int element = int(sizeof(typename Mode::T));
   if (threadIdx.x < kTile) {
     fill_rows(
-        queries, p.maps[0], element, units,
+        queries, queries.first_pixel, p.maps[0], element, units,
         [&](int a) {
           return shared.bits.any_of_row(a) || (one_side && shared.bits.any_of_column(a, members));
         },
@@ -386,10 +432,9 @@ __device__ void match(const Problem& p) {
   const float* const sims = reinterpret_cast<const float*>(shared.buffer) + row * kSimPitch;
   Best<float> best = {0, -1};
   for (int from = 0; from < end; from += keys.pixels) {
-    work.sides[1].first_pixel = from;
     if (threadIdx.x >= kTile) {
       fill_rows(
-          keys, p.maps[1], element, units,
+          keys, from, p.maps[1], element, units,
           [&](int b) { return shared.bits.any_of_column(b, members); }, shared.start[1]);
     }
     __syncthreads();

@@ -173,9 +173,11 @@ __device__ void store_chunk(const RowTable& table, int rows, bool vector, bool a
   }
 }
 
-// Adds the squares of staged channels to four sums: of every `step`-th 16 bytes of a row.
+// The sum of squares of staged channels: of every `step`-th 16 bytes of a row.
 template <class T>
-__device__ inline void add_squares(const uint32_t* row, int words, int step, float (&sums)[4]) {
+__device__ inline float sum_of_squares(const uint32_t* row, int words, int step) {
+  float sums[4] = {};
+#pragma unroll 2
   for (int w = 0; w < words; w += 4 * step) {
     const Piece piece = *reinterpret_cast<const Piece*>(row + w);
 #pragma unroll
@@ -192,6 +194,7 @@ __device__ inline void add_squares(const uint32_t* row, int words, int step, flo
       }
     }
   }
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
 // The norm of a row from its sum of squares. Where that overflows, the row is read again, once in

@@ -57,10 +57,20 @@ struct Fiber {
   std::deque<std::vector<Copy>> groups;  // committed, oldest first
 };
 
+struct Place {  // in the source
+  const char* what = "";
+  int line = 0;
+
+  bool operator!=(const Place& other) const {
+    return line != other.line || std::strcmp(what, other.what) != 0;
+  }
+  std::string text() const { return what + std::string(", line ") + std::to_string(line); }
+};
+
 struct Meeting {  // of the threads of a block, or of the lanes of a warp
   std::vector<Fiber*> present;
   void* offers[32];
-  std::string what;
+  Place place;
 };
 
 struct Block {
@@ -123,11 +133,11 @@ void start() {
 }
 
 // Waits until `expected` fibers are here; true for the last of them.
-bool meet(Meeting& meeting, size_t expected, const std::string& what) {
+bool meet(Meeting& meeting, size_t expected, Place place) {
   if (meeting.present.empty()) {
-    meeting.what = what;
-  } else if (meeting.what != what) {
-    fail("waits at " + what + " while others wait at " + meeting.what);
+    meeting.place = place;
+  } else if (meeting.place != place) {
+    fail("waits at " + place.text() + " while others wait at " + meeting.place.text());
   }
   meeting.present.push_back(block.current);
   if (meeting.present.size() == expected) return true;
@@ -170,7 +180,7 @@ void run_block(Index index, size_t shared_bytes, const std::vector<int>& order) 
       enter(fiber);
       if (fiber.done) --left;
     }
-    if (!moved) fail("the threads that are left wait for ever; some at " + block.barrier.what);
+    if (!moved) fail("the threads that are left wait for ever; some at " + block.barrier.place.text());
   }
   if (!block.barrier.present.empty()) fail("a thread ended while others wait");
 #if defined(__SANITIZE_ADDRESS__)
@@ -187,7 +197,7 @@ unsigned char* shared_memory() { return block.shared; }
 
 bool block_barrier(bool on, int line) {
   block.any |= on;
-  if (meet(block.barrier, block.fibers.size(), "__syncthreads, line " + std::to_string(line))) {
+  if (meet(block.barrier, block.fibers.size(), {"__syncthreads", line})) {
     block.result = block.any;
     block.any = false;
     release(block.barrier);
@@ -200,7 +210,7 @@ void warp_together(void* own, const char* what, int line,
                    const std::function<void(void* const*)>& together) {
   Meeting& meeting = block.warps[block.current->index.x / 32];
   meeting.offers[block.current->index.x % 32] = own;
-  if (meet(meeting, 32, what + std::string(", line ") + std::to_string(line))) {
+  if (meet(meeting, 32, {what, line})) {
     together(meeting.offers);
     release(meeting);
   }
