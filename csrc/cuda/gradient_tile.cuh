@@ -63,18 +63,17 @@ __device__ void add_weights(const Problem& p, GradientShared& shared, const Node
   for (int i = threadIdx.x; i < nodes.side.units * per_unit * pixels; i += kThreads) {
     const int pixel = i % pixels, pair = i / pixels, u = pair / per_unit;
     const int query = pair % per_unit / nodes.keys, key = pair % nodes.keys;
+    const int first = u * nodes.side.samples + query;
+    const int second = u * nodes.side.samples + nodes.first_key + key;
+    if (!shared.bits.get(first, second)) continue;
     const Unit unit = shared.units[u];
-    if (unit.group < 0 || pixel >= unit.pixels()) continue;
+    if (pixel >= unit.pixels()) continue;
     const int64_t slot = pair_slot(p, unit.group, query, key);
-    if (slot < 0) continue;
     const int64_t at = slot * p.grid.pixels() + plane_index(p, unit, pixel);
     const float max_sim = static_cast<const float*>(p.max_sim)[at];
     const float gradient =
         pixel_gradient(max_sim, pair_gradient<float>(p, unit.group, query, key));
-    const int base = u * nodes.side.samples;
-    const int row = (base + query) * pixels + pixel;
-    const int column =
-        (base + nodes.first_key + key) * pixels + load_match(p, unit, at);
+    const int row = first * pixels + pixel, column = second * pixels + load_match(p, unit, at);
     const float weight =
         gradient * (times_sim ? max_sim : reverse ? shared.scale[row] : shared.scale[column]);
     // Threads that mark the same row write the same.
@@ -182,8 +181,7 @@ __device__ bool find_rows(const Problem& p, GradientShared& shared, const Nodes&
   shared.bits.fill(side.members(), side.members(), [&](int a, int b) {
     const int u = side.unit(a);
     if (u != side.unit(b) || !side.exists(all, a)) return false;
-    const int first = a % side.samples, second = b % side.samples;
-    return nodes.slot(p, all[u], first, second) >= 0 || nodes.slot(p, all[u], second, first) >= 0;
+    return nodes.slot(p, all[u], a % side.samples, b % side.samples) >= 0;
   });
   __syncthreads();
   const int r = threadIdx.x;
@@ -202,7 +200,8 @@ __device__ bool find_rows(const Problem& p, GradientShared& shared, const Nodes&
         shared.grad_start[r] = static_cast<const unsigned char*>(maps.grad) +
                                map_offset(maps.grad_strides, unit, sample, pixel) * element;
         shared.grad_stride[r] = maps.grad_strides[2];
-        needed = shared.bits.any_of_row(member);
+        needed = shared.bits.any_of_row(member) ||
+                 shared.bits.any_of_column(member, side.members());
         if (needed) {
           shared.start[r] = static_cast<const unsigned char*>(maps.data) +
                             map_offset(maps.strides, unit, sample, pixel) * element;
@@ -295,11 +294,12 @@ __device__ void gradient_tile(const Problem& p) {
   add_weights<true, false>(p, shared, nodes, weights, pitch);
   __syncthreads();
 
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pixels = nodes.side.pixels;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int pixels = nodes.side.pixels, members = nodes.side.members();
   const uint32_t active = __ballot_sync(
       0xffffffffu, lane * 8 < staged && warp * 16 < staged &&
-                       shared.bits.any_of_block(warp * 16, 16, lane * 8, 8, nodes.side.members(),
-                                                pixels, pixels));
+                       shared.bits.any_of_block(warp * 16, 16, pixels, members, lane * 8, 8,
+                                                pixels, members, true));
   for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
     uint32_t* const x = buffer + chunk % stages * words;
     copy_async_wait(stages - 1);

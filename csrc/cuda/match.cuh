@@ -314,15 +314,17 @@ __device__ void best_of_windows(const Problem& p, const MatchShared& shared,
     const int query = reverse ? fast : slow, key = reverse ? slow : fast;
     // On the diagonal, products were made for query <= key only.
     if (one_side && (reverse ? query <= key : query > key)) continue;
+    const int member = u * queries.samples + query, other = u * keys.samples + key;
+    // Off the diagonal a bit stands for either direction, so the number is looked up all the same.
+    if (!(reverse && !one_side ? shared.bits.get(other, member) : shared.bits.get(member, other))) {
+      continue;
+    }
     const Unit unit = shared.units[u];
-    const int64_t query_sample = queries.first_sample + query;
-    const int64_t key_sample = keys.first_sample + key;
-    if (unit.group < 0 || pixel >= unit.pixels()) continue;
-    if (query_sample >= queries.end_sample || key_sample >= keys.end_sample) continue;
-    const int64_t slot = pair_slot(p, unit.group, query_sample, key_sample);
+    if (pixel >= unit.pixels()) continue;
+    const int64_t slot = pair_slot(p, unit.group, queries.first_sample + query,
+                                   keys.first_sample + key);
     if (slot < 0) continue;
-    const int row = (u * queries.samples + query) * pixels + pixel;
-    const int column = (u * keys.samples + key) * pixels;
+    const int row = member * pixels + pixel, column = other * pixels;
     const float* from = reverse ? sims + column * kSimPitch + row : sims + row * kSimPitch + column;
     Best<float> best = {0, -1};
     const int count = unit.pixels();
@@ -341,13 +343,18 @@ __device__ void best_of_windows(const Problem& p, const MatchShared& shared,
   }
 }
 
-__device__ inline uint32_t active_products(const MatchShared& shared, const Side (&sides)[2]) {
+// Which of the warp's products are needed: bit 8 m + n for group m of queries and n of keys. On the
+// diagonal that is none below it, since above are the same products.
+__device__ inline uint32_t active_products(const MatchShared& shared) {
+  const Side &queries = shared.work.sides[0], &keys = shared.work.sides[1];
+  const bool one_side = shared.work.one_side;
   const int lane = threadIdx.x % 32, m = lane / 8 % 2, n = lane % 8;
   const WarpTile tile = WarpTile::mine();
-  const int first = m == 0 ? tile.rows[0] : tile.rows[1];
-  const bool on = lane < 16 && first < sides[0].rows() && tile.column(n) < sides[1].rows() &&
-                  shared.bits.any_of_block(first, 16, tile.column(n), 8, sides[0].members(),
-                                           sides[0].pixels, sides[1].pixels);
+  const int row = m == 0 ? tile.rows[0] : tile.rows[1], column = tile.column(n);
+  const bool above = !one_side || (column + 7) / keys.pixels >= row / keys.pixels;
+  const bool on = lane < 16 && above && row < queries.rows() && column < keys.rows() &&
+                  shared.bits.any_of_block(row, 16, queries.pixels, queries.members(), column, 8,
+                                           keys.pixels, keys.members(), one_side);
   return __ballot_sync(0xffffffffu, on);
 }
 
@@ -405,15 +412,15 @@ __device__ void match(const Problem& p) {
   const Unit* const units = shared.units;
   shared.bits.fill(queries.members(), keys.members(), [&](int a, int b) {
     const int u = queries.unit(a);
-    if (u != keys.unit(b) || (one_side && b < a)) return false;
+    if (u != keys.unit(b)) return false;
     if (!queries.exists(units, a) || !keys.exists(units, b)) return false;
     const int64_t query = queries.sample(a), key = keys.sample(b), group = units[u].group;
     return pair_slot(p, group, query, key) >= 0 ||
-           (p.set_form && !streamed && pair_slot(p, group, key, query) >= 0);
+           (p.set_form && !one_side && !streamed && pair_slot(p, group, key, query) >= 0);
   });
   __syncthreads();
   const int members = queries.members(), key_rows = keys.staged();
-  const uint32_t active = active_products(shared, work.sides);
+  const uint32_t active = active_products(shared);
   if (!__syncthreads_or(active != 0)) return;
 
   const int element = int(sizeof(typename Mode::T));

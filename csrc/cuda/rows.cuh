@@ -209,7 +209,7 @@ __device__ F finish_norm(F squares, const T* row, int64_t stride, int64_t channe
   return norm;
 }
 
-// One bit for each two members of a tile that some pair needs compared.
+// One bit for each two members of a tile: whether `a` as a query and `b` as a key are a pair.
 struct PairBits {
   uint32_t words[kTile][kTile / 32];
 
@@ -223,13 +223,14 @@ struct PairBits {
     return bits & 1;
   }
   // Whether a member with a row in [row, row + rows) meets one with a column in
-  // [column, column + columns); pixels: rows of a member on either side.
-  __device__ bool any_of_block(int row, int rows, int column, int columns, int members,
-                               int row_pixels, int column_pixels) const {
-    const int end_a = (row + rows - 1) / row_pixels + 1, end_b = (column + columns - 1) / column_pixels + 1;
-    for (int a = row / row_pixels; a < end_a && a < members; ++a) {
-      for (int b = column / column_pixels; b < end_b; ++b) {
-        if (get(a, b)) return true;
+  // [column, column + columns). Where both sides are the same members, `either` direction counts.
+  __device__ bool any_of_block(int row, int rows, int row_pixels, int row_members, int column,
+                               int columns, int column_pixels, int column_members,
+                               bool either) const {
+    const int last_a = (row + rows - 1) / row_pixels, last_b = (column + columns - 1) / column_pixels;
+    for (int a = row / row_pixels; a <= last_a && a < row_members; ++a) {
+      for (int b = column / column_pixels; b <= last_b && b < column_members; ++b) {
+        if (get(a, b) || (either && get(b, a))) return true;
       }
     }
     return false;

@@ -13,6 +13,7 @@ import sys
 
 import pytest
 import torch
+from cases import CASES
 from test_dtypes import (
     test_dtypes_of_what_comes_out,
     test_half_precision_is_fp32_math_on_the_same_values,
@@ -239,6 +240,32 @@ def test_values_out_of_range_reach_what_they_touch_and_nothing_else(value, windo
     torch.testing.assert_close(actual, expected, equal_nan=True, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.skipif(not SANITIZED, reason="test_pairwise and test_set say more, but take longer")
+@pytest.mark.parametrize("form", ["pairwise", "set"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_table(case, form, host_kernels):
+    x, y = case.features().detach(), case.features(stream=1).detach()
+    if form == "set":
+        mask = case.pairs()[None]
+        arguments = (x[None], None, mask, case.window, case.eps, case.samples**2)
+    else:
+        arguments = (x[:, None], y[:, None], None, case.window, case.eps, case.samples)
+    actual, expected = (k.pair_losses_forward(*arguments) for k in (host_kernels, reference))
+    value = max(TOLERANCES[case.dtype] * 0.1, 1e-12)
+    for ours, theirs in ((actual[0], expected[0]), (actual[2], expected[2])):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=min(value, 1e-6))
+    saved = (torch.randn_like(actual[0]), *arguments[:3], *expected[1:], *arguments[3:5])
+    for ours, theirs in zip(
+        host_kernels.pair_losses_backward(*saved),
+        reference.pair_losses_backward(*saved),
+        strict=True,
+    ):
+        if ours is not None:
+            torch.testing.assert_close(
+                ours, theirs, rtol=TOLERANCES[case.dtype], atol=10 * TOLERANCES[case.dtype]
+            )
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(SANITIZED, reason="these are the tests that it runs")
 def test_under_the_address_and_undefined_behaviour_sanitizers(host_kernels):
@@ -259,7 +286,7 @@ def test_under_the_address_and_undefined_behaviour_sanitizers(host_kernels):
         "SALKERNELS_EMULATOR_SANITIZE": "1",
         "SALKERNELS_EMULATOR_ORDER": "5",
     }
-    chosen = "test_pairwise or test_set or every_way or out_of_range or foreign or capacity"
+    chosen = "test_table or every_way or out_of_range or foreign or capacity"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
     run = subprocess.run(
         [*command, "-k", chosen], env=environment, capture_output=True, text=True, check=False
