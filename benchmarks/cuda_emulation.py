@@ -321,7 +321,9 @@ class HostKernels(Kernels):
         self, architecture: int = 80, allow_tf32: bool = False, order: int | None = None
     ) -> None:
         super().__init__(architecture, allow_tf32)
-        self.order = int(os.environ.get("SALKERNELS_EMULATOR_ORDER", "0")) if order is None else order
+        self.order = (
+            int(os.environ.get("SALKERNELS_EMULATOR_ORDER", "0")) if order is None else order
+        )
 
     def _launch(self, call: _Call, backward: bool) -> None:
         error = self.library.emulator_run(

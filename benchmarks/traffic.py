@@ -1,6 +1,6 @@
 """Memory traffic of compiled kernels, counted by an emulator: the proof of speed without a GPU.
 
-    python -m benchmarks.traffic cuda        # writes results/traffic-cuda.csv and results/traffic.md
+    python -m benchmarks.traffic cuda     # writes results/traffic-cuda.csv and traffic.md
 
 A provider is a module with `run(case) -> list[Row]`, one row for the forward and one for the
 backward, and `obstacle() -> str | None`. Rows of all providers have the same columns and stand side
@@ -125,7 +125,9 @@ def table(directory: Path = RESULTS) -> str:
         "Counted by an emulator that runs the compiled PTX (sm_80), not measured on a GPU; columns",
         "are explained in `benchmarks/traffic.py`, which wrote this.\n",
         "| " + " | ".join(name.replace("_", " ") for name in columns) + " |",
-        "| " + " | ".join(":--" if name in ("provider", "case", "phase") else "--:" for name in columns) + " |",
+        "| "
+        + " | ".join(":--" if name in ("provider", "case", "phase") else "--:" for name in columns)
+        + " |",
     ]
     lines = ["| " + " | ".join(row[name] for name in columns) + " |" for row in rows]
     return "\n".join([*head, *lines]) + "\n"

@@ -1,8 +1,8 @@
 """What the CUDA library is compiled with: nvcc, and the architectures that it is compiled for.
 
-    TORCH_CUDA_ARCH_LIST    as for torch's own extensions: "8.0;9.0+PTX"; else what the visible GPU
-                            needs, else DEFAULT
-    CUDA_HOME               the toolkit, instead of the one on the PATH
+TORCH_CUDA_ARCH_LIST    as for torch's own extensions: "8.0;9.0+PTX"; else what the visible GPU
+                        needs, else DEFAULT
+CUDA_HOME               the toolkit, instead of the one on the PATH
 """
 
 from __future__ import annotations

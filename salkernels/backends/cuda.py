@@ -9,6 +9,8 @@ fp32 products are as exact as fp32 (three tf32 products each) unless
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -57,7 +59,9 @@ def can_run(query: Tensor, key: Tensor | None, window: tuple[int, int]) -> str |
         return status() or f"it runs on GPUs, and the features are on {query.device}"
     if query.dtype not in DTYPES:
         return f"it takes float32, float64, bfloat16 or float16, got {query.dtype}"
-    return _MISSING or _unsupported(query.device.index or 0)
+    if _MISSING is not None or torch.compiler.is_compiling():
+        return _MISSING  # a graph cannot ask the driver; the operator asks when it is run
+    return _unsupported(query.device.index or 0)
 
 
 def built_for() -> str | None:
@@ -69,6 +73,7 @@ def built_for() -> str | None:
     return f"compute capability {', '.join(info['architectures'])}{ptx} (nvcc {info['nvcc']})"
 
 
+@functools.cache
 def _unsupported(index: int) -> str | None:
     """Why a GPU cannot run what was compiled, or None."""
     info = _native.build_info().get("cuda", {})
