@@ -49,7 +49,8 @@ __device__ void norms(const Problem& p) {
   const int64_t rows = p.groups * maps.samples * p.grid.pixels(), stride = maps.strides[2];
   const int lane = threadIdx.x % 32;
   const bool along_channels = stride == 1;  // lanes share a row, or take a pixel each
-  const int64_t index = along_channels ? warp_index() : int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t index =
+      along_channels ? warp_index() : int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= rows) return;
   const MapRow row = MapRow::of(p, maps, index);
   const T* start = static_cast<const T*>(maps.data) +

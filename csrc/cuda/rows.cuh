@@ -227,7 +227,8 @@ struct PairBits {
   __device__ bool any_of_block(int row, int rows, int row_pixels, int row_members, int column,
                                int columns, int column_pixels, int column_members,
                                bool either) const {
-    const int last_a = (row + rows - 1) / row_pixels, last_b = (column + columns - 1) / column_pixels;
+    const int last_a = (row + rows - 1) / row_pixels;
+    const int last_b = (column + columns - 1) / column_pixels;
     for (int a = row / row_pixels; a <= last_a && a < row_members; ++a) {
       for (int b = column / column_pixels; b <= last_b && b < column_members; ++b) {
         if (get(a, b) || (either && get(b, a))) return true;

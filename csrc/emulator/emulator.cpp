@@ -180,7 +180,9 @@ void run_block(Index index, size_t shared_bytes, const std::vector<int>& order) 
       enter(fiber);
       if (fiber.done) --left;
     }
-    if (!moved) fail("the threads that are left wait for ever; some at " + block.barrier.place.text());
+    if (!moved) {
+      fail("the threads that are left wait for ever; some at " + block.barrier.place.text());
+    }
   }
   if (!block.barrier.present.empty()) fail("a thread ended while others wait");
 #if defined(__SANITIZE_ADDRESS__)
