@@ -27,7 +27,7 @@ EMULATOR = ROOT / "csrc" / "emulator" / "emulator.cpp"
 PTXEMU = ROOT.parent / "shared" / "tools" / "ptxemu"
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-SANITIZE = ("-O2", "-fno-omit-frame-pointer", "-fsanitize=address,undefined")
+SANITIZE = ("-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined")
 _I64 = ctypes.c_int64
 _POINTER = ctypes.c_void_p
 
@@ -144,7 +144,9 @@ def build(sanitize: bool = False) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_suffix(f".{os.getpid()}.partial")
         command = [str(_compiler()), *flags, str(EMULATOR), "-o", str(partial)]
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        # A preloaded sanitizer is meant for what is built, not for the compiler.
+        environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+        run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if run.returncode != 0:
             raise RuntimeError(f"{' '.join(command)}\n{run.stderr}")
         partial.replace(target)

@@ -444,7 +444,7 @@ __device__ void match(const Problem& p) {
           keys, from, p.maps[1], element, units,
           [&](int b) { return shared.bits.any_of_column(b, members); }, shared.start[1]);
     }
-    __syncthreads();
+    __syncthreads();  // the rows are known, and the similarities of the tile before were read
     tile_cosines<Mode>(p, shared, queries.staged(), key_rows, one_side, active);
     if (streamed) {
       const int width = end - from < keys.pixels ? end - from : keys.pixels;
@@ -459,7 +459,6 @@ __device__ void match(const Problem& p) {
       best_of_windows<false>(p, shared, work.sides, one_side);
       if (p.set_form) best_of_windows<true>(p, shared, work.sides, one_side);
     }
-    __syncthreads();  // the next tile takes the place of these similarities
   }
   if (!streamed) return;
   const float other = __shfl_xor_sync(0xffffffffu, best.value, 1);
