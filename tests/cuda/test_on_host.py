@@ -119,7 +119,7 @@ LARGE = [  # G, N, M (0: set form), C, H, W, window
     ((1, 23, 0, 36, 3, 7, (3, 4)), "three tiles, the last with one sample less"),
     ((2, 3, 5, 24, 6, 10, (5, 5)), "keys and queries differ, and groups"),
     ((2, 2, 7, 68, 9, 9, (8, 8)), "one query sample a tile, two tiles of keys"),
-    ((40, 1, 1, 20, 2, 6, (2, 2)), "many windows of many groups in a block"),
+    ((40, 1, 1, 21, 2, 6, (2, 2)), "many windows of many groups in a block"),
     ((1, 2, 0, 8, 3, 200, (1, 2)), "more windows than a tile takes"),
     ((1, 130, 0, 4, 1, 2, (1, 1)), "more samples than rows of a tile, at one pixel"),
     ((1, 3, 0, 50, 12, 13, (12, 12)), "streamed, with a narrow edge window"),
@@ -153,11 +153,17 @@ def test_every_way_to_tile_in_other_dtypes(shape, dtype, host_kernels):
     compare(host_kernels, query, key, torch.rand(groups, queries, keys or queries) < 0.6, window)
 
 
+@pytest.mark.parametrize("step", [1, 2])
 @pytest.mark.parametrize("architecture", [80, 86, 90])
-def test_the_memory_of_each_architecture_suffices(architecture):
-    """At the paper's 128 rows of 384 channels, a GPU with 99 KB stages one chunk at a time."""
-    kernels = HostKernels(architecture)
-    compare(kernels, maps(1, 32, 384, 2, 2), None, torch.rand(1, 32, 32) < 0.3, (2, 2))
+def test_the_memory_of_each_architecture_suffices(architecture, step):
+    """At the paper's 128 rows of 384 channels, a GPU with 99 KB stages one chunk at a time.
+
+    Of every other channel the gradient has a layout of its own, so that threads write other pieces
+    of a chunk than they read of the next.
+    """
+    features = maps(1, 32, 384 * step, 2, 2)[:, :, ::step]
+    mask = torch.rand(1, 32, 32) < 0.3
+    compare(HostKernels(architecture), features, None, mask, (2, 2))
 
 
 def test_tf32_is_what_was_allowed_and_no_worse():
@@ -187,6 +193,18 @@ def test_the_order_of_threads_changes_nothing(shape):
         results.append([t for t in (*forward, *backward) if t is not None])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("window", [(3, 3), (18, 20)])
+def test_among_equals_the_first_is_the_match(window, dtype, host_kernels):
+    """Two vectors only, so that every window is full of ties, which lanes find apart."""
+    choice = torch.randint(0, 2, (1, 3, 18, 20))
+    query = (torch.eye(16, dtype=dtype)[:2] * 2)[choice].movedim(-1, 2)
+    arguments = (query, None, None, window, EPS, 9)
+    expected, actual = (b.pair_losses_forward(*arguments) for b in (reference, host_kernels))
+    assert torch.equal(actual[1], expected[1])
+    assert torch.equal(actual[2], expected[2])
 
 
 @pytest.mark.parametrize("window", [(3, 3), (12, 11)])
