@@ -134,7 +134,7 @@ def wla_set_loss(
     # Asynchronous to a GPU only: from one, values could be read before they arrive.
     to_gpu = pairs.device.type == "cpu"
     mask = mask.to(features.device, non_blocking=to_gpu)
-    loss, _, _ = pair_losses(
+    loss, *_ = pair_losses(
         features.unsqueeze(0), None, mask.unsqueeze(0), window, eps, capacity, name
     )
     loss = loss.squeeze(0)
@@ -314,7 +314,7 @@ def _pairwise(
     check_finite_number("eps", eps, above=0.0)
     name = _backends.select(backend, x, y, window)
     # Views whose gradients are views: indexing would copy into zeros on the way back.
-    loss, argmax, max_sim = pair_losses(
+    loss, argmax, max_sim, _ = pair_losses(
         x.unsqueeze(1), y.unsqueeze(1), None, window, eps, x.shape[0], name
     )
     return loss.reshape(-1), argmax, max_sim

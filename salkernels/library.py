@@ -19,15 +19,18 @@ from .reference import accumulate_dtype, index_dtype
 LIBRARY = torch.library.Library("salkernels", "DEF")
 LIBRARY.define(
     "pair_losses(Tensor query, Tensor? key, Tensor? mask, SymInt[2] window, float eps, "
-    "SymInt capacity, str backend) -> (Tensor loss, Tensor argmax, Tensor max_sim)",
+    "SymInt capacity, str backend) "
+    "-> (Tensor loss, Tensor argmax, Tensor max_sim, Tensor norm)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 LIBRARY.define(
     "pair_losses_backward(Tensor grad_loss, Tensor query, Tensor? key, Tensor? mask, "
-    "Tensor argmax, Tensor max_sim, SymInt[2] window, float eps, str backend) "
+    "Tensor argmax, Tensor max_sim, Tensor norm, SymInt[2] window, float eps, str backend) "
     "-> (Tensor grad_query, Tensor? grad_key)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+# argmax, max_sim and norm are kept for the backward; norm is empty for a backend that needs none.
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 pair_losses = torch.ops.salkernels.pair_losses.default
 pair_losses_backward = torch.ops.salkernels.pair_losses_backward.default
 
@@ -40,9 +43,10 @@ def _forward(
     eps: float,
     capacity: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Outputs:
     run = backends.get(backend).pair_losses_forward
-    return run(query, key, mask, (window[0], window[1]), eps, capacity)
+    loss, argmax, max_sim, *kept = run(query, key, mask, (window[0], window[1]), eps, capacity)
+    return loss, argmax, max_sim, kept[0] if kept else max_sim.new_empty(0)
 
 
 def _backward(
@@ -52,12 +56,16 @@ def _backward(
     mask: Tensor | None,
     argmax: Tensor,
     max_sim: Tensor,
+    norm: Tensor,
     window: list[int],
     eps: float,
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
-    run = backends.get(backend).pair_losses_backward
-    return run(grad_loss, query, key, mask, argmax, max_sim, (window[0], window[1]), eps)
+    chosen = backends.get(backend)
+    kept = () if backends.outputs_of(chosen) is None else (norm,)
+    return chosen.pair_losses_backward(
+        grad_loss, query, key, mask, argmax, max_sim, (window[0], window[1]), eps, *kept
+    )
 
 
 LIBRARY.impl("pair_losses", _forward, "CompositeExplicitAutograd")
@@ -73,7 +81,10 @@ def _forward_fake(
     eps: float,
     capacity: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Outputs:
+    outputs = backends.outputs_of(backends.get(backend))
+    if outputs is not None:
+        return outputs(query, key, (window[0], window[1]), capacity)
     groups, samples, _, height, width = query.shape
     dtype = accumulate_dtype(query.dtype)
     keys = samples if key is None else key.shape[1]
@@ -82,6 +93,7 @@ def _forward_fake(
         query.new_empty((groups, samples, keys), dtype=dtype),
         query.new_empty(plane, dtype=index_dtype((window[0], window[1]))),
         query.new_empty(plane, dtype=dtype),
+        query.new_empty(0, dtype=dtype),
     )
 
 
@@ -103,23 +115,22 @@ class _PairLosses(torch.autograd.Function):
         eps: float,
         capacity: int,
         backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Outputs:
         with torch._C._AutoDispatchBelowAutograd():
-            loss, argmax, max_sim = pair_losses(query, key, mask, window, eps, capacity, backend)
-        ctx.save_for_backward(query, key, mask, argmax, max_sim)
+            outputs = pair_losses(query, key, mask, window, eps, capacity, backend)
+        ctx.save_for_backward(query, key, mask, *outputs[1:])
         ctx.window, ctx.eps, ctx.backend = window, eps, backend
-        ctx.mark_non_differentiable(argmax, max_sim)
+        ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
-        return loss, argmax, max_sim
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_loss = grads[0]
         if grad_loss is None:
             return (None,) * 7
-        query, key, mask, argmax, max_sim = ctx.saved_tensors
         grad_query, grad_key = pair_losses_backward(
-            grad_loss, query, key, mask, argmax, max_sim, ctx.window, ctx.eps, ctx.backend
+            grad_loss, *ctx.saved_tensors, ctx.window, ctx.eps, ctx.backend
         )
         return grad_query, grad_key, None, None, None, None, None
 
@@ -151,7 +162,7 @@ def _forward_autograd(
     eps: float,
     capacity: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Outputs:
     if _transforms_possible():
         _reject_unsupported_autograd(query, key)
     if _needs_grad(query, key):
@@ -204,7 +215,7 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
 def _autocast_rule(device: str) -> None:
     """Under autocast: features keep their dtype (the wider of two), sums stay in fp32."""
 
-    def forward(query: Tensor, key: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(query: Tensor, key: Tensor | None, *rest: Any) -> Outputs:
         if key is not None and key.dtype != query.dtype:
             wider = torch.promote_types(query.dtype, key.dtype)
             query, key = query.to(wider), key.to(wider)

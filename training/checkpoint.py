@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,16 +26,24 @@ class RunError(RuntimeError):
 def save_checkpoint(out: Path, state: dict[str, Any]) -> None:
     """Writes the state as the last checkpoint and keeps the one before it."""
     last, previous = out / LAST, out / PREVIOUS
-    if last.exists():
-        previous.unlink(missing_ok=True)
-        previous.hardlink_to(last)
     try:
+        if last.exists():
+            previous.unlink(missing_ok=True)
+            try:
+                previous.hardlink_to(last)
+            except OSError:  # exFAT and some network file systems have no hard links
+                shutil.copyfile(last, previous)
         write_atomically(last, lambda file: torch.save(state, file))
     except (OSError, RuntimeError) as error:
         raise RunError(
             f"the checkpoint could not be written to {last}: {error}; the one before it is intact. "
-            f"Make room and pass --resume true"
+            f"Make room and pass --resume"
         ) from error
+
+
+def has_checkpoint(out: Path) -> bool:
+    """Whether there is a state to go on from; a run may have been killed before the first."""
+    return (out / LAST).is_file() or (out / PREVIOUS).is_file()
 
 
 def load_checkpoint(out: Path) -> dict[str, Any]:

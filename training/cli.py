@@ -23,12 +23,13 @@ from .presets import FINETUNE, PRETRAIN, PresetName
 Config = TypeVar("Config", bound=RunConfig)
 
 DESCRIPTION = "Self-supervised alignment learning on slices of 3D scans."
+SWITCHES = ("--resume", "--cine", "--overwrite")  # true where no value follows
 ERRORS = (RunError, DataError, ValueError, TypeError, OSError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns the exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = _spell_out(sys.argv[1:] if argv is None else argv)
     parser = make_parser(arguments)
     if not arguments:
         parser.print_help()
@@ -37,13 +38,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = namespace.command
     if namespace[command].get("preset", preset := _named_preset(arguments)) != preset:
         parser.error("preset is for the command line; a settings file cannot name it")
-    from .engine import Stopped  # torch is imported only once the arguments are good
+    # Imported only once the arguments are good: torch takes seconds.
+    from torch import OutOfMemoryError
+
+    from .engine import Stopped
 
     try:
         COMMANDS[command](namespace[command])
     except Stopped as stopped:
-        print(f"{parser.prog} {command}: {stopped}", file=sys.stderr)
+        how = "run it again to go on" if command == "demo" else "go on with --resume"
+        print(f"{parser.prog} {command}: {stopped}; {how}", file=sys.stderr)
         return stopped.code
+    except OutOfMemoryError as error:
+        print(
+            f"{parser.prog} {command}: error: the GPU's memory is full ({error}); lower slices or "
+            f"batch_size, crop, or model.width",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
         print(f"{parser.prog} {command}: interrupted", file=sys.stderr)
         return 130
@@ -88,7 +100,7 @@ def make_parser(arguments: Sequence[str]) -> ArgumentParser:
     evaluate.add_argument("--out", type=Path, required=True, help="folder for the results")
     evaluate.add_argument("--cache", type=Path | None, default=None, help="preprocessed slices")
     evaluate.add_argument(
-        "--subjects", type=list[str] | None, default=None,
+        "--subjects", type=str, nargs="+", default=None,
         help="subjects to evaluate; by default those that were held out in fine-tuning",
     )  # fmt: skip
     commands.add_subcommand("evaluate", evaluate, help="Dice of a fine-tuned model")
@@ -134,16 +146,13 @@ def run_demo(namespace: Namespace) -> None:
             options.append(f"--optim.steps={steps[command]}")
         arguments = [command, *options]
         configs.append(make_parser(arguments).parse_args(arguments)[command])
-    if namespace.draws < 1:
-        raise ValueError(f"draws must be at least 1, got {namespace.draws}")
-    print(
-        demo(
-            namespace.out,
-            _build(PretrainConfig, configs[0]),
-            _build(FinetuneConfig, configs[1]),
-            namespace.draws,
+    pretraining = _build(PretrainConfig, configs[0])
+    finetuning = _build(FinetuneConfig, configs[1])
+    if not 1 <= namespace.draws <= finetuning.num_folds:
+        raise ValueError(
+            f"draws must be 1 to {finetuning.num_folds}, one per fold, got {namespace.draws}"
         )
-    )
+    print(demo(namespace.out, pretraining, finetuning, namespace.draws))
 
 
 def run_evaluate(namespace: Namespace) -> None:
@@ -176,7 +185,7 @@ def run_predict(namespace: Namespace) -> None:
     targets = [namespace.out / f"{stem}_pred.nii.gz" for stem in stems]
     existing = [str(target) for target in targets if target.exists()]
     if existing and not namespace.overwrite:
-        raise RunError(f"already there: {', '.join(existing[:5])}; pass --overwrite true")
+        raise RunError(f"already there: {', '.join(existing[:5])}; pass --overwrite")
     if len(set(targets)) < len(targets):
         raise RunError("two input files have the same name; predict their folders one by one")
     model, about, device = _load_model(namespace)
@@ -196,7 +205,11 @@ def run_show(namespace: Namespace) -> None:
     from .figures import run_figures, summary
 
     if not (namespace.run / "metrics.jsonl").exists():
-        raise RunError(f"{namespace.run} is not the folder of a run: it has no metrics.jsonl")
+        runs = sorted(path.parent.name for path in namespace.run.glob("*/metrics.jsonl"))
+        raise RunError(
+            f"{namespace.run} is not the folder of a run: it has no metrics.jsonl"
+            + (f"; the runs in it are {', '.join(runs)}" if runs else "")
+        )
     drawn = run_figures(namespace.run)
     print(summary(namespace.run))
     print("\n".join(f"figure: {path}" for path in drawn))
@@ -210,6 +223,17 @@ COMMANDS = {
     "predict": run_predict,
     "show": run_show,
 }
+
+
+def _spell_out(arguments: Sequence[str]) -> list[str]:
+    """`--resume` as `--resume true`: the parser wants a value of every setting."""
+    spelt: list[str] = []
+    for place, argument in enumerate(arguments):
+        spelt.append(argument)
+        following = arguments[place + 1 : place + 2] or ["--"]
+        if argument in SWITCHES and following[0].startswith("--"):
+            spelt.append("true")
+    return spelt
 
 
 def _named_preset(arguments: Sequence[str]) -> PresetName:
@@ -236,7 +260,7 @@ def _add_model(parser: ArgumentParser) -> None:
         "--model", type=Path, required=True, help="run folder of finetune, or model.safetensors"
     )
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--precision", type=Precision, default="auto", help="of the forward pass")
+    parser.add_argument("--precision", type=Precision, default="fp32", help="of the forward pass")
 
 
 def _load_model(namespace: Namespace) -> Any:

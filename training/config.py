@@ -65,7 +65,7 @@ class RunConfig:
         crop: side of the network's square input in pixels of the cached slices.
         seed: of weights, batches and augmentation.
         device: "auto" takes a GPU if torch sees one.
-        precision: of the forward pass; "auto" is bf16 where the device computes in it.
+        precision: of training; "auto" is bf16 where that is faster. Evaluation is in fp32.
         threads: CPU threads of torch; 0 leaves torch's choice.
         workers: processes that load slices; 0 loads in the main process.
         log_every: steps between two lines of metrics.
@@ -100,6 +100,9 @@ class RunConfig:
         for name in ("log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1 step, got {getattr(self, name)}")
+        for name in ("seed", "threads", "workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
         stride = self.model.stride
         if self.crop < stride or self.crop % stride:
             raise ValueError(
@@ -133,6 +136,7 @@ class PretrainConfig(RunConfig):
         leave_out_fold: keep the held-out subjects of this fold out of pre-training; by default all
             subjects are used without their labels, as in the paper.
         num_folds: number of folds that leave_out_fold counts in.
+        split_seed: of these folds; the same as in fine-tuning, or they are other folds.
         monitor_every: steps between two looks at collapse.
         sal: settings of SAL.
     """
@@ -141,6 +145,7 @@ class PretrainConfig(RunConfig):
     slices: int = 16
     leave_out_fold: int | None = None
     num_folds: int = 5
+    split_seed: int = 0
     monitor_every: int = 50
     sal: SALConfig = field(default_factory=SALConfig)
 
@@ -154,6 +159,10 @@ class PretrainConfig(RunConfig):
             raise ValueError(f"slices must be an even number of at least 4, got {self.slices}")
         if self.monitor_every < 1:
             raise ValueError(f"monitor_every must be at least 1, got {self.monitor_every}")
+        if self.leave_out_fold is not None and not 0 <= self.leave_out_fold < self.num_folds:
+            raise ValueError(
+                f"leave_out_fold must be in [0, {self.num_folds}), got {self.leave_out_fold}"
+            )
         side = self.crop // 2 ** (self.sal.scale - 1)
         if self.sal.window_size > side:
             raise ValueError(
@@ -192,6 +201,13 @@ class FinetuneConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        stride = self.model.stride
+        if self.preprocess.size % stride:
+            # Scans are segmented on the whole canvas: better said now than after the training.
+            raise ValueError(
+                f"preprocess.size must be a multiple of {stride} for a U-Net of "
+                f"{self.model.depth} levels, got {self.preprocess.size}"
+            )
         if self.labelled < 0:
             raise ValueError(f"labelled must be >= 1 subjects, or 0 for all, got {self.labelled}")
         if not 0 <= self.fold < self.num_folds:

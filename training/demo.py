@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from .checkpoint import RunError
-from .config import FinetuneConfig, PretrainConfig
+from .config import FinetuneConfig, PretrainConfig, RunConfig
 from .data.phantom import write_phantom
 from .engine import Device
 from .figures import dice_bars, overlays
@@ -18,6 +18,7 @@ from .finetune import MODEL, finetune
 from .inputs import open_dataset
 from .models import load_unet
 from .pretrain import ENCODER, pretrain
+from .runlog import require_same_settings
 
 
 def demo(out: Path, pretraining: PretrainConfig, finetuning: FinetuneConfig, draws: int) -> str:
@@ -29,7 +30,7 @@ def demo(out: Path, pretraining: PretrainConfig, finetuning: FinetuneConfig, dra
     data = write_phantom(out / "phantom", subjects=12)
     pretraining = replace(pretraining, data=data, out=out / "pretrain", cache=out / "cache")
     finetuning = replace(finetuning, data=data, cache=out / "cache")
-    if not (pretraining.out / ENCODER).exists():
+    if not _finished(pretraining, ENCODER):
         pretrain(replace(pretraining, resume=(pretraining.out / "config.yaml").exists()))
     starts = {"random": None, "sal": pretraining.out}
     results: dict[str, list[dict[str, float]]] = {name: [] for name in starts}
@@ -37,7 +38,7 @@ def demo(out: Path, pretraining: PretrainConfig, finetuning: FinetuneConfig, dra
         for name, encoder in starts.items():
             run = out / f"finetune_{name}_fold{fold}"
             config = replace(finetuning, encoder=encoder, out=run, fold=fold)
-            if not (run / "results.json").exists():
+            if not _finished(config, "results.json"):
                 finetune(replace(config, resume=(run / "config.yaml").exists()))
             results[name].append(json.loads((run / "results.json").read_text())["dice"])
     dice_bars(out / "figures" / "dice.png", results)
@@ -50,6 +51,14 @@ def demo(out: Path, pretraining: PretrainConfig, finetuning: FinetuneConfig, dra
         f"{minutes:.1f} min. Figures: {out / 'figures'}, {pretraining.out / 'figures'}\n"
         f"A phantom shows that everything runs; it says nothing about real scans."
     )
+
+
+def _finished(config: RunConfig, last: str) -> bool:
+    """Whether an earlier demo has done this run; one with other settings is not passed for it."""
+    done = (config.out / last).exists()
+    if done:
+        require_same_settings(config.out, config)
+    return done
 
 
 def markdown(results: dict[str, list[dict[str, float]]]) -> str:
@@ -75,7 +84,7 @@ def _compare(out: Path, config: FinetuneConfig, starts: list[str]) -> None:
         held_out = about["held_out"]
     if not held_out:
         raise RunError("the models name no held-out subjects")
-    device = Device.of(config)
+    device = Device.of(config).exact()
     for model in models.values():
         device.to(model)
     overlays(out, models, open_dataset(config), held_out, device)

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
+import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from .checkpoint import RunError, load_checkpoint, save_checkpoint, stop_on_signal
+from .checkpoint import RunError, has_checkpoint, load_checkpoint, save_checkpoint, stop_on_signal
 from .config import OptimConfig, Precision, RunConfig
 from .data.sampling import SliceBatch, batches
-from .runlog import RunLog
+from .runlog import RunLog, precision_before
 
 # One step: the batch and the step's random numbers -> the loss and the named terms to log.
 StepFunction = Callable[[SliceBatch, torch.Generator], tuple[Tensor, dict[str, Tensor]]]
-# Called after a step that is due for a look; returns more figures to log.
+# Called after every step; where a look is due it returns more figures to log.
 Hook = Callable[[int], dict[str, float]]
 
 
@@ -47,10 +50,27 @@ class Device:
         name = config.device
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.device(name)
+        try:
+            device = torch.device(name)
+        except RuntimeError as error:
+            raise RunError(
+                f"device {name!r} is none that torch knows; expected auto, cpu, cuda or cuda:N"
+            ) from error
         if device.type == "cuda" and not torch.cuda.is_available():
             raise RunError(f"device {name!r} was asked for, but torch sees no GPU; use cpu or auto")
-        return cls(device, _dtype(config.precision, device))
+        precision = config.precision
+        if precision == "auto" and config.resume:
+            precision = precision_before(config.out)  # or the rest of the run would be another
+        return cls(device, _dtype(precision, device))
+
+    def exact(self) -> Device:
+        """The same in fp32: label maps should not depend on what a machine is fast at."""
+        return replace(self, dtype=torch.float32)
+
+    def describe(self) -> dict[str, str]:
+        """What was chosen, for the run folder."""
+        names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+        return {"device": str(self.device), "precision": names[self.dtype]}
 
     def autocast(self) -> AbstractContextManager[Any]:
         if self.dtype == torch.float32:
@@ -71,7 +91,6 @@ def fit(
     log: RunLog,
     device: Device,
     hook: Hook | None = None,
-    hook_every: int = 0,
 ) -> None:
     """Runs `config.optim.steps` steps, with metrics, checkpoints and exact continuation.
 
@@ -80,7 +99,8 @@ def fit(
 
     Raises:
         Stopped: after SIGINT or SIGTERM; the state is saved.
-        RunError: the loss is not finite; the message names the batch, nothing is overwritten.
+        RunError: loss or gradient is not finite; the message names the batch, nothing is
+            overwritten.
     """
     optim = config.optim
     optimiser = make_optimiser(groups, optim)
@@ -89,7 +109,7 @@ def fit(
     parts = {"module": module, "optimiser": optimiser, "schedule": schedule, "scaler": scaler}
     step, count = 0, 0
     sums: dict[str, float] = {}
-    if config.resume and (config.out / "checkpoints").exists():
+    if config.resume and has_checkpoint(config.out):
         state = load_checkpoint(config.out)
         for name, part in parts.items():
             part.load_state_dict(state[name])  # type: ignore[attr-defined]
@@ -102,26 +122,18 @@ def fit(
 
     module.train()
     loader = batches(dataset, step, optim.steps, config.workers)
-    bar = tqdm(
-        total=optim.steps, initial=step, desc=config.out.name, unit="step", mininterval=1.0,
-        disable=None, file=sys.stderr,
-    )  # fmt: skip
+    bar = Progress(config.out.name, step, optim.steps)
     with stop_on_signal() as stop, bar:
         for batch in loader:
             generator = step_generator(config.seed, step, device.device)
             loss, terms = step_function(batch, generator)
-            value = loss.item()
-            if not math.isfinite(value):
-                raise RunError(
-                    f"the loss became {value} at step {step + 1} on the batch "
-                    f"{batch.describe()}; nothing of this step was kept. Lower optim.lr, or look "
-                    f"at these slices"
-                )
+            _require_finite("loss", loss, step, batch)
             optimiser.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             scaler.unscale_(optimiser)
-            if optim.clip:
-                nn.utils.clip_grad_norm_(module.parameters(), optim.clip)
+            norm = nn.utils.clip_grad_norm_(module.parameters(), optim.clip or math.inf)
+            if not scaler.is_enabled():  # a scaler skips such steps itself, and lowers its scale
+                _require_finite("gradient's norm", norm, step, batch)
             rate = float(schedule.get_last_lr()[0])
             scaler.step(optimiser)
             scaler.update()
@@ -130,22 +142,72 @@ def fit(
             count += 1
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0.0) + term.item()
-            bar.update()
-            extra = hook(step) if hook is not None and step % hook_every == 0 else {}
+            extra = hook(step) if hook is not None else {}
+            bar.update({name: total / count for name, total in sums.items()})
             if step % config.log_every == 0 or step == optim.steps or extra:
                 means = {name: total / count for name, total in sums.items()}
                 log.write(step, {**means, "lr": rate, **extra})
-                bar.set_postfix({name: f"{mean:.3g}" for name, mean in means.items()})
                 sums, count = {}, 0
             if step % config.checkpoint_every == 0 or step == optim.steps or stop.signal:
                 save()
-            if stop.signal and step < optim.steps:
+            if stop.signal:
                 log.close()
                 raise Stopped(
-                    f"stopped by {stop.signal.name} at step {step} of {optim.steps}; "
-                    f"go on with --resume true",
+                    f"stopped by {stop.signal.name} at step {step} of {optim.steps}",
                     128 + stop.signal.value,
                 )
+
+
+def _require_finite(what: str, value: Tensor, step: int, batch: SliceBatch) -> None:
+    number = value.item()
+    if not math.isfinite(number):
+        raise RunError(
+            f"the {what} became {number} at step {step + 1} on the batch {batch.describe()}; "
+            f"nothing of this step was kept. Lower optim.lr, or look at these slices"
+        )
+
+
+class Progress:
+    """How far a run is, with loss, rate and ETA: a bar on a terminal, now and then a line in a log.
+
+    A batch system's log would be filled by a bar that rewrites itself, and empty without any.
+    """
+
+    LINE_EVERY = 30.0  # seconds
+
+    def __init__(self, name: str, step: int, steps: int) -> None:
+        self.name, self.step, self.steps = name, step, steps
+        self.first, self.began = step, time.monotonic()
+        self.said = self.began
+        self.bar = tqdm(
+            total=steps, initial=step, desc=name, unit="step", mininterval=1.0, disable=None,
+            file=sys.stderr,
+        )  # fmt: skip
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def update(self, terms: dict[str, float]) -> None:
+        self.step += 1
+        shown = {name: f"{value:.3g}" for name, value in terms.items()}
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+        now = time.monotonic()
+        last = self.step == self.steps
+        if self.bar.disable and (now - self.said >= self.LINE_EVERY or last):
+            self.said = now
+            rate = (self.step - self.first) / max(now - self.began, 1e-9)
+            left = tqdm.format_interval((self.steps - self.step) / rate)
+            values = ", ".join(f"{name} {value}" for name, value in shown.items())
+            print(
+                f"{self.name}: step {self.step} of {self.steps}, {values}, {rate:.2f} step/s, "
+                f"ETA {left}",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def learning_rate(step: int, optim: OptimConfig) -> float:
@@ -189,11 +251,33 @@ def _dtype(precision: Precision, device: torch.device) -> torch.dtype:
     if precision == "fp16" and device.type == "cpu":
         raise RunError("fp16 is for GPUs; use precision bf16 or fp32 on a CPU")
     if precision == "auto":
-        return torch.bfloat16 if _computes_bf16(device) else torch.float32
+        return torch.bfloat16 if _bf16_helps(device) else torch.float32
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
-def _computes_bf16(device: torch.device) -> bool:
+def _bf16_helps(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    plain, half = (_convolution_time(dtype) for dtype in (torch.float32, torch.bfloat16))
+    return half < 0.8 * plain  # a clear gain, so that a busy machine does not decide
+
+
+@functools.cache
+def _convolution_time(dtype: torch.dtype) -> float:
+    """Seconds of a convolution of the kind U-Nets are made of, forward and backward.
+
+    No flag tells whether bf16 is faster: AMX and recent AMD gain a factor of 4 over fp32, while
+    AVX512-BF16 without AMX (Intel, torch 2.14) takes 1.4 times as long as fp32.
+    """
+    x = torch.ones(8, 32, 48, 48).to(dtype, memory_format=torch.channels_last).requires_grad_()
+    weight = torch.ones(32, 32, 3, 3).to(dtype, memory_format=torch.channels_last).requires_grad_()
+    times = []
+    for _ in range(6):
+        began = time.perf_counter()
+        F.conv2d(x, weight, padding=1).sum().backward()
+        times.append(time.perf_counter() - began)
+    return min(times[1:])

@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from monai.metrics import compute_dice
-from torch import Tensor
 from tqdm import tqdm
 
 from .data.cache import VolumeCache
@@ -33,22 +32,20 @@ class Scores:
     """Dice of some scans.
 
     rows: one per scan: subject, frame, role and the Dice of each class but background; NaN where
-        the label map does not hold the class.
+        neither the label map nor the prediction holds the class.
     """
 
     class_names: tuple[str, ...]  # without background
     rows: list[dict[str, Any]]
 
     def per_class(self) -> dict[str, float]:
-        """Mean over scans of each class."""
-        return {
-            name: float(np.nanmean([row[name] for row in self.rows])) for name in self.class_names
-        }
+        """Mean over the scans that have a value, of each class; NaN where none has."""
+        return {name: _mean([row[name] for row in self.rows]) for name in self.class_names}
 
     @property
     def mean(self) -> float:
         """Mean over classes of the means over scans: the figure of the paper's tables."""
-        return float(np.nanmean(list(self.per_class().values())))
+        return _mean(list(self.per_class().values()))
 
 
 def segment(
@@ -56,13 +53,16 @@ def segment(
 ) -> npt.NDArray[np.uint8]:
     """Labels (X, Y, Z) at native resolution of preprocessed slices (Z, size, size)."""
     model.eval()
-    scores: list[Tensor] = []
+    scores = torch.empty(0)
     with torch.inference_mode(), device.autocast():
         for start in range(0, len(slices), BATCH):
             part = torch.from_numpy(np.array(slices[start : start + BATCH]))[:, None]
             part = part.to(device.device, memory_format=torch.channels_last)
-            scores.append(model(part).float().softmax(dim=1).cpu())
-    return geometry.restore(torch.cat(scores))
+            part = model(part).float().softmax(dim=1)
+            if start == 0:  # at once: a list and its concatenation would be gigabytes twice
+                scores = part.new_empty((len(slices), *part.shape[1:]), device="cpu")
+            scores[start : start + BATCH] = part
+    return geometry.restore(scores)
 
 
 def evaluate(
@@ -89,19 +89,27 @@ def evaluate(
 def dice_per_class(
     predicted: npt.NDArray[np.uint8], truth: npt.NDArray[np.uint8], info: DatasetInfo
 ) -> list[float]:
-    """3D Dice of each class but background; NaN where the truth does not hold the class."""
+    """3D Dice of each class but background.
+
+    A class that only one of the two holds scores 0, so an invented structure costs as much as a
+    missed one; NaN where neither holds it.
+    """
     guess, answer = (
         torch.from_numpy(np.stack([volume == k for k in range(info.num_classes)]))[None]
         for volume in (predicted, truth)
     )
-    dice = compute_dice(guess, answer, include_background=False, ignore_empty=True)
-    return [float(value) for value in dice[0]]
+    dice = compute_dice(guess, answer, include_background=False, ignore_empty=False)[0]
+    absent = ~(guess | answer).flatten(2).any(dim=2)[0, 1:]
+    return [float(value) for value in dice.masked_fill(absent, torch.nan)]
 
 
 def write_scores(out: Path, scores: Scores, about: dict[str, Any]) -> None:
     """results.json (means and conditions) and dice.csv (one row per scan)."""
-    result = {**about, "mean_dice": scores.mean, "dice": scores.per_class()}
-    write_atomically(out / "results.json", json.dumps(result, indent=2) + "\n")
+    # JSON has no NaN: a class that no scan holds is null.
+    dice = {name: None if np.isnan(v) else v for name, v in scores.per_class().items()}
+    mean = None if np.isnan(scores.mean) else scores.mean
+    result = {**about, "mean_dice": mean, "dice": dice}
+    write_atomically(out / "results.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
     table = io.StringIO()
     writer = csv.DictWriter(table, ["subject", "frame", "role", *scores.class_names])
     writer.writeheader()
@@ -118,3 +126,9 @@ def predict_file(
     settings = PreprocessConfig(**about["preprocess"])
     ready = preprocess(volume, None, settings, num_classes=info.num_classes, name=str(image))
     write_labels(target, segment(model, ready.images, ready.geometry, device), volume)
+
+
+def _mean(values: Sequence[float]) -> float:
+    """The mean of those that are not NaN, and NaN of none."""
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else float("nan")

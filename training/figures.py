@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -17,6 +17,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
+from torch.nn import functional as F
 
 from salkernels import align
 
@@ -26,7 +27,7 @@ from .data.datasets import DATASETS, read_scan
 from .data.preprocess import for_display
 from .data.sampling import TwoSubjects
 from .engine import Device, step_generator
-from .evaluate import segment
+from .evaluate import dice_per_class, segment
 from .models import Encoder, UNet, load_encoder
 from .runlog import read_metrics
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from .config import PretrainConfig
 
 CLASS_COLOURS = ("#4fc3f7", "#ffb300", "#ef5350", "#66bb6a", "#ab47bc", "#8d6e63", "#26a69a")
+MOST_SLICES = 16  # of a scan at once through a network: a CT has hundreds
 Array = npt.NDArray[Any]
 
 
@@ -55,11 +57,19 @@ def finetuning(
 def curves(out: Path) -> None:
     """Losses, the watch on collapse and the learning rate against the step."""
     rows = read_metrics(out)
+    if any("gp" in row for row in rows):
+        losses = ("losses", [("loss", "total"), ("gp", "GP")])
+    else:
+        losses = ("training loss (cross-entropy + Dice)", [("loss", "")])
     panels = [
-        ("losses", [("loss", "total"), ("gp", "GP"), ("la", "LA")]),
+        losses,
         (
             "LA: slices of one scan, and a control",
-            [("la_pairs", "same scan"), ("la_control", "different scans (control)")],
+            [
+                ("la", "same scan, mean of the steps"),
+                ("la_pairs", "same scan, one batch"),
+                ("la_control", "different scans, one batch (control)"),
+            ],
         ),
         (
             "mean cosine of arbitrary pixels",
@@ -84,6 +94,8 @@ def curves(out: Path) -> None:
         if title.startswith("mean cosine"):
             axes.set_ylim(-0.05, 1.05)
             axes.axhline(0.9, color="0.6", ls=":", label="collapse")
+        if title.startswith("LA") and all(row.get(n, 1) > 0 for row in rows for n, _ in series):
+            axes.set_yscale("log")  # a collapse is a fall by orders of magnitude
         axes.set(title=title, xlabel="step")
         if any(label for _, label in series):
             axes.legend(frameon=False, fontsize=8)
@@ -134,31 +146,42 @@ def matches(out: Path, cache: VolumeCache, config: PretrainConfig) -> None:
     slices = centre_crop(torch.from_numpy(np.array(cache.image(scan)))[:, None], config.crop)
     pair = slices[[first, first + apart]]
     for encoder in found.values():
-        _settle_norms(encoder, slices)
+        _settle_norms(encoder, slices[:: math.ceil(depth / MOST_SLICES)])
     side = config.crop // 2 ** (config.sal.scale - 1)
     windows = sorted({config.sal.window_size, max(config.sal.window_size, side // 3)})
     figure = _figure(11, 3.9 * len(found) * len(windows))
     grid = figure.subplots(len(found) * len(windows), 3, squeeze=False)
     for number, (window, title) in enumerate((w, t) for w in windows for t in found):
-        similarity, where = match_field(found[title], config.sal.scale, pair, window)
+        field = match_field(found[title], config.sal.scale, pair, window)
         label = f"{title} pre-training, ω = {window}"
-        _match_row(grid[number], pair, similarity, where, window, label, cache)
+        _match_row(grid[number], pair, field, window, label, cache)
     name = cache.volumes[scan].name
     figure.suptitle(
-        f"{name}, slices {first + 1} and {first + 1 + apart} of {depth}: best match in the window"
+        f"{name}, slices {first + 1} and {first + 1 + apart} of {depth}: best match in the window, "
+        f"by the encoder's features at scale {config.sal.scale} (before E)"
     )
     _save(figure, out / "figures" / "matches.png")
 
 
+class MatchField(NamedTuple):
+    """Similarity (h, w) and position (h, w, 2) (row, column) of each pixel's match in slice 2, and
+    the mean similarity of any two pixels: where features are all alike, matches mean nothing."""
+
+    similarity: Tensor
+    where: Tensor
+    of_any_two: float
+
+
 @torch.no_grad()
-def match_field(encoder: Encoder, scale: int, pair: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """Similarity (h, w) and position (h, w, 2) (row, column) of each pixel's match in slice 2."""
+def match_field(encoder: Encoder, scale: int, pair: Tensor, window: int) -> MatchField:
+    """What matched what between slices (2, 1, H, W) in the encoder's map of that scale."""
     features = encoder(pair)[scale - 1]
     similarity, offset = align(features[:1], features[1:], window)
     height, width = similarity.shape[1:]
     row = torch.arange(height)[:, None] // window * window + offset[0] // window
     column = torch.arange(width)[None, :] // window * window + offset[0] % window
-    return similarity[0], torch.stack((row, column), dim=-1)
+    means = F.normalize(features, dim=1).mean(dim=(2, 3))
+    return MatchField(similarity[0], torch.stack((row, column), dim=-1), float(means[0] @ means[1]))
 
 
 def overlays(
@@ -169,7 +192,7 @@ def overlays(
     device: Device,
     most: int = 4,
 ) -> None:
-    """Label and prediction outlines on the middle slice of some held-out scans."""
+    """Label and prediction outlines on the middle slice of the first few held-out scans."""
     info = DATASETS[cache.dataset]
     scans = [i for s in subjects for i in cache.of_subject(s)[:1] if cache.volumes[i].labelled][
         :most
@@ -196,9 +219,12 @@ def overlays(
             if name in volumes:
                 labels = geometry.to_slices(volumes[name])[middle][box]
                 _outlines(axes, for_display(labels, geometry.orientation), info.num_classes)
+            if name in models:
+                dice = dice_per_class(volumes[name], truth, info)
+                axes.set_xlabel(f"mean 3D Dice of this scan {np.nanmean(dice):.2f}", fontsize=8)
             if scan == scans[0]:
                 axes.set_title(name, fontsize=10)
-        row[0].set_ylabel(entry.name, fontsize=8)
+        row[0].set_ylabel(f"{entry.name}\nslice {middle + 1} of {len(slices)}", fontsize=8)
     handles = [
         Line2D([], [], color=CLASS_COLOURS[k - 1], label=info.class_names[k])
         for k in range(1, info.num_classes)
@@ -208,7 +234,8 @@ def overlays(
 
 
 def dice_bars(path: Path, results: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
-    """Dice per class of several ways to start; one dot per draw of labelled subjects.
+    """Dice per class of several ways to start; dots are draws of labelled subjects, lines join
+    those of one draw.
 
     results: name -> one dictionary (class -> Dice) per draw; draws are paired between names.
     """
@@ -217,13 +244,17 @@ def dice_bars(path: Path, results: Mapping[str, Sequence[Mapping[str, float]]]) 
     figure = _figure(1.8 + 1.6 * (len(classes) + 1), 3.4)
     axes = figure.subplots()
     width = 0.8 / len(names)
+    places, tables = [], []
     for number, name in enumerate(names):
         table = np.array([[draw[c] for c in classes] for draw in results[name]])
-        table = np.column_stack((table, table.mean(axis=1)))
-        x = np.arange(len(classes) + 1) + (number - (len(names) - 1) / 2) * width
-        axes.bar(x, table.mean(axis=0), 0.9 * width, label=name, alpha=0.75)
-        for draw in table:
-            axes.plot(x, draw, "o", color="0.2", ms=3, alpha=0.7)
+        tables.append(np.column_stack((table, table.mean(axis=1))))
+        places.append(np.arange(len(classes) + 1) + (number - (len(names) - 1) / 2) * width)
+        axes.bar(places[-1], tables[-1].mean(axis=0), 0.9 * width, label=name, alpha=0.75)
+    for column in range(len(classes) + 1):
+        x = [place[column] for place in places]
+        for draw in range(len(tables[0])):
+            y = [table[draw, column] for table in tables]
+            axes.plot(x, y, "o-", color="0.2", ms=3, lw=0.7, alpha=0.7)
     axes.set_xticks(range(len(classes) + 1), [*classes, "mean"])
     axes.set(ylabel="3D Dice on held-out subjects", ylim=(0, 1))
     axes.legend(frameon=False)
@@ -246,8 +277,12 @@ def summary(out: Path) -> str:
     result = out / "results.json"
     if result.exists():
         content = json.loads(result.read_text())
-        dice = ", ".join(f"{name} {value:.3f}" for name, value in content["dice"].items())
-        lines.append(f"mean Dice {content['mean_dice']:.3f} ({dice})")
+        figures = {"mean Dice": content["mean_dice"], **content["dice"]}
+        mean, *dice = (
+            f"{name} {'-' if value is None else format(value, '.3f')}"
+            for name, value in figures.items()
+        )
+        lines.append(f"{mean} ({', '.join(dice)})")
     warnings = out / "warnings.txt"
     if warnings.exists():
         lines += [f"warning: {line}" for line in warnings.read_text().splitlines()]
@@ -267,12 +302,12 @@ def _settle_norms(encoder: Encoder, slices: Tensor) -> None:
 def _match_row(
     row: Sequence[Axes],
     pair: Tensor,
-    similarity: Tensor,
-    where: Tensor,
+    field: MatchField,
     window: int,
     label: str,
     cache: VolumeCache,
 ) -> None:
+    similarity, where, of_any_two = field
     side = similarity.shape[0]
     pixel = pair.shape[-1] / side
     here = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"), -1)
@@ -292,7 +327,10 @@ def _match_row(
     match = (where.flatten(0, 1) + 0.5).numpy() * pixel - 0.5
     if orientation == "RAS":
         centre, match = pair.shape[-1] - 1 - centre, pair.shape[-1] - 1 - match
-    colours = mpl.colormaps["hsv"](np.linspace(0, 1, len(centre), endpoint=False))
+    # Hue along one axis, saturation along the other: every pixel has a colour of its own.
+    along, across = ((here.flatten(0, 1).numpy() + 0.5) / side).T
+    hsv = np.stack((0.9 * along, 1 - 0.6 * across, np.ones_like(along)), axis=-1)
+    colours = mpl.colors.hsv_to_rgb(hsv)
     row[0].scatter(centre[:, 0], centre[:, 1], c=colours, s=7, lw=0)
     row[1].add_collection(
         LineCollection([*np.stack((centre, match), axis=1)], colors=colours, lw=0.8)
@@ -301,7 +339,8 @@ def _match_row(
     shown = for_display(similarity.numpy(), orientation)
     picture = row[2].imshow(shown, vmin=0, vmax=1, cmap="viridis")
     row[2].set(xticks=[], yticks=[])
-    row[2].set_title(f"similarity with the match, mean {similarity.mean():.3f}", fontsize=9)
+    title = f"similarity with the match, mean {similarity.mean():.2f} (any two: {of_any_two:.2f})"
+    row[2].set_title(title, fontsize=9)
     row[2].figure.colorbar(picture, ax=row[2], shrink=0.8)
 
 

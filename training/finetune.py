@@ -35,10 +35,10 @@ def finetune(config: FinetuneConfig) -> Scores:
     fold, labelled = split(config, cache)
     require_labels(cache, [*labelled, *fold.test])
     dataset = LabelledSlices(cache, labelled, config.batch_size, config.seed)
-    model = initial_model(config)
-    log = RunLog(config, "finetune")
+    model, pretraining = initial_model(config)
+    log = RunLog(config, "finetune", device.describe())
     device.to(model)
-    criterion = DiceCELoss(to_onehot_y=True, softmax=True)
+    criterion = segmentation_loss()
 
     def step(batch: SliceBatch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         images, labels = augment(
@@ -56,7 +56,7 @@ def finetune(config: FinetuneConfig) -> Scores:
 
     best = None
     if config.select == "best-on-test":
-        best = BestOnTest(model, cache, fold, device, config.out)
+        best = BestOnTest(model, cache, fold, device.exact(), config)
     fit(
         model,
         [
@@ -69,17 +69,26 @@ def finetune(config: FinetuneConfig) -> Scores:
         log,
         device,
         best.look if best else None,
-        config.select_every,
     )
     log.close()
     if best:
         best.restore()
-    about = about_model(config, fold, labelled)
+    about = {**about_model(config, fold, labelled), "pretraining": pretraining}
     save_unet(config.out / MODEL, model, about)
-    scores = evaluate(model, cache, fold.test, device, progress=True)
+    exact = device.exact()
+    scores = evaluate(model, cache, fold.test, exact, progress=True)
     write_scores(config.out, scores, about)
-    finetuning_figures(config.out, model, cache, fold.test, device)
+    finetuning_figures(config.out, model, cache, fold.test, exact)
     return scores
+
+
+def segmentation_loss() -> torch.nn.Module:
+    """Cross-entropy + soft Dice: logits (B, K, H, W), labels (B, 1, H, W); background counts too.
+
+    Dice is that of the batch as a whole. Taken per slice, a class that a slice does not hold would
+    cost nearly 1 whatever the prediction, and many slices lack one.
+    """
+    return DiceCELoss(to_onehot_y=True, softmax=True, batch=True)
 
 
 def split(config: FinetuneConfig, cache: VolumeCache) -> tuple[Fold, tuple[str, ...]]:
@@ -89,24 +98,44 @@ def split(config: FinetuneConfig, cache: VolumeCache) -> tuple[Fold, tuple[str, 
     return fold, labelled_subset(fold.train, count, config.fold, config.split_seed)
 
 
-def initial_model(config: FinetuneConfig) -> UNet:
-    """A U-Net with random weights, or with the pre-trained encoder.
+def initial_model(config: FinetuneConfig) -> tuple[UNet, dict[str, Any] | None]:
+    """A U-Net with random weights, or with the pre-trained encoder, and how that was trained.
 
     The decoder is the same in both cases: seeded, and drawn after the encoder's random weights.
     """
     torch.manual_seed(config.seed)
     model = UNet(config.model, DATASETS[config.dataset].num_classes)
+    about = None
     if config.encoder is not None:
         path = config.encoder / ENCODER if config.encoder.is_dir() else config.encoder
-        encoder, _ = load_encoder(path)
+        encoder, about = load_encoder(path)
         if encoder.config != config.model:
             raise RunError(
                 f"the encoder in {path} is {asdict(encoder.config)}, but this run's model is "
                 f"{asdict(config.model)}; pass the preset or the model.* settings it was "
                 f"pre-trained with"
             )
+        _require_same_fold(path, about, config)
         model.encoder.load_state_dict(encoder.state_dict())
-    return model
+    return model, about
+
+
+def _require_same_fold(path: Path, about: dict[str, Any], config: FinetuneConfig) -> None:
+    """An encoder that left a fold out must have left out this one, or it knows the test scans."""
+    if about.get("leave_out_fold") is None:  # it saw all scans without labels, as in the paper
+        return
+    left_out = {
+        "fold": about["leave_out_fold"],
+        "num_folds": about.get("num_folds"),
+        "split_seed": about.get("split_seed"),
+    }
+    held_out = {name: getattr(config, name) for name in left_out}
+    if left_out != held_out:
+        raise RunError(
+            f"the encoder in {path} was pre-trained without the held-out subjects of {left_out}, "
+            f"but this run holds out those of {held_out}, some of which it has seen; use the "
+            f"encoder of this fold, or one that saw all scans (no leave_out_fold)"
+        )
 
 
 class BestOnTest:
@@ -116,16 +145,19 @@ class BestOnTest:
     """
 
     def __init__(
-        self, model: UNet, cache: VolumeCache, fold: Fold, device: Device, out: Path
+        self, model: UNet, cache: VolumeCache, fold: Fold, device: Device, config: FinetuneConfig
     ) -> None:
         self.model, self.cache, self.fold, self.device = model, cache, fold, device
-        self.path = out / "checkpoints" / "best_on_test.safetensors"
+        self.every, self.steps = config.select_every, config.optim.steps
+        self.path = config.out / "checkpoints" / "best_on_test.safetensors"
         self.best = load_unet(self.path)[1]["dice"] if self.path.exists() else -1.0
 
     def look(self, step: int) -> dict[str, float]:
+        if step % self.every and step < self.steps:
+            return {}
         scores = evaluate(self.model, self.cache, self.fold.test, self.device, progress=False)
         self.model.train()
-        if scores.mean > self.best:
+        if not scores.mean <= self.best:  # NaN, where no class is held out, is kept too
             self.best = scores.mean
             save_unet(self.path, self.model, {"dice": scores.mean, "step": step})
         return {"dice_on_test": scores.mean}

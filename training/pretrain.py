@@ -31,7 +31,7 @@ def pretrain(config: PretrainConfig) -> Path:
     device = Device.of(config)
     cache = open_dataset(config)
     dataset = TwoSubjects(cache, subjects(config, cache), config.slices, config.seed)
-    log = RunLog(config, "pretrain")
+    log = RunLog(config, "pretrain", device.describe())
 
     torch.manual_seed(config.seed)
     method = METHODS[config.method](config.model, config.sal)
@@ -49,7 +49,11 @@ def pretrain(config: PretrainConfig) -> Path:
 
     watch = CollapseWatch(method, config.out)
 
-    def hook(_: int) -> dict[str, float]:
+    def hook(step: int) -> dict[str, float]:
+        # Step 1 too: what comes later is judged against the untrained network, and an embedding
+        # can collapse within 50 steps.
+        if step > 1 and step % config.monitor_every and step < config.optim.steps:
+            return {}
         return watch(latest["views"], latest["outcome"])
 
     fit(
@@ -61,7 +65,6 @@ def pretrain(config: PretrainConfig) -> Path:
         log,
         device,
         hook,
-        config.monitor_every,
     )
     log.close()
     save_encoder(config.out / ENCODER, method.encoder, _about(config, cache, config.optim.steps))
@@ -73,7 +76,7 @@ def subjects(config: PretrainConfig, cache: VolumeCache) -> tuple[str, ...]:
     """The subjects that pre-training sees: all, unless a fold is to be left out."""
     if config.leave_out_fold is None:
         return tuple(cache.subjects)
-    return kfold(cache.subjects, config.num_folds)[config.leave_out_fold].train
+    return kfold(cache.subjects, config.num_folds, config.split_seed)[config.leave_out_fold].train
 
 
 def make_views(
@@ -122,5 +125,7 @@ def _about(config: PretrainConfig, cache: VolumeCache, step: int) -> dict[str, A
         "step": step,
         "seed": config.seed,
         "leave_out_fold": config.leave_out_fold,
+        "num_folds": config.num_folds,
+        "split_seed": config.split_seed,
         "scans": len(cache.volumes),
     }

@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,33 +20,36 @@ from torch.utils.tensorboard import SummaryWriter
 import salkernels
 
 from .checkpoint import LAST, RunError
-from .config import RunConfig
+from .config import Precision, RunConfig
 from .files import write_atomically
 
+ENVIRONMENT = "environment.json"
 PACKAGES = ("torch", "triton", "numpy", "nibabel", "monai", "safetensors")
-# Settings that may differ between a run and its continuation: they do not change the result.
+# Settings that may differ between a run and its continuation: they do not change the result, but
+# for the last bits where `threads` differs.
 FREE = {"resume", "out", "cache", "data", "threads", "workers", "log_every", "checkpoint_every"}
 
 
 class RunLog:
     """Opens a run folder for a new run or for its continuation, and appends metrics to it."""
 
-    def __init__(self, config: RunConfig, kind: str) -> None:
+    def __init__(self, config: RunConfig, kind: str, chosen: Mapping[str, str]) -> None:
+        """kind: "pretrain" or "finetune". chosen: device and precision, where they were auto."""
         self.out = config.out
         settings = to_plain(config)
         description = self.out / "config.yaml"
         started = description.exists() or (self.out / LAST).exists()
         if started and not config.resume:
             raise RunError(
-                f"{self.out} already holds a run; pass --resume true to go on with it, or another "
+                f"{self.out} already holds a run; pass --resume to go on with it, or another "
                 f"--out to start a new one"
             )
         if started:
-            _check_same(yaml.safe_load(description.read_text()), settings)
+            require_same_settings(self.out, config)
         else:
             write_atomically(description, yaml.safe_dump(settings, sort_keys=False))
-        about = {"kind": kind, **environment()}
-        write_atomically(self.out / "environment.json", json.dumps(about, indent=2) + "\n")
+        about = {"kind": kind, **chosen, **environment()}
+        write_atomically(self.out / ENVIRONMENT, json.dumps(about, indent=2) + "\n")
         self._metrics = self.out / "metrics.jsonl"
         self._writer: SummaryWriter | None = None
 
@@ -67,6 +71,14 @@ class RunLog:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+def precision_before(out: Path) -> Precision:
+    """The precision in which a run was begun; "auto" where there is none."""
+    path = out / ENVIRONMENT
+    about = json.loads(path.read_text()) if path.exists() else {}
+    before: Precision = about.get("precision", "auto")
+    return before
 
 
 def read_metrics(out: Path) -> list[dict[str, float]]:
@@ -127,7 +139,10 @@ def _git(where: Path, *arguments: str) -> str:
     ).stdout.strip()
 
 
-def _check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
+def require_same_settings(out: Path, config: RunConfig) -> None:
+    """Raises a RunError that names what differs between a run's settings and these."""
+    before = yaml.safe_load((out / "config.yaml").read_text())
+    now = to_plain(config)
     changed = [
         f"{key}: {old!r} then, {new!r} now"
         for key, (old, new) in _differences(before, now).items()
@@ -135,8 +150,9 @@ def _check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
     ]
     if changed:
         raise RunError(
-            "the run was started with other settings and cannot go on with these: "
+            f"the run in {out} was started with other settings and cannot go on with these: "
             + "; ".join(changed)
+            + "; start a new one with another --out"
         )
 
 

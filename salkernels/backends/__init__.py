@@ -6,18 +6,24 @@ A backend is a module of this package with
     status() -> str | None                          the same question without an input
     pair_losses_forward(...), pair_losses_backward(...)    as in `salkernels.reference`
 
+and, if it keeps more for the backward than the matches, or in another memory layout,
+
+    outputs(query, key, window, capacity)           loss, argmax, max_sim and norm, uninitialised
+
+in which case its forward returns those four, and its backward takes norm as its last argument.
+
 An explicit name runs that backend or raises with its reason; `None` takes the first that can.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from . import cpu, cuda, reference
-from ._absent import Absent
+from . import cpu, cuda, reference, triton
 
 
 class Backend(Protocol):
@@ -35,7 +41,7 @@ class Backend(Protocol):
         window: tuple[int, int],
         eps: float,
         capacity: int,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    ) -> tuple[Tensor, ...]: ...
 
     def pair_losses_backward(
         self,
@@ -47,13 +53,14 @@ class Backend(Protocol):
         max_sim: Tensor,
         window: tuple[int, int],
         eps: float,
+        *norm: Tensor,
     ) -> tuple[Tensor, Tensor | None]: ...
 
 
 # The order of preference. A backend that this version does not contain keeps its place and says so.
 BACKENDS: dict[str, Backend] = {
     "cuda": cuda,
-    "triton": Absent("the Triton kernels are not part of this version of salkernels"),
+    "triton": triton,
     "cpu": cpu,
     "reference": reference,
 }
@@ -110,6 +117,13 @@ def select(name: str | None, query: Tensor, key: Tensor | None, window: tuple[in
             )
         return name
     for candidate, backend in BACKENDS.items():
+        if getattr(backend, "BY_NAME_ONLY", False):
+            continue  # it is there for tests
         if backend.can_run(query, key, window) is None:
             return candidate
     raise RuntimeError("no backend can run this input")
+
+
+def outputs_of(backend: Backend) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None:
+    """The function that lays out the outputs of a backend, or None for plain contiguous maps."""
+    return getattr(backend, "outputs", None)

@@ -45,6 +45,17 @@ def test_last_and_the_one_before(tmp_path):
     assert torch.equal(state["x"], torch.full((3,), 2))
 
 
+def test_file_systems_without_hard_links(tmp_path, monkeypatch):
+    def refused(self, target):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("pathlib.Path.hardlink_to", refused)
+    for step in (1, 2):
+        save_checkpoint(tmp_path, {"step": step})
+    assert torch.load(tmp_path / PREVIOUS, weights_only=True)["step"] == 1
+    assert load_checkpoint(tmp_path)["step"] == 2
+
+
 def test_a_full_disk_says_so_and_keeps_the_last_good_state(tmp_path, monkeypatch):
     save_checkpoint(tmp_path, {"step": 1})
 
@@ -79,6 +90,15 @@ def test_a_checkpoint_that_would_execute_code_is_refused(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.fixture
+def python_handles_ctrl_c():
+    """As in a terminal; a shell starts background jobs with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("python_handles_ctrl_c")
 def test_signals_are_requests_once_and_handlers_come_back():
     before = signal.getsignal(signal.SIGINT)
     with stop_on_signal() as stop:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
-from salkernels.training.cli import main
+from salkernels.training.cli import COMMANDS, main
 from salkernels.training.config import FinetuneConfig, PretrainConfig
 from salkernels.training.presets import FINETUNE, PRETRAIN
 
@@ -76,6 +76,12 @@ def test_evaluate_repeats_the_result(runs, phantom, cache_folder, tmp_path, caps
     after = json.loads((tmp_path / "again" / "results.json").read_text())
     assert after["dice"] == before["dice"]
     assert "mean Dice" in capsys.readouterr().out
+    some = ["--subjects", "patient001", "patient003", f"--out={tmp_path / 'some'}"]
+    assert main(["evaluate", *arguments, *some, "--device=cpu"]) == 0
+    chosen = json.loads((tmp_path / "some" / "results.json").read_text())["evaluated"]
+    assert chosen == ["patient001", "patient003"]
+    assert main(["evaluate", *arguments, "--subjects", "patient099", f"--out={tmp_path}"]) == 2
+    assert "patient099: no such subject among 6" in capsys.readouterr().err
 
 
 def test_predict_writes_one_label_map_per_image(runs, phantom, tmp_path, capsys):
@@ -105,6 +111,9 @@ def test_show_prints_the_run_and_its_figures(runs, capsys, tmp_path):
     assert "mean Dice" in said
     assert "curves.png" in said
     assert main(["show", str(tmp_path)]) == 2
+    assert "no metrics.jsonl" in capsys.readouterr().err
+    assert main(["show", str(runs)]) == 2
+    assert "the runs in it are fine, pre" in capsys.readouterr().err
 
 
 def test_an_existing_run_is_not_overwritten(runs, phantom, cache_folder, capsys):
@@ -142,6 +151,8 @@ def test_a_saved_configuration_is_a_settings_file(runs, tmp_path, capsys):
         (["--crop=50"], "multiple of 16"),
         (["--optim.lr=-1"], "optim.lr must be a finite number > 0"),
         (["--sal.window_size=99"], "larger than the 12 x 12 map"),
+        (["--seed=-1"], "seed must be >= 0, got -1"),
+        (["--leave_out_fold=5"], "leave_out_fold must be in [0, 5), got 5"),
         ([], "pass --data DIR"),
         (["--data=/nowhere"], "/nowhere"),
     ],
@@ -154,6 +165,26 @@ def test_wrong_settings_are_named(arguments, message, capsys, tmp_path):
     assert code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_switches_need_no_value():
+    from salkernels.training.cli import _spell_out
+
+    given = ["pretrain", "--resume", "--cine", "false", "--seed", "1", "--resume"]
+    spelt = ["pretrain", "--resume", "true", "--cine", "false", "--seed", "1", "--resume", "true"]
+    assert _spell_out(given) == spelt
+
+
+def test_without_arguments_the_subcommands_are_listed(capsys):
+    assert main([]) == 2
+    said = capsys.readouterr().out
+    assert all(name in said for name in COMMANDS)
+
+
+def test_more_draws_than_folds_are_refused_before_anything_is_run(tmp_path, capsys):
+    assert main(["demo", "--draws=6", f"--out={tmp_path / 'demo'}"]) == 2
+    assert "draws must be 1 to 5" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
 
 
 def test_unknown_key_in_a_settings_file(tmp_path, capsys):
@@ -199,27 +230,34 @@ def test_demo_as_a_script_without_arguments_that_matter(tmp_path):
     again = subprocess.run([*command, *small], capture_output=True, text=True, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert "| sal |" in again.stdout
+    # Other settings: the old result is not passed for the new one.
+    longer = [*command, "--pretrain_steps=5", *small[1:]]
+    other = subprocess.run(longer, capture_output=True, text=True, cwd=tmp_path)
+    assert other.returncode == 2
+    assert "optim.steps: 4 then, 5 now" in other.stderr
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_a_run_that_resumes(phantom, cache_folder, tmp_path):
+@pytest.mark.parametrize(("kind", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_a_run_that_resumes(phantom, cache_folder, tmp_path, kind, code):
+    """As a terminal or a batch system does it: every process gets the signal, loaders too."""
     out = tmp_path / "run"
     command = [
         sys.executable, "-m", "salkernels.training.run", "pretrain", *TINY, "--slices=8",
         f"--data={phantom}", f"--cache={cache_folder}", f"--out={out}", "--optim.steps=60",
-        "--checkpoint_every=1000", "--log_every=1",
+        "--checkpoint_every=1000", "--log_every=1", "--workers=2",
     ]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     metrics = out / "metrics.jsonl"
     deadline = time.monotonic() + 90
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGINT)
+    os.killpg(process.pid, kind)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "go on with --resume true" in said
+    assert process.returncode == code, said
+    assert "go on with --resume" in said
     assert (out / "checkpoints" / "last.pt").is_file()
-    done = subprocess.run([*command, "--resume=true"], capture_output=True, text=True)
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(1, 61))

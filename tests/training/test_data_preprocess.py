@@ -142,7 +142,10 @@ def test_implausible_spacing_is_refused(pixel):
     [
         ("RAS", "RAS", (2, 0, 1)),
         ("LPS", "RAS", (2, 0, 1)),
+        ("LAS", "RAS", (2, 0, 1)),
+        ("RPS", "RAS", (2, 0, 1)),
         ("ASR", "RAS", (1, 2, 0)),
+        ("PSR", "RAS", (1, 2, 0)),
         ("PIL", "RAS", (1, 2, 0)),
         ("PIL", "native", (2, 0, 1)),
         (None, "RAS", (2, 0, 1)),

@@ -50,8 +50,8 @@ def test_interrupted_equals_uninterrupted(
     straight = pretrain_config(out=tmp_path / "straight", precision=precision, optim=optim)
     pretrain(straight)
     broken = pretrain_config(out=tmp_path / "broken", precision=precision, optim=optim)
-    undo = stop_after(monkeypatch, 4)  # between two checkpoints and within a line of metrics
-    with pytest.raises(Stopped, match="SIGTERM at step 4 of 7") as stopped:
+    undo = stop_after(monkeypatch, 5)  # between two checkpoints and within a line of metrics
+    with pytest.raises(Stopped, match="SIGTERM at step 5 of 7") as stopped:
         pretrain(broken)
     assert stopped.value.code == 143
     undo()
@@ -122,6 +122,78 @@ def test_non_finite_loss_names_the_batch_and_keeps_the_last_good_state(
     assert all(torch.isfinite(v).all() for v in state["module"].values())
 
 
+def test_non_finite_gradient_stops_before_it_reaches_the_weights(pretrain_config, monkeypatch):
+    from salkernels.training.methods import SAL
+
+    config = pretrain_config(checkpoint_every=1)
+    original = SAL.forward
+
+    def poisoned(self, views):
+        outcome = original(self, views)
+        poisoned.calls += 1
+        if poisoned.calls == 3:  # finite itself, but its slope is 0 · inf
+            outcome.loss = outcome.loss + (0 * next(self.parameters())).sum().sqrt()
+        return outcome
+
+    poisoned.calls = 0
+    monkeypatch.setattr(SAL, "forward", poisoned)
+    with pytest.raises(RunError, match=r"gradient's norm became nan at step 3 .*patient\d+"):
+        pretrain(config)
+    state = load_checkpoint(config.out)
+    assert state["step"] == 2
+    assert all(torch.isfinite(v).all() for v in state["module"].values())
+
+
+def test_a_signal_in_the_last_step_is_obeyed_too(pretrain_config, monkeypatch):
+    config = pretrain_config()
+    undo = stop_after(monkeypatch, config.optim.steps)
+    with pytest.raises(Stopped, match="step 6 of 6"):
+        pretrain(config)
+    undo()
+    assert not (config.out / "encoder.safetensors").exists()
+    pretrain(pretrain_config(resume=True))
+    assert (config.out / "encoder.safetensors").exists()
+
+
+def test_collapse_is_watched_from_the_first_step_to_the_last(pretrain_config):
+    config = pretrain_config()  # looks every 4 of 6 steps
+    pretrain(config)
+    assert [row["step"] for row in read_metrics(config.out) if "la_control" in row] == [1, 4, 6]
+
+
+def test_a_run_goes_on_in_the_precision_it_began_in(pretrain_config, monkeypatch):
+    monkeypatch.setattr(engine, "_bf16_helps", lambda device: True)
+    config = pretrain_config()
+    pretrain(config)
+    assert engine.precision_before(config.out) == "bf16"
+    monkeypatch.setattr(engine, "_bf16_helps", lambda device: False)
+    assert engine.Device.of(config).dtype == torch.float32
+    resumed = engine.Device.of(pretrain_config(resume=True))
+    assert resumed.dtype == torch.bfloat16
+    assert resumed.exact().dtype == torch.float32
+    elsewhere = pretrain_config(resume=True, out=config.out / "none")
+    assert engine.Device.of(elsewhere).dtype == torch.float32
+
+
+def test_bf16_is_taken_where_it_was_measured_to_be_faster(monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    for seconds, expected in ((0.5, True), (0.9, False), (1.4, False)):
+        times = {torch.float32: 1.0, torch.bfloat16: seconds}
+        monkeypatch.setattr(engine, "_convolution_time", times.get)
+        assert engine._bf16_helps(torch.device("cpu")) == expected
+
+
+def test_a_log_gets_lines_and_no_bar(monkeypatch, capsys):
+    monkeypatch.setattr(engine.Progress, "LINE_EVERY", 0)
+    with engine.Progress("run", 10, 12) as bar:
+        bar.update({"loss": 0.5})
+        bar.update({"loss": 0.25})
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("run: step 11 of 12, loss 0.5, ")
+    assert "step/s, ETA 00:0" in first
+    assert second.startswith("run: step 12 of 12, loss 0.25, ")
+
+
 def test_learning_rate_warms_up_and_falls_to_its_end():
     optim = OptimConfig(steps=100, warmup=0.1, final_lr=0.2)
     rates = [learning_rate(step, optim) for step in range(101)]
@@ -162,5 +234,7 @@ def test_asking_for_a_gpu_that_is_not_there(pretrain_config):
         pytest.skip("this machine has a GPU")
     with pytest.raises(RunError, match="sees no GPU"):
         pretrain(pretrain_config(device="cuda"))
+    with pytest.raises(RunError, match="'gpu' is none that torch knows; expected auto, cpu"):
+        pretrain(pretrain_config(device="gpu"))
     with pytest.raises(RunError, match="fp16 is for GPUs"):
         pretrain(pretrain_config(precision="fp16"))

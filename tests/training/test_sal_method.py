@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from salkernels import wla_set_loss
 from salkernels.training.methods import SAL, SALConfig, Views
 from salkernels.training.methods.sal import mean_cosine
 from salkernels.training.models import UNetConfig
@@ -93,6 +94,21 @@ def test_monitor_tells_true_pairs_from_other_scans():
     assert figures["cosine_embedding"] == pytest.approx(figures["cosine_encoder"], abs=1e-6)
 
 
+def test_the_control_takes_near_positions_of_other_scans():
+    method = SAL(MODEL, SALConfig(embedding="none", t=0.4)).eval()
+    batch = views()._replace(num_slices=torch.tensor([6, 6, 9, 9]).repeat(2))
+    outcome = method(batch)
+    count = len(batch.images)
+    control = torch.zeros(count, count, dtype=torch.bool)
+    for i, j in itertools.product(range(count), repeat=2):
+        positions = [int(batch.slice_index[k]) / int(batch.num_slices[k]) for k in (i, j)]
+        other = batch.volume[i] != batch.volume[j]
+        control[i, j] = bool(other) and abs(positions[0] - positions[1]) < 0.4
+    assert 0 < control.sum() < 32  # some of the pairs, not all
+    expected = wla_set_loss(outcome.maps["embedding"], control, 2)
+    assert method.monitor(batch, outcome)["la_control"] == pytest.approx(expected.item())
+
+
 def test_mean_cosine_against_all_pairs():
     x = torch.randn(3, 5, 2, 2, dtype=torch.double)
     rows = F.normalize(x.permute(0, 2, 3, 1).reshape(-1, 5), dim=1)
@@ -116,9 +132,17 @@ def test_warnings_come_when_features_collapse():
         "collapsed embedding"
     }
     assert set(method.warnings([figures(), figures(cosine_encoder=0.95)])) == {"collapsed encoder"}
-    fallen = method.warnings([figures(), figures(la_pairs=0.1, la_control=0.1)])
+    # Single batches of a healthy run differ by a factor of two.
+    assert method.warnings([figures(), figures(la_pairs=0.1, la_control=0.24)]) == {}
+    history = [figures(), figures(la_pairs=0.05, la_control=0.1)]
+    fallen = method.warnings(history)
     assert set(fallen) == {"control falls"}
     assert "0.500 to 0.100" in fallen["control falls"]
+    # The advice is something that the run does not do already.
+    assert "sal.embedding" in fallen["control falls"]
+    fixed = SAL(MODEL, SALConfig(embedding="orthogonal")).warnings(history)["control falls"]
+    assert "sal.embedding" not in fixed
+    assert "smaller sal.lambda_" in fixed
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ interrupted: resuming at step k gives exactly the batches that an uninterrupted 
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -113,7 +114,15 @@ def batches(
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=False,
+        worker_init_fn=_leave_signals_to_the_parent,
     )
+
+
+def _leave_signals_to_the_parent(_: int) -> None:
+    """Ctrl-C and batch systems signal every process: a loader that dies takes the run with it,
+    before its state is saved. Loaders end when their parent closes them, or ends."""
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, signal.SIG_IGN)
 
 
 class _Steps(Sampler[int]):

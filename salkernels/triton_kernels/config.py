@@ -1,0 +1,100 @@
+"""Tile sizes of the kernels: a table by kernel and dtype, and a file that may replace it.
+
+How the table came about, without a GPU: of the tiles whose code spills no register on any of
+sm_80, 90, 100 and 120 (offline compilation, `tests/test_triton_offline.py`), the ones that read
+shared memory least (compiled sm_80 code, counted by an emulator; `benchmarks/results`).
+
+- fp32 takes one pipeline stage: with more, the loads land in shared memory in a layout that two
+  uses pull apart, and every product reads it with bank conflicts (2.7 times the wavefronts).
+- Four warps, not eight: Triton gives each warp rows of its own, and 64 rows are four warps' worth;
+  with eight, each product is computed twice.
+- 64 rows: with 128 the fp32 backward spills, and a tile of 16 samples at ω = 2 already holds the
+  slices of one scan that are paired.
+
+On a machine with a GPU, `python -m salkernels.triton_kernels.tune` times more of them and writes a
+file; `SALKERNELS_TRITON_TILES` names it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a kernel is cut: rows of a tile, channels of a block, warps, pipeline stages."""
+
+    rows: int
+    block: int
+    warps: int
+    stages: int
+
+
+TABLE = {
+    ("match", torch.float32): Tile(64, 16, 4, 1),
+    ("match", torch.bfloat16): Tile(64, 64, 4, 3),
+    ("match", torch.float16): Tile(64, 64, 4, 3),
+    ("gradient", torch.float32): Tile(64, 32, 4, 1),
+    ("gradient", torch.bfloat16): Tile(64, 64, 4, 1),
+    ("gradient", torch.float16): Tile(64, 32, 4, 1),
+    ("stream_match", torch.float32): Tile(64, 16, 4, 1),
+    ("stream_match", torch.bfloat16): Tile(64, 64, 4, 3),
+    ("stream_match", torch.float16): Tile(64, 64, 4, 3),
+    ("stream_gradient", torch.float32): Tile(32, 64, 4, 1),
+    ("stream_gradient", torch.bfloat16): Tile(32, 64, 4, 1),
+    ("stream_gradient", torch.float16): Tile(32, 64, 4, 1),
+    ("norm", torch.float32): Tile(32, 64, 4, 1),
+    ("norm", torch.bfloat16): Tile(32, 64, 4, 1),
+    ("norm", torch.float16): Tile(32, 64, 4, 1),
+}
+KERNELS = tuple(dict.fromkeys(kernel for kernel, _ in TABLE))
+# The interpreter's time goes by the operation, whatever its size.
+INTERPRETER = Tile(256, 128, 4, 1)
+FILE_VARIABLE = "SALKERNELS_TRITON_TILES"
+
+
+def tile_for(kernel: str, dtype: torch.dtype, capability: int) -> Tile:
+    """The tile of a kernel on a device of compute capability 10 · major + minor (0: interpreter)."""
+    if capability == 0:
+        return INTERPRETER
+    path = os.environ.get(FILE_VARIABLE)
+    found = read(path).get((kernel, dtype, capability)) if path else None
+    return found or TABLE[kernel, dtype]
+
+
+@cache
+def read(path: str) -> dict[tuple[str, torch.dtype, int], Tile]:
+    """The tiles of a file that `write` wrote."""
+    try:
+        rows = json.loads(Path(path).read_text())
+        return {
+            (row["kernel"], getattr(torch, row["dtype"]), int(row["capability"])): Tile(
+                **{name: int(row[name]) for name in ("rows", "block", "warps", "stages")}
+            )
+            for row in rows
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{FILE_VARIABLE} names {path}, which is no table of tiles ({error!r}); write one with "
+            "`python -m salkernels.triton_kernels.tune`, or unset the variable"
+        ) from error
+
+
+def write(path: Path, tiles: dict[tuple[str, torch.dtype, int], Tile]) -> None:
+    """The table as JSON, written beside and then renamed."""
+    rows: list[dict[str, Any]] = [
+        {"kernel": kernel, "dtype": str(dtype).removeprefix("torch."), "capability": capability}
+        | asdict(tile)
+        for (kernel, dtype, capability), tile in tiles.items()
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    draft.write_text(json.dumps(rows, indent=1) + "\n")
+    draft.replace(path)

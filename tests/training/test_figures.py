@@ -1,0 +1,63 @@
+"""Figures: what is drawn is what was matched, and drawing a large scan fits into memory."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from salkernels.training import figures
+from salkernels.training.config import OptimConfig
+from salkernels.training.figures import dice_bars, match_field
+from salkernels.training.inputs import open_dataset
+from salkernels.training.pretrain import pretrain
+
+
+class Fixed(nn.Module):
+    """An encoder whose only map is the input."""
+
+    def forward(self, x):
+        return [x]
+
+
+@pytest.mark.parametrize("window", [2, 4, 5])  # 5 does not divide the map
+def test_matches_are_where_the_most_similar_pixel_is(window):
+    torch.manual_seed(0)
+    pair = torch.randn(2, 3, 8, 12)
+    similarity, where, of_any_two = match_field(Fixed(), 1, pair, window)
+    first, second = F.normalize(pair, dim=1)
+    pixels = [slice_.flatten(1).T for slice_ in (first, second)]
+    cosines = [a @ b for a, b in itertools.product(*pixels)]
+    assert of_any_two == pytest.approx(torch.stack(cosines).mean().item(), abs=1e-6)
+    for row, column in itertools.product(range(8), range(12)):
+        top, left = row // window * window, column // window * window
+        inside = [
+            (r, c)
+            for r in range(top, min(top + window, 8))
+            for c in range(left, min(left + window, 12))
+        ]
+        best = max(inside, key=lambda at: float(first[:, row, column] @ second[:, at[0], at[1]]))
+        assert tuple(where[row, column].tolist()) == best
+        expected = first[:, row, column] @ second[:, best[0], best[1]]
+        torch.testing.assert_close(similarity[row, column], expected)
+
+
+def test_a_scan_of_many_slices_goes_through_the_network_in_part(pretrain_config, monkeypatch):
+    config = pretrain_config(optim=OptimConfig(steps=1))
+    seen = []
+    monkeypatch.setattr(figures, "MOST_SLICES", 4)
+    monkeypatch.setattr(figures, "_settle_norms", lambda encoder, slices: seen.append(len(slices)))
+    pretrain(config)  # of scans with 6 slices
+    assert seen == [3, 3]
+    assert open_dataset(config).num_slices(0) == 6
+
+
+def test_bars_of_one_draw_and_of_several(tmp_path):
+    one = {"random": [{"RV": 0.5, "LV": 0.6}], "sal": [{"RV": 0.4, "LV": 0.7}]}
+    for number, results in enumerate((one, {name: 3 * draws for name, draws in one.items()})):
+        path = tmp_path / f"{number}.png"
+        dice_bars(path, results)
+        assert path.stat().st_size > 5_000
