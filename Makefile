@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := pyproject.toml setup.py $(shell find csrc buildtools -name '*.py' -o -name '*.cpp' -o -name '*.h')
+SOURCES := pyproject.toml setup.py $(shell find csrc buildtools -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test bench lint types format clean

@@ -8,7 +8,7 @@ goes to `_build_info.json`, which `python -m salkernels` reports.
 Environment (`auto` builds what can be built, `1` fails where it cannot, `0` does not try):
 
     SALKERNELS_BUILD_CPU    auto | 1 | 0
-    SALKERNELS_BUILD_CUDA   auto | 1 | 0; this version holds no CUDA library, so 1 fails
+    SALKERNELS_BUILD_CUDA   auto | 1 | 0; needs nvcc, and see salkernels_nvcc.py for architectures
     SALKERNELS_TORCH_DIR    the torch package to build against, instead of the one found
     CXX                     the C++ compiler
 """
@@ -28,6 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import salkernels_nvcc as nvcc
 from setuptools import Extension, build_meta
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
@@ -57,6 +58,8 @@ CPU_SOURCES = (
     "csrc/cpu/isa_avx2.cpp",
     "csrc/cpu/isa_avx512.cpp",
 )
+CUDA_SOURCES = ("csrc/register_cuda.cpp", *nvcc.SOURCES)
+LIBRARIES = {"cpu": CPU_SOURCES, "cuda": CUDA_SOURCES}
 
 # ---- What can be built ---------------------------------------------------------------------------
 
@@ -107,12 +110,15 @@ def _is_usable(directory: Path) -> bool:
     return (directory / "include/torch/csrc/stable/library.h").is_file()
 
 
-def obstacle() -> str | None:
-    """Why the CPU library cannot even be tried, or None."""
-    if switch("CPU") == "0":
-        return "it was left out of this installation (SALKERNELS_BUILD_CPU=0)"
+def obstacle(library: str) -> str | None:
+    """Why a library cannot even be tried, or None."""
+    variable = f"SALKERNELS_BUILD_{library.upper()}"
+    if switch(library.upper()) == "0":
+        return f"it was left out of this installation ({variable}=0)"
     if os.name != "posix":
         return "it is built on Linux and macOS only"
+    if library == "cuda" and (reason := nvcc.obstacle()):
+        return reason
     if compiler() is None:
         named = os.environ.get("CXX")
         what = f"the compiler CXX={named} was" if named else "no C++ compiler was"
@@ -130,18 +136,22 @@ def missing_torch() -> str:
 
 def setup_arguments() -> dict[str, Any]:
     """What setup.py adds to pyproject.toml."""
-    if switch("CUDA") == "1":
-        raise SystemExit("SALKERNELS_BUILD_CUDA=1: this version of salkernels has no CUDA library")
-    reason = obstacle() or (missing_torch() if torch_dir() is None else None)
     arguments: dict[str, Any] = {"cmdclass": {"build_py": BuildPy, "build_ext": BuildExt}}
-    if reason is None:
-        sources = [*CPU_SOURCES]
-        # "abi3" in the name and tag: the library has no Python symbol, so it fits every Python.
-        library = Extension("salkernels._C_cpu", sources, py_limited_api=True, optional=True)
-        arguments["ext_modules"] = [library]
+    extensions = []
+    for library, sources in LIBRARIES.items():
+        reason = obstacle(library) or (missing_torch() if torch_dir() is None else None)
+        if reason is None:
+            # "abi3" in the name and tag: the library has no Python symbol, so it fits every Python.
+            extensions.append(
+                Extension(
+                    f"salkernels._C_{library}", [*sources], py_limited_api=True, optional=True
+                )
+            )
+        elif switch(library.upper()) == "1" and not _only_metadata():
+            raise SystemExit(f"SALKERNELS_BUILD_{library.upper()}=1, but {reason}")
+    if extensions:
+        arguments["ext_modules"] = extensions
         arguments["options"] = {"bdist_wheel": {"py_limited_api": "cp310"}}
-    elif switch("CPU") == "1" and not _only_metadata():
-        raise SystemExit(f"SALKERNELS_BUILD_CPU=1, but {reason}")
     return arguments
 
 
@@ -150,12 +160,22 @@ def _only_metadata() -> bool:
     return any(word in sys.argv for word in ("egg_info", "dist_info", "sdist"))
 
 
-def write_info(package: Path, built: bool, reason: str | None) -> None:
+def write_info(package: Path, failures: dict[str, str | None]) -> None:
+    """Records each library: built, or the reason why not. `failures`: of those that were tried."""
+    info: dict[str, dict[str, Any]] = {}
+    for library in LIBRARIES:
+        tried = library in failures
+        reason = failures[library] if tried else obstacle(library) or missing_torch()
+        info[library] = {"built": reason is None, "reason": reason, "torch": str(torch_version())}
+        if library == "cuda" and reason is None:
+            built = nvcc.architectures()
+            info[library]["architectures"] = [str(a) for a in built]
+            info[library]["ptx"] = [str(a) for a in built if a.ptx]
+            info[library]["nvcc"] = nvcc.version()
+        if reason is not None:
+            print(f"salkernels: the {library} backend will be missing: {reason}", file=sys.stderr)
     package.mkdir(parents=True, exist_ok=True)
-    info = {"cpu": {"built": built, "reason": reason, "torch": str(torch_version())}}
     (package / INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
-    if reason is not None:
-        print(f"salkernels: the cpu backend will be missing: {reason}", file=sys.stderr)
 
 
 def torch_version() -> str | None:
@@ -181,36 +201,40 @@ class BuildPy(build_py):
             if self.editable_mode:
                 for stale in source.glob("_C_*.so"):
                     stale.unlink()
-            write_info(package, False, obstacle() or missing_torch())
+            write_info(package, {})
 
 
 class BuildExt(build_ext):
-    """Compiles with the C++ compiler itself: distutils would take Python's own C flags."""
+    """Compiles with the compilers themselves: distutils would take Python's own C flags."""
 
     def run(self) -> None:
         # setuptools clears `inplace` while it builds, and copies the library afterwards.
         self.into_source = bool(self.inplace)
+        self.failures: dict[str, str | None] = {}
         if self.into_source:
             for stale in (ROOT / "salkernels").glob("_C_*.so"):
                 stale.unlink()
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
+        library = ext.name.rpartition("_")[2]
         reason = None
         try:
-            self._compile(ext)
+            self._compile(ext, library)
         except (OSError, subprocess.CalledProcessError) as error:
             output = getattr(error, "stderr", None) or str(error)
             lines = [line for line in output.splitlines() if "error" in line.lower()]
             first = (lines or output.splitlines() or ["no message"])[0].strip()
-            reason = f"the C++ build failed when salkernels was installed: {first}"
-            if switch("CPU") == "1":
+            language = "CUDA" if library == "cuda" else "C++"
+            reason = f"the {language} build failed when salkernels was installed: {first}"
+            if switch(library.upper()) == "1":
                 print(output, file=sys.stderr)
-                raise SystemExit(f"SALKERNELS_BUILD_CPU=1, but {reason}") from None
+                raise SystemExit(f"SALKERNELS_BUILD_{library.upper()}=1, but {reason}") from None
+        self.failures[library] = reason
         package = ROOT / "salkernels" if self.into_source else Path(self.build_lib) / "salkernels"
-        write_info(package, reason is None, reason)
+        write_info(package, self.failures)
 
-    def _compile(self, ext: Extension) -> None:
+    def _compile(self, ext: Extension, library: str) -> None:
         command, torch = compiler(), torch_dir()
         assert command is not None, "setup_arguments has checked"
         assert torch is not None, "setup_arguments has checked"
@@ -220,23 +244,49 @@ class BuildExt(build_ext):
 
         def compile_one(source: str) -> str:
             target = objects / (source.replace("/", "_") + ".o")
+            output = ["-c", str(ROOT / source), "-o", str(target)]
+            if source.endswith(".cu"):
+                self._run([*nvcc_command(command), *output])
+                return str(target)
             arguments = [*COMPILE_FLAGS, *extra, "-isystem", str(torch / "include")]
-            self._run([*command, *arguments, "-c", str(ROOT / source), "-o", str(target)])
+            # Without it torch's headers do not declare what gives the current stream.
+            arguments += ["-DUSE_CUDA"] if library == "cuda" else []
+            self._run([*command, *arguments, *output])
             return str(target)
 
         with ThreadPoolExecutor(min(len(ext.sources), os.cpu_count() or 1)) as pool:
             compiled = list(pool.map(compile_one, ext.sources))
-        library = Path(self.get_ext_fullpath(ext.name)).resolve()
-        library.parent.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
         # No run path: torch is imported, and with it libtorch_cpu loaded, before the library is.
         libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu"]
+        if library == "cuda":
+            libraries += self._cuda_libraries(command, objects)
         linker = shlex.split(os.environ.get("LDFLAGS", ""))
-        self._run([*command, "-shared", *extra, *compiled, *libraries, *linker, "-o", str(library)])
+        self._run([*command, "-shared", *extra, *compiled, *libraries, *linker, "-o", str(target)])
+
+    def _cuda_libraries(self, command: list[str], objects: Path) -> list[str]:
+        """The CUDA runtime, inside the library, and libtorch_cuda by its name alone."""
+        stub = objects / "stub"
+        stub.mkdir(exist_ok=True)
+        (stub / "stub.cpp").write_text(nvcc.STUB, encoding="utf-8")
+        name = "libtorch_cuda.so"
+        flags = ["-shared", "-fPIC", f"-Wl,-soname,{name}"]
+        self._run([*command, *flags, str(stub / "stub.cpp"), "-o", str(stub / name)])
+        directories = [f"-L{d}" for d in nvcc.library_directories()]
+        runtime = ["-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
+        return [f"-L{stub}", "-ltorch_cuda", *directories, *runtime]
 
     @staticmethod
     def _run(command: list[str]) -> None:
         print(shlex.join(command))
         subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+def nvcc_command(host_compiler: list[str]) -> list[str]:
+    """nvcc with all flags but source and output."""
+    targets = [flag for a in nvcc.architectures() for flag in a.flags()]
+    return [str(nvcc.nvcc()), *nvcc.FLAGS, *targets, "-ccbin", host_compiler[0]]
 
 
 # ---- PEP 517 and 660 -----------------------------------------------------------------------------
@@ -250,7 +300,7 @@ get_requires_for_build_sdist = build_meta.get_requires_for_build_sdist
 
 
 def _with_torch(requirements: list[str]) -> list[str]:
-    if obstacle() is None and torch_dir() is None:
+    if torch_dir() is None and any(obstacle(library) is None for library in LIBRARIES):
         requirements = [*requirements, f"torch>={'.'.join(map(str, TORCH_MINIMUM))}"]
     return requirements
 

@@ -8,6 +8,7 @@ import platform
 import torch
 
 from . import __version__, backends
+from .backends import cuda
 
 OPTIONAL = ("triton", "numpy", "nibabel", "monai", "safetensors", "tensorboard", "jsonargparse")
 
@@ -26,6 +27,7 @@ def report() -> str:
     lines += [f"GPU {i:<6} {_device(i)}" for i in range(torch.cuda.device_count())]
     if torch.cuda.device_count() == 0:
         lines.append("GPU        none visible to torch")
+    lines.append(f"CUDA code  {cuda.built_for() or 'not built'}")
     lines += ["", "backends, in order of preference:"]
     lines += [f"  {status}" for status in backends()]
     return "\n".join(lines)

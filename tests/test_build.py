@@ -39,6 +39,12 @@ def tree(tmp_path) -> Path:
     return tree
 
 
+NVCC = shutil.which("nvcc")
+needs_nvcc = pytest.mark.skipif(
+    NVCC is None or not HAS_COMPILER, reason="nvcc is not on the PATH of this machine"
+)
+
+
 def _backend(tree: Path, hook: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Calls a hook of the build backend as pip does, in this environment; the result on stdout."""
     call = "'dist'" if hook.startswith("build") else ""
@@ -47,7 +53,10 @@ def _backend(tree: Path, hook: str, **environment: str) -> subprocess.CompletedP
         f"print('RESULT', b.{hook}({call}))"
     )
     (tree / "dist").mkdir(exist_ok=True)
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("SALKERNELS_") and k != "CXX"}
+    ours = ("SALKERNELS_", "CXX", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST")
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
+    # The CUDA library takes a minute; the tests that mean it ask for it.
+    clean["SALKERNELS_BUILD_CUDA"] = "0"
     return subprocess.run(
         [sys.executable, "-c", code],
         cwd=tree,
@@ -58,13 +67,13 @@ def _backend(tree: Path, hook: str, **environment: str) -> subprocess.CompletedP
     )
 
 
-def _wheel(tree: Path, **environment: str) -> tuple[str, list[str], dict]:
-    """Name, files and recorded result of the wheel that a build gives."""
+def _wheel(tree: Path, library: str = "cpu", **environment: str) -> tuple[str, list[str], dict]:
+    """Name, files and what was recorded of a library, of the wheel that a build gives."""
     run = _backend(tree, "build_wheel", **environment)
     assert run.returncode == 0, run.stdout + run.stderr
     (wheel,) = (tree / "dist").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        info = json.loads(archive.read("salkernels/_build_info.json"))["cpu"]
+        info = json.loads(archive.read("salkernels/_build_info.json"))[library]
         return wheel.name, archive.namelist(), info
 
 
@@ -139,10 +148,101 @@ def test_a_switch_that_is_none_of_the_three_is_an_error(tree, variable):
     assert f"{variable} must be auto, 1 or 0, got 'yes'" in run.stderr + run.stdout
 
 
-def test_the_cuda_library_is_reserved(tree):
-    run = _backend(tree, "build_wheel", SALKERNELS_BUILD_CUDA="1")
+def test_without_nvcc_there_is_no_cuda_library_and_the_reason_is_kept(tree, tmp_path):
+    missing = {"CUDA_HOME": str(tmp_path), "SALKERNELS_BUILD_CPU": "0"}
+    name, files, info = _wheel(tree, "cuda", SALKERNELS_BUILD_CUDA="auto", **missing)
+    assert name.endswith("py3-none-any.whl")
+    assert not [f for f in files if f.endswith(".so")]
+    assert info["reason"].startswith(f"no nvcc was found in CUDA_HOME={tmp_path}")
+    run = _backend(tree, "build_wheel", SALKERNELS_BUILD_CUDA="1", **missing)
     assert run.returncode != 0
-    assert "has no CUDA library" in run.stderr + run.stdout
+    assert "SALKERNELS_BUILD_CUDA=1, but no nvcc was found" in run.stdout + run.stderr
+
+
+def test_the_cuda_library_is_left_out_on_request(tree):
+    _, _, info = _wheel(tree, "cuda", SALKERNELS_BUILD_CPU="0", SALKERNELS_BUILD_CUDA="0")
+    assert info["reason"] == "it was left out of this installation (SALKERNELS_BUILD_CUDA=0)"
+
+
+def _architectures(**environment: str) -> list[str] | str:
+    """Those that a build would compile for, or the message where that is none."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(TOOLS.parent)!r})\n"
+        "import salkernels_nvcc as n\n"
+        "try: print(*(f'{a}+PTX' if a.ptx else a for a in n.architectures()))\n"
+        "except ValueError as error: print('error:', error)"
+    )
+    return _status(code, **environment).strip()
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [
+        ("8.0", "8.0"),
+        ("8.0;9.0+PTX", "8.0 9.0+PTX"),
+        ("8.6, 8.0 8.6+PTX", "8.6+PTX 8.0"),
+        ("7.5;8.9", "8.9"),  # the kernels need 8.0
+        ("9.0a", "9.0"),
+    ],
+)
+def test_architectures_are_those_that_are_named(named, expected):
+    assert _architectures(TORCH_CUDA_ARCH_LIST=named) == expected
+
+
+@needs_nvcc
+def test_an_architecture_that_cannot_be_is_an_answer():
+    assert "of which nvcc" in _architectures(TORCH_CUDA_ARCH_LIST="7.5")
+    assert "must be such as" in _architectures(TORCH_CUDA_ARCH_LIST="Hopper")
+
+
+@needs_nvcc
+def test_the_visible_gpu_is_built_for_where_nothing_is_named(tmp_path):
+    script = tmp_path / "nvidia-smi"
+    script.write_text("#!/bin/sh\nprintf '8.9\\n9.0\\n8.9\\n'\n")
+    script.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    assert _architectures(TORCH_CUDA_ARCH_LIST="", PATH=path) == "8.9 9.0"
+    script.write_text("#!/bin/sh\nexit 9\n")
+    assert _architectures(TORCH_CUDA_ARCH_LIST="", PATH=path) == "8.0 8.6 9.0 10.0 12.0+PTX"
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_a_wheel_with_the_cuda_library_loads_without_a_gpu(tree, tmp_path):
+    """Built against a torch without CUDA, as far as the linker can tell: only headers are taken."""
+    name, files, info = _wheel(
+        tree,
+        "cuda",
+        SALKERNELS_BUILD_CPU="0",
+        SALKERNELS_BUILD_CUDA="1",
+        TORCH_CUDA_ARCH_LIST="8.0+PTX",
+    )
+    assert "-cp310-abi3-" in name
+    assert [f for f in files if f.endswith(".so")] == ["salkernels/_C_cuda.abi3.so"]
+    assert info["built"]
+    assert (info["architectures"], info["ptx"]) == (["8.0"], ["8.0"])
+    (wheel,) = (tree / "dist").glob("*.whl")
+    shutil.unpack_archive(wheel, tmp_path / "installed", "zip")
+    code = (
+        "import torch, salkernels.__main__ as m; from salkernels.backends import cuda\n"
+        "assert 'compute capability 8.0, PTX 8.0 (nvcc' in m.report(), m.report()\n"
+        "expected = 'is a build without CUDA' if torch.version.cuda is None else None\n"
+        "assert (cuda._MISSING is None) == (expected is None), cuda._MISSING\n"
+        "if torch.version.cuda is not None:\n"
+        "    kernels = torch._C._dispatch_dump('salkernels_cuda::pair_losses')\n"
+        "    assert 'CUDA' in kernels, kernels\n"
+        "print(m.__file__)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path / "installed",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert str(tmp_path) in run.stdout
 
 
 @needs_compiler

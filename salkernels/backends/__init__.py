@@ -23,8 +23,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from . import cpu, reference, triton
-from ._absent import Absent
+from . import cpu, cuda, reference, triton
 
 
 class Backend(Protocol):
@@ -60,7 +59,7 @@ class Backend(Protocol):
 
 # The order of preference. A backend that this version does not contain keeps its place and says so.
 BACKENDS: dict[str, Backend] = {
-    "cuda": Absent("the CUDA C++ kernels are not part of this version of salkernels"),
+    "cuda": cuda,
     "triton": triton,
     "cpu": cpu,
     "reference": reference,

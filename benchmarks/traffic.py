@@ -1,0 +1,156 @@
+"""Memory traffic of compiled kernels, counted by an emulator: the proof of speed without a GPU.
+
+    python -m benchmarks.traffic cuda     # writes results/traffic-cuda.csv and traffic.md
+
+A provider is a module with `run(case) -> list[Row]`, one row for the forward and one for the
+backward, and `obstacle() -> str | None`. Rows of all providers have the same columns and stand side
+by side in one table. The emulator counts; it does not time, and knows no cache: what is "unique"
+has to come from device memory, what is "requested" beyond that is the caches' to serve.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib
+import sys
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from .cases import Case
+
+RESULTS = Path(__file__).parent / "results"
+PROVIDERS = {"cuda": "benchmarks.traffic_cuda", "triton": "benchmarks.traffic_triton"}
+SECTOR = 32  # bytes
+
+# The suites' windows and channels; maps of a few windows, since windows do not share work.
+CASES = (
+    Case(32, 384, 8, 8, 2),
+    Case(32, 384, 8, 8, 2, "bfloat16"),
+    Case(32, 384, 8, 8, 2, "float16"),
+    Case(32, 384, 8, 8, 2, layout="nchw"),
+    Case(32, 128, 12, 12, 2),
+    Case(32, 128, 6, 6, 3),
+    Case(32, 128, 8, 8, 4),
+    Case(32, 128, 6, 6, 6),
+    Case(32, 128, 8, 8, 4, "bfloat16"),
+    Case(16, 64, 12, 12, 2),
+    Case(4, 96, 14, 14, 14),
+    Case(4, 96, 14, 14, 14, "bfloat16"),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One pass of one case: counts of all its kernels together."""
+
+    provider: str
+    case: str
+    phase: str  # forward or backward
+    kernels: str
+    feature_bytes: int
+    unique_read: float  # sectors that must be read, of any tensor, over the features' sectors
+    requested: float  # sectors asked for, warp by warp, over the features' sectors
+    unique_written: float  # sectors written over those of the outputs
+    load_efficiency: float  # share of the sectors read by a warp that it uses
+    store_efficiency: float
+    shared_conflicts: float  # extra wavefronts over those needed
+    mma_flops: int
+    error: float  # forward: largest of loss and max_sim; backward: relative, as a vector
+
+
+def row_of(
+    provider: str,
+    case: Case,
+    phase: str,
+    stats: list[Any],
+    feature_bytes: int,
+    output_bytes: int,
+    error: float,
+) -> Row:
+    """A row from the emulator's counters of each launch."""
+
+    def total(group: str, field: str) -> int:
+        return sum(int(s[group][field]) for s in stats)
+
+    def efficiency(group: str) -> float:
+        sectors = total(group, "sectors")
+        return total(group, "unique_bytes") / (SECTOR * sectors) if sectors else 1.0
+
+    needed = total("shared_ld", "ideal") + total("shared_st", "ideal")
+    conflicts = total("shared_ld", "conflicts") + total("shared_st", "conflicts")
+    features = feature_bytes / SECTOR
+    return Row(
+        provider=provider,
+        case=case.key,
+        phase=phase,
+        kernels=" ".join(s["kernel"].removeprefix("salkernels_") for s in stats),
+        feature_bytes=feature_bytes,
+        unique_read=round(sum(s["unique_read_sectors"] for s in stats) / features, 3),
+        requested=round(total("global_ld", "sectors") / features, 3),
+        unique_written=round(
+            sum(s["unique_write_sectors"] for s in stats) * SECTOR / output_bytes, 3
+        ),
+        load_efficiency=round(efficiency("global_ld"), 3),
+        store_efficiency=round(efficiency("global_st"), 3),
+        shared_conflicts=round(conflicts / needed, 3) if needed else 0.0,
+        mma_flops=int(sum(s.mma_flops for s in stats)),
+        error=float(f"{error:.2g}"),
+    )
+
+
+def write_rows(provider: str, rows: list[Row], directory: Path = RESULTS) -> None:
+    """The provider's CSV, and the table of all providers that have one."""
+    directory.mkdir(parents=True, exist_ok=True)
+    names = [field.name for field in fields(Row)]
+    with (directory / f"traffic-{provider}.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+    (directory / "traffic.md").write_text(table(directory), encoding="utf-8")
+
+
+def table(directory: Path = RESULTS) -> str:
+    """All providers' rows as Markdown, those of one case and phase beneath each other."""
+    rows: list[dict[str, str]] = []
+    for path in sorted(directory.glob("traffic-*.csv")):
+        with path.open(encoding="utf-8") as file:
+            rows += csv.DictReader(file)
+    order = {case.key: i for i, case in enumerate(CASES)}
+    rows.sort(key=lambda row: (order.get(row["case"], 99), row["phase"] != "forward"))
+    columns = [field.name for field in fields(Row) if field.name != "kernels"]
+    head = [
+        "# Memory traffic of compiled kernels\n",
+        "Counted by an emulator that runs the compiled PTX (sm_80), not measured on a GPU; columns",
+        "are explained in `benchmarks/traffic.py`, which wrote this.\n",
+        "| " + " | ".join(name.replace("_", " ") for name in columns) + " |",
+        "| "
+        + " | ".join(":--" if name in ("provider", "case", "phase") else "--:" for name in columns)
+        + " |",
+    ]
+    lines = ["| " + " | ".join(row[name] for name in columns) + " |" for row in rows]
+    return "\n".join([*head, *lines]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("provider", choices=sorted(PROVIDERS))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    try:
+        module = importlib.import_module(PROVIDERS[arguments.provider])
+    except ModuleNotFoundError as error:
+        sys.exit(f"{arguments.provider}: {error}")
+    if (reason := module.obstacle()) is not None:
+        sys.exit(f"{arguments.provider}: {reason}")
+    rows: list[Row] = []
+    for case in CASES:
+        rows += module.run(case)
+        for row in rows[-2:]:
+            print(row)
+    write_rows(arguments.provider, rows, arguments.results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,17 @@
+#include "backward.cuh"
+#include "launch.cuh"
+
+namespace salkernels {
+namespace cuda {
+
+const char* launch_backward(Problem problem, void* stream) {
+  const Plan plan = plan_backward(problem, shared_limit());
+  return run_plan(plan, problem, stream);
+}
+
+bool backward_needs_lists(const Problem& problem) {
+  return backward_gathers(problem, shared_limit());
+}
+
+}  // namespace cuda
+}  // namespace salkernels

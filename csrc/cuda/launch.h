@@ -1,0 +1,17 @@
+// The CUDA library as its host side sees it: no CUDA header is needed to call it.
+#pragma once
+
+#include "problem.h"
+
+namespace salkernels {
+namespace cuda {
+
+// Launch on the current device. The text of the first error, or null.
+const char* launch_forward(Problem problem, void* stream);
+const char* launch_backward(Problem problem, void* stream);
+
+// Whether the backward needs norms, chosen_end and chosen_by on the current device.
+bool backward_needs_lists(const Problem& problem);
+
+}  // namespace cuda
+}  // namespace salkernels

@@ -1,0 +1,145 @@
+"""The CUDA C++ kernels: compiled ahead of time, for GPUs of compute capability 8.0 or later.
+
+Nothing waits for the device, so a call can be part of a CUDA graph. For the same reason a mask that
+holds more pairs than `capacity` is no error here: the loss of those beyond it is NaN.
+
+fp32 products are as exact as fp32 (three tf32 products each) unless
+`torch.backends.cuda.matmul.allow_tf32` says that one will do.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from .. import _native
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+MINIMUM = (8, 0)  # compute capability
+
+# The schemas live here, the kernels in csrc/register_cuda.cpp: the operators exist without them.
+LIBRARY = torch.library.Library("salkernels_cuda", "DEF")
+LIBRARY.define(
+    "pair_losses(Tensor query, Tensor? key, Tensor? mask, int[] window, float eps, int capacity, "
+    "bool allow_tf32) -> (Tensor loss, Tensor argmax, Tensor max_sim)"
+)
+LIBRARY.define(
+    "pair_losses_backward(Tensor grad_loss, Tensor query, Tensor? key, Tensor? mask, "
+    "Tensor argmax, Tensor max_sim, int[] window, float eps, bool allow_tf32) "
+    "-> (Tensor grad_query, Tensor? grad_key)"
+)
+_forward = torch.ops.salkernels_cuda.pair_losses.default
+_backward = torch.ops.salkernels_cuda.pair_losses_backward.default
+
+
+def _load() -> str | None:
+    """The library needs libtorch_cuda: without it the loader's message would hide the reason."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    return _native.load("cuda")
+
+
+# Now, not at the first call: that may be one which torch.compile traces. It takes milliseconds.
+_MISSING = _load()
+
+
+def status() -> str | None:
+    if _MISSING is not None:
+        return _MISSING
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    reasons = [_unsupported(index) for index in range(torch.cuda.device_count())]
+    return None if None in reasons else reasons[0]
+
+
+def can_run(query: Tensor, key: Tensor | None, window: tuple[int, int]) -> str | None:
+    if query.device.type != "cuda":
+        return status() or f"it runs on GPUs, and the features are on {query.device}"
+    if query.dtype not in DTYPES:
+        return f"it takes float32, float64, bfloat16 or float16, got {query.dtype}"
+    if _MISSING is not None or torch.compiler.is_compiling():
+        return _MISSING  # a graph cannot ask the driver; the operator asks when it is run
+    return _unsupported(query.device.index or 0)
+
+
+def built_for() -> str | None:
+    """What the library was compiled for, in words; None if it was not built."""
+    info = _native.build_info().get("cuda", {})
+    if not info.get("built"):
+        return None
+    ptx = f", PTX {', '.join(info['ptx'])}" if info["ptx"] else ""
+    return f"compute capability {', '.join(info['architectures'])}{ptx} (nvcc {info['nvcc']})"
+
+
+@functools.cache
+def _unsupported(index: int) -> str | None:
+    """Why a GPU cannot run what was compiled, or None."""
+    info = _native.build_info().get("cuda", {})
+    capability = torch.cuda.get_device_capability(index)
+    has = f"cuda:{index} has {capability[0]}.{capability[1]}"
+    if capability < MINIMUM:
+        return f"it needs compute capability {MINIMUM[0]}.{MINIMUM[1]} or later, and {has}"
+    if not _has_code(capability, info.get("architectures", []), info.get("ptx", [])):
+        return (
+            f"it was built for {built_for()}, and {has}; "
+            f"reinstall with TORCH_CUDA_ARCH_LIST={capability[0]}.{capability[1]}"
+        )
+    return _driver_too_old(str(info.get("nvcc", "")))
+
+
+def _has_code(capability: tuple[int, int], architectures: list[str], ptx: list[str]) -> bool:
+    """Machine code runs on later minor versions of its generation, PTX on everything later."""
+    major, minor = capability
+    built = [tuple(map(int, a.split("."))) for a in architectures]
+    if any(a[0] == major and a[1] <= minor for a in built):
+        return True
+    return any(tuple(map(int, a.split("."))) <= capability for a in ptx)
+
+
+def _driver_too_old(toolkit: str) -> str | None:
+    """A driver runs programs of its own generation of CUDA and of earlier ones."""
+    driver = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)() // 1000
+    major = int(toolkit.partition(".")[0]) if toolkit[:1].isdigit() else 0
+    if 0 < driver < major:
+        return f"it was built with CUDA {toolkit}, and the driver is one for CUDA {driver}"
+    return None
+
+
+def _require(query: Tensor, key: Tensor | None, window: tuple[int, int]) -> None:
+    """The operator can be called without `backends.select` having asked first."""
+    reason = can_run(query, key, window)
+    if reason is not None:
+        raise RuntimeError(f"the cuda backend cannot run: {reason}")
+
+
+def pair_losses_forward(
+    query: Tensor,  # (G, N, C, H, W)
+    key: Tensor | None,  # (G, M, C, H, W)
+    mask: Tensor | None,  # (G, N, M) bool
+    window: tuple[int, int],
+    eps: float,
+    capacity: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `salkernels.reference.pair_losses_forward`."""
+    _require(query, key, window)
+    allow_tf32 = torch.backends.cuda.matmul.allow_tf32
+    return _forward(query, key, mask, window, eps, capacity, allow_tf32)
+
+
+def pair_losses_backward(
+    grad_loss: Tensor,  # (G, N, M)
+    query: Tensor,
+    key: Tensor | None,
+    mask: Tensor | None,
+    argmax: Tensor,  # (P, H, W)
+    max_sim: Tensor,  # (P, H, W)
+    window: tuple[int, int],
+    eps: float,
+) -> tuple[Tensor, Tensor | None]:
+    """As `salkernels.reference.pair_losses_backward`."""
+    _require(query, key, window)
+    grad_loss = grad_loss.to(max_sim.dtype)
+    allow_tf32 = torch.backends.cuda.matmul.allow_tf32
+    return _backward(grad_loss, query, key, mask, argmax, max_sim, window, eps, allow_tf32)

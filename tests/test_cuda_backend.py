@@ -1,0 +1,106 @@
+"""The cuda backend's answers: what was built, what this machine has, and why it cannot run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import salkernels
+from salkernels import _native
+from salkernels.backends import cuda
+
+X, Y = torch.randn(2, 2, 8, 4, 4)
+INFO = {"cuda": {"built": True, "architectures": ["8.0", "9.0"], "ptx": ["9.0"], "nvcc": "13.0"}}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine whose library is built and whose GPU has the capability that the test sets."""
+
+    def of(capability, driver=13000):
+        monkeypatch.setattr(cuda, "_MISSING", None)
+        monkeypatch.setattr(_native, "build_info", lambda: INFO)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+        monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+        cuda._unsupported.cache_clear()
+        return cuda.status()
+
+    yield of
+    cuda._unsupported.cache_clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_without_a_gpu_a_call_says_what_is_missing():
+    reason = cuda.status()
+    assert reason is not None
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run this input") as caught:
+        salkernels.wla_loss(X, Y, 2, backend="cuda")
+    assert reason in str(caught.value)
+    with pytest.raises(RuntimeError, match="the cuda backend cannot run"):
+        torch.ops.salkernels.pair_losses(X[None], None, None, [2, 2], 1e-12, 4, "cuda")
+
+
+def test_a_torch_without_cuda_is_named_before_the_library(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert cuda._load() == f"torch {torch.__version__} is a build without CUDA"
+
+
+def test_a_library_that_was_not_built_says_why(monkeypatch):
+    info = {"cuda": {"built": False, "reason": "no nvcc was found"}}
+    monkeypatch.setattr(_native, "build_info", lambda: info)
+    monkeypatch.setattr(_native, "HERE", _native.HERE / "nowhere")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert cuda._load() == "no nvcc was found"
+    assert cuda.built_for() is None
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_code_of_the_generation_or_ptx_of_an_earlier_one_runs(capability, gpu):
+    assert gpu(capability) is None
+
+
+def test_a_gpu_without_code_names_what_was_built_and_what_to_set(gpu, monkeypatch):
+    assert gpu((7, 5)) == "it needs compute capability 8.0 or later, and cuda:0 has 7.5"
+    monkeypatch.setitem(INFO["cuda"], "architectures", ["9.0"])
+    assert gpu((8, 6)) == (
+        "it was built for compute capability 9.0, PTX 9.0 (nvcc 13.0), and cuda:0 has 8.6; "
+        "reinstall with TORCH_CUDA_ARCH_LIST=8.6"
+    )
+    monkeypatch.setitem(INFO["cuda"], "ptx", [])
+    assert "and cuda:0 has 10.0" in gpu((10, 0))
+
+
+def test_a_driver_of_an_earlier_cuda_is_named(gpu):
+    assert gpu((9, 0), 12080) == "it was built with CUDA 13.0, and the driver is one for CUDA 12"
+
+
+def test_inputs_that_it_does_not_take(gpu):
+    gpu((9, 0))
+    assert cuda.can_run(X, Y, (2, 2)) == "it runs on GPUs, and the features are on cpu"
+    integers = torch.empty(2, 2, 8, 4, 4, dtype=torch.int32, device="meta")
+    assert "the features are on meta" in cuda.can_run(integers, None, (2, 2))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_call_can_be_captured_in_a_cuda_graph():
+    features = torch.randn(6, 32, 8, 8, device="cuda").to(memory_format=torch.channels_last)
+    features.requires_grad_()
+    pairs = ~torch.eye(6, dtype=torch.bool, device="cuda")
+    for window in (2, 8):
+        expected = torch.autograd.grad(
+            salkernels.wla_set_loss(features, pairs, window, backend="cuda"), features
+        )[0]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            loss = salkernels.wla_set_loss(features, pairs, window, backend="cuda")
+            torch.autograd.grad(loss, features)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss = salkernels.wla_set_loss(features, pairs, window, backend="cuda")
+            (grad,) = torch.autograd.grad(loss, features)
+        graph.replay()
+        assert torch.equal(grad, expected)
