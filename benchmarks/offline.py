@@ -35,10 +35,16 @@ from triton.runtime.jit import JITFunction
 from salkernels.backends import triton as backend
 from salkernels.triton_kernels import launch
 
-OPTIONS = {"num_warps": 4, "num_stages": 3, "maxnreg": None}  # of a launch, with Triton's defaults
+# Of a launch, with Triton's defaults.
+OPTIONS: dict[str, Any] = {"num_warps": 4, "num_stages": 3, "maxnreg": None}
 CAPABILITIES = (80, 90, 100, 120)
 # Shared memory of one block, bytes: CUDA C++ Programming Guide, compute capabilities.
-SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+LINE = (
+    "sm_{capability:<3} {kernel:22} {dtype:8} {form:5} {layout:13} window {window[0]:<2} "
+    "samples {samples:<2} {warps} warps, {registers:>3} registers, {spill_bytes:>3} bytes spilled, "
+    "{shared_bytes:>6} bytes shared"
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 POINTERS = {
     torch.float32: "*fp32",
@@ -123,7 +129,8 @@ def recorded(capability: int, act: Callable[[Launch], None]) -> Iterator[None]:
         given = defaults | dict(zip(names, args, strict=False)) | kwargs
         size = grid(given) if callable(grid) else grid
         found = {name: given[name] for name in names}
-        act(Launch(kernel, tuple(size), found, *(options.get(name, OPTIONS[name]) for name in OPTIONS)))
+        warps, stages, registers = ({**OPTIONS, **options}[name] for name in OPTIONS)
+        act(Launch(kernel, tuple(size), found, warps, stages, registers))
 
     def tune(tuner: Any, *args: Any, **kwargs: Any) -> None:
         tuner.nargs = dict(zip(tuner.arg_names, args, strict=False))
@@ -131,7 +138,7 @@ def recorded(capability: int, act: Callable[[Launch], None]) -> Iterator[None]:
         tuner.fn.run(*args, **(kwargs | config.all_kwargs()))
 
     before = launch.capability, JITFunction.run, Autotuner.run
-    launch.capability = lambda _: capability
+    setattr(launch, "capability", lambda _: capability)  # noqa: B010
     JITFunction.run, Autotuner.run = run, tune
     try:
         yield
@@ -265,12 +272,7 @@ def main() -> None:
                 if options.json:
                     print(json.dumps(row), flush=True)
                 else:
-                    print(
-                        "sm_{capability:<3} {kernel:22} {dtype:8} {form:5} {layout:13} window "
-                        "{window[0]:<2} samples {samples:<2} {warps} warps, {registers:>3} registers, "
-                        "{spill_bytes:>3} bytes spilled, {shared_bytes:>6} bytes shared".format(**row),
-                        flush=True,
-                    )
+                    print(LINE.format(**row), flush=True)
 
 
 if __name__ == "__main__":

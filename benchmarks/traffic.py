@@ -1,6 +1,6 @@
 """Memory traffic of compiled kernels, counted by an emulator: the proof of speed without a GPU.
 
-    python -m benchmarks.traffic cuda     # writes results/traffic-cuda.csv and traffic.md
+    python -m benchmarks.traffic cuda     # or triton, or peers: results/traffic-*.csv, traffic.md
 
 A provider is a module with `run(case) -> list[Row]`, one row for the forward and one for the
 backward, and `obstacle() -> str | None`. Rows of all providers have the same columns and stand side
@@ -21,7 +21,11 @@ from typing import Any
 from .cases import Case
 
 RESULTS = Path(__file__).parent / "results"
-PROVIDERS = {"cuda": "benchmarks.traffic_cuda", "triton": "benchmarks.traffic_triton"}
+PROVIDERS = {
+    "cuda": "benchmarks.traffic_cuda",
+    "triton": "benchmarks.traffic_triton",
+    "peers": "benchmarks.traffic_peers",
+}
 SECTOR = 32  # bytes
 
 # The suites' windows and channels; maps of a few windows, since windows do not share work.
@@ -146,9 +150,10 @@ def main() -> None:
         sys.exit(f"{arguments.provider}: {reason}")
     rows: list[Row] = []
     for case in CASES:
-        rows += module.run(case)
-        for row in rows[-2:]:
-            print(row)
+        found = module.run(case)
+        rows += found
+        for row in found:
+            print(row, flush=True)
     write_rows(arguments.provider, rows, arguments.results)
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernels compiled for GPUs that are not here: no spills, and shared memory that fits."""
+"""The Triton kernels compiled for GPUs that are not here: no spills, shared memory that fits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import pytest
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None, reason="triton is not installed"
+    ),
 ]
 ROOT = Path(__file__).resolve().parent.parent
 

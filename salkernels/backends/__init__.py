@@ -33,28 +33,11 @@ class Backend(Protocol):
 
     def can_run(self, query: Tensor, key: Tensor | None, window: tuple[int, int]) -> str | None: ...
 
-    def pair_losses_forward(
-        self,
-        query: Tensor,
-        key: Tensor | None,
-        mask: Tensor | None,
-        window: tuple[int, int],
-        eps: float,
-        capacity: int,
-    ) -> tuple[Tensor, ...]: ...
+    @property
+    def pair_losses_forward(self) -> Callable[..., tuple[Tensor, ...]]: ...
 
-    def pair_losses_backward(
-        self,
-        grad_loss: Tensor,
-        query: Tensor,
-        key: Tensor | None,
-        mask: Tensor | None,
-        argmax: Tensor,
-        max_sim: Tensor,
-        window: tuple[int, int],
-        eps: float,
-        *norm: Tensor,
-    ) -> tuple[Tensor, Tensor | None]: ...
+    @property
+    def pair_losses_backward(self) -> Callable[..., tuple[Tensor, Tensor | None]]: ...
 
 
 # The order of preference. A backend that this version does not contain keeps its place and says so.

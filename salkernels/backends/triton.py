@@ -34,7 +34,10 @@ def status() -> str | None:
             f"this torch ({torch.__version__}) is built for CPUs only; install a CUDA or ROCm build"
         )
     if not torch.cuda.is_available():
-        return "torch finds no GPU; the kernels need an NVIDIA GPU of compute capability 8.0 or newer (or an AMD one) and its driver"
+        return (
+            "torch finds no GPU; it needs an NVIDIA GPU of compute capability 8.0 or newer (or an "
+            "AMD one) and its driver"
+        )
     return None
 
 

@@ -68,7 +68,7 @@ FILE_VARIABLE = "SALKERNELS_TRITON_TILES"
 
 
 def tile_for(kernel: str, dtype: torch.dtype, capability: int) -> Tile:
-    """The tile of a kernel on a device of compute capability 10 · major + minor (0: interpreter)."""
+    """The tile of a kernel on compute capability 10 · major + minor; 0 is the interpreter."""
     if capability == 0:
         return INTERPRETER
     path = os.environ.get(FILE_VARIABLE)

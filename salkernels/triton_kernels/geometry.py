@@ -8,8 +8,8 @@ padding is masked, never loaded.
 Letters: G groups, N query and M key samples, V nodes of a group (N, or N + M), C channels.
 """
 
-# Kernel arguments have no types that Python knows, and constants are in capitals:
-# ruff: noqa: ANN001, N803
+# Arguments of kernels stand in groups (pointers, strides, extents), not one to a line.
+# fmt: off
 # mypy: ignore-errors
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ import triton.language as tl
 
 
 @triton.jit
-def nodes_of(lane, tile, order, groups, nodes, GROUPS_PER_TILE, LANES: tl.constexpr, MERGED: tl.constexpr):
+def nodes_of(
+    lane, tile, order, groups, nodes, GROUPS_PER_TILE, LANES: tl.constexpr, MERGED: tl.constexpr,
+):
     """Group and node of each lane of a tile, and whether there is one.
 
     MERGED: a tile holds whole groups, so that many small groups share a matrix product. Else a
@@ -79,9 +81,11 @@ def row_pointers(
     """Where the channels of each pixel start."""
     group, node = group.to(tl.int64), node.to(tl.int64)
     row, column = row.to(tl.int64), column.to(tl.int64)
-    pointer = query + group * query_group + node * query_sample + row * query_row + column * query_column
+    pointer = query + group * query_group + node * query_sample
+    pointer += row * query_row + column * query_column
     if not SET:
-        other = key + group * key_group + (node - N) * key_sample + row * key_row + column * key_column
+        other = key + group * key_group + (node - N) * key_sample
+        other += row * key_row + column * key_column
         pointer = tl.where(node < N, pointer, other)
     return pointer
 

@@ -13,7 +13,8 @@ so that channels pass by once, in blocks, and nothing is kept of them: no atomic
     stream_gradient_kernel   larger windows, a block of pixels of one sample at a time
 """
 
-# ruff: noqa: ANN001, N803
+# Arguments of kernels stand in groups (pointers, strides, extents), not one to a line.
+# fmt: off
 # mypy: ignore-errors
 
 from __future__ import annotations
@@ -155,7 +156,7 @@ def _row_scales(norm, place, inside, eps):
     """1 / max(‖x‖, eps), 1 / ‖x‖ (0 for dead and NaN rows), and whether the row can be multiplied.
 
     A NaN row would spread through 0 · NaN to samples it is not paired with, so it is not loaded.
-    Its partners, and it itself, get their NaN from the weights, which hold NaN where `max_sim` does.
+    Its partners, and it itself, get their NaN from the weights: they hold it where `max_sim` does.
     """
     value = tl.load(norm + place, mask=inside, other=1.0)
     finite = inside & (value == value) & (value < float("inf"))
@@ -240,7 +241,7 @@ def gradient_kernel(
     apart = False
     if not MERGED:
         # Tiles hold what belongs together, so that partners elsewhere are the exception.
-        for other in range(0, tiles):
+        for other in range(tiles):
             if other != first:
                 apart = apart | _joined(
                     tile, tile - first + other, slots, order, groups, N, M, GROUPS_PER_TILE,
@@ -292,7 +293,7 @@ def gradient_kernel(
         if apart:
             # D of all tiles together is needed before the part along x̂ can be taken off.
             along = tl.zeros((ROWS,), tl.float32)
-            for other in range(0, 2 * tiles):
+            for other in range(2 * tiles):
                 tile_b = tile - first + other // 2
                 if _joined(
                     tile, tile_b, slots, order, groups, N, M, GROUPS_PER_TILE,
@@ -309,7 +310,7 @@ def gradient_kernel(
                 channel = start + tl.arange(0, BLOCK)
                 in_map = (channel < channels)[None, :]
                 total = tl.zeros((ROWS, BLOCK), tl.float32)
-                for other in range(0, 2 * tiles):
+                for other in range(2 * tiles):
                     tile_b = tile - first + other // 2
                     c = other % 2 * HALF + upper
                     joined = _joined(
@@ -320,8 +321,8 @@ def gradient_kernel(
                     if joined:
                         weight, part = _both_roles(
                             tile, r, tile_b, c, window, max_sim, argmax, grad_loss, slots, order,
-                            groups, N, M, height, width, window_rows, window_columns, across, capacity,
-                            GROUPS_PER_TILE, SET, HAS_MASK, MERGED, LANES, PIXELS,
+                            groups, N, M, height, width, window_rows, window_columns, across,
+                            capacity, GROUPS_PER_TILE, SET, HAS_MASK, MERGED, LANES, PIXELS,
                         )
                     rows_c, node_c, unit_c, _, finite_c, _ = _rows_of(
                         tile_b, c, window, query, key, norm, order, groups, N, M,
@@ -332,7 +333,9 @@ def gradient_kernel(
                     itself = (r[:, None] == c[None, :]) & (tile == tile_b)
                     weight = (weight - tl.where(itself, along[:, None], 0.0)) * unit_c[None, :]
                     if joined | (tile == tile_b):
-                        offset = channel_offsets(channel, node_c, N, query_channel, key_channel, SAME)
+                        offset = channel_offsets(
+                            channel, node_c, N, query_channel, key_channel, SAME
+                        )
                         y = tl.load(
                             rows_c[:, None] + offset, mask=finite_c[:, None] & in_map, other=0.0
                         )
@@ -378,13 +381,14 @@ def stream_gradient_kernel(
     )
     place_r = (row * width + column).to(tl.int64)
     stride = groups * nodes
-    unit, inverse, finite = _row_scales(norm + group * nodes + node, place_r * stride, inside_r, eps)
+    norms = norm + group * nodes
+    unit, inverse, finite = _row_scales(norms + node, place_r * stride, inside_r, eps)
     channel = channel_block * BLOCK + tl.arange(0, BLOCK)
     in_map = (channel < channels)[None, :]
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     along = tl.zeros((ROWS,), tl.float32)
 
-    for other in range(0, nodes):
+    for other in range(nodes):
         # As numbers of one lane each, so that one function numbers pairs everywhere.
         slot, place = slots_of(
             slots, group, node, True, group, other, True, N, M, SET, HAS_MASK
@@ -406,8 +410,8 @@ def stream_gradient_kernel(
                 place_c = (row_c * width + column_c).to(tl.int64)
                 weight = tl.where(match[:, None] == pixel_c[None, :], g[:, None], 0.0)
                 g_c, m_c, match_c = _pixel_weights(
-                    max_sim, argmax, grad_loss, place_c, slot_back + 0 * p, place_back + 0 * p, capacity,
-                    pixels, inside_c,
+                    max_sim, argmax, grad_loss, place_c, slot_back + 0 * p, place_back + 0 * p,
+                    capacity, pixels, inside_c,
                 )
                 back = tl.where(match_c[None, :] == pixel_r[:, None], g_c[None, :], 0.0)
                 along += tl.sum(back * m_c[None, :], 1)
@@ -415,15 +419,19 @@ def stream_gradient_kernel(
                 # Matches of real slices lie close together: most blocks choose nothing here.
                 if tl.max(tl.max((weight != 0).to(tl.int32), 1), 0) > 0:
                     unit_c, inverse_c, finite_c = _row_scales(
-                        norm + group * nodes + other, place_c * stride, inside_c, eps
+                        norms + other, place_c * stride, inside_c, eps
                     )
                     rows_c = row_pointers(
                         query, key, group + 0 * p, other + 0 * p, row_c, column_c, N,
                         query_group, query_sample, query_row, query_column,
                         key_group, key_sample, key_row, key_column, SET,
                     )
-                    offset = channel_offsets(channel, other + 0 * p, N, query_channel, key_channel, SAME)
-                    y = tl.load(rows_c[:, None] + offset, mask=finite_c[:, None] & in_map, other=0.0)
+                    offset = channel_offsets(
+                        channel, other + 0 * p, N, query_channel, key_channel, SAME
+                    )
+                    y = tl.load(
+                        rows_c[:, None] + offset, mask=finite_c[:, None] & in_map, other=0.0
+                    )
                     total = _times_rows(weight * unit_c[None, :], y, total, PRECISION, UPCAST)
 
     rows = row_pointers(

@@ -99,6 +99,10 @@ class Layout:
         return _ceil(self.query.shape[4], self.window[1])
 
     @property
+    def map_pixels(self) -> int:
+        return self.query.shape[3] * self.query.shape[4]
+
+    @property
     def windows(self) -> int:
         return _ceil(self.query.shape[3], self.window[0]) * self.across
 
@@ -145,7 +149,7 @@ def forward(
             norm_tile = _tile("norm", query)
             _launch(
                 match.norm_kernel,
-                layout.groups * layout.nodes * _ceil(query.shape[3] * query.shape[4], norm_tile.rows),
+                layout.groups * layout.nodes * _ceil(layout.map_pixels, norm_tile.rows),
                 norm_tile,
                 (*maps, norm, *strides, *layout.extents()[:6]),
                 SET=key is None,
@@ -191,7 +195,7 @@ def forward(
             match.loss_kernel,
             _ceil(layout.pairs, 16),
             Tile(0, 0, 4, 1),
-            (partial, slots, loss, layout.pairs, lines, capacity, query.shape[3] * query.shape[4]),
+            (partial, slots, loss, layout.pairs, lines, capacity, layout.map_pixels),
             HAS_MASK=mask is not None,
             PAIRS=16,
             LINES=64,
@@ -224,7 +228,11 @@ def backward(
         if layout.streamed:
             _launch(
                 gradient.stream_gradient_kernel,
-                layout.groups * layout.nodes * layout.windows * layout.blocks * _ceil(query.shape[2], tile.block),
+                layout.groups
+                * layout.nodes
+                * layout.windows
+                * layout.blocks
+                * _ceil(query.shape[2], tile.block),
                 tile,
                 (*maps, *grads, grad_loss, slots, max_sim, argmax, norm, *strides, *common),
                 **layout.flags(),
@@ -238,7 +246,19 @@ def backward(
             gradient.gradient_kernel,
             layout.groups_of_tiles * layout.tiles * layout.windows,
             tile,
-            (*maps, *grads, grad_loss, slots, node_order(layout), max_sim, argmax, norm, *strides, *common, layout.groups_per_tile),
+            (
+                *maps,
+                *grads,
+                grad_loss,
+                slots,
+                node_order(layout),
+                max_sim,
+                argmax,
+                norm,
+                *strides,
+                *common,
+                layout.groups_per_tile,
+            ),
             **layout.flags(),
             MERGED=layout.merged,
             SAME=same,
@@ -284,7 +304,9 @@ def node_order(layout: Layout) -> Tensor:
     return lowest.argsort(dim=1, stable=True).to(torch.int32)
 
 
-def _launch(kernel: Any, programs: int, tile: Tile, arguments: tuple[Any, ...], **constants: Any) -> None:
+def _launch(
+    kernel: Any, programs: int, tile: Tile, arguments: tuple[Any, ...], **constants: Any
+) -> None:
     if programs > MOST_PROGRAMS:
         raise ValueError(
             f"this input needs {programs} programs, more than the {MOST_PROGRAMS} of a grid; "

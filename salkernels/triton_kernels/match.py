@@ -1,7 +1,7 @@
 """Forward: cosine similarities window by window, their row-max and arg-max, and the MAE to 1.
 
-    match_kernel          windows of which a tile holds all pixels: a feature is loaded once, and once
-                          more for every other tile with partners of its sample
+    match_kernel          windows of which a tile holds all pixels: a feature is loaded once, and
+                          once more for every other tile with partners of its sample
     stream_match_kernel   larger windows: key pixels pass by in blocks under a running maximum
     norm_kernel           norms for the latter; the former takes them from the loads it makes anyway
     loss_kernel           sums the partial MAE of all windows in a fixed order
@@ -10,7 +10,8 @@
 neighbours, and a program's stores fill whole sectors.
 """
 
-# ruff: noqa: ANN001, N803
+# Arguments of kernels stand in groups (pointers, strides, extents), not one to a line.
+# fmt: off
 # mypy: ignore-errors
 
 from __future__ import annotations
@@ -298,7 +299,10 @@ def loss_kernel(
     partial, slots, loss, pairs, lines, capacity, pixels,
     HAS_MASK: tl.constexpr, PAIRS: tl.constexpr, LINES: tl.constexpr,
 ):
-    """Loss of each place in (G, N, M): the mean over pixels, 0 where there is no pair."""
+    """Loss of each place in (G, N, M): the mean over pixels, 0 where there is no pair.
+
+    NaN for pairs beyond the capacity: on a GPU nobody could raise an error without waiting for it.
+    """
     place = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
     inside = place < pairs
     slot = tl.load(slots + place, mask=inside, other=-1) if HAS_MASK else place
@@ -310,4 +314,5 @@ def loss_kernel(
             partial + line.to(tl.int64)[:, None] * capacity + slot[None, :],
             mask=(line < lines)[:, None] & present[None, :], other=0.0,
         )
-    tl.store(loss + place, tl.sum(total, 0) / pixels, mask=inside)
+    mean = tl.where(slot < capacity, tl.sum(total, 0) / pixels, float("nan"))
+    tl.store(loss + place, mean, mask=inside)

@@ -1,0 +1,198 @@
+"""Triton kernels without a GPU: compiled for sm_80, and their PTX run by an emulator.
+
+    python -m benchmarks.triton_emulation     # a dozen inputs against the definition, as JSON
+
+The emulator is `ptxemu`, a folder of tools that may lie beside the repository. It executes the
+machine's instructions one by one, checks every access, and counts memory traffic.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from salkernels import reference
+from salkernels.backends import triton as backend
+
+from .cuda_emulation import PTXEMU
+
+CAPABILITY = 80
+EPS = 1e-12
+
+
+def obstacle() -> str | None:
+    """Why PTX cannot be compiled and run, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if backend.INTERPRETED:
+        return "TRITON_INTERPRET=1 is set: the kernels belong to the interpreter"
+    return None if PTXEMU.is_dir() else "../shared/tools/ptxemu is not here"
+
+
+@dataclass
+class Emulator:
+    """Runs launches; `stats` holds their counters."""
+
+    stats: list[Any] = field(default_factory=list)
+    modules: dict[str, Any] = field(default_factory=dict)
+
+    @contextmanager
+    def instead_of_a_gpu(self) -> Iterator[None]:
+        """Every Triton launch inside runs here, on CPU tensors."""
+        from . import offline
+
+        with offline.recorded(CAPABILITY, self.run):
+            yield
+
+    def run(self, item: Any) -> None:
+        from . import offline
+
+        if str(PTXEMU) not in sys.path:
+            sys.path.insert(0, str(PTXEMU))
+        import ptxemu  # type: ignore[import-not-found]
+
+        variant = (item.name, item.constants(), item.signature(), item.hints(), item.warps)
+        key = repr((*variant, item.stages, item.registers))
+        if key not in self.modules:
+            compiled = offline.compile_launch(item, CAPABILITY)
+            self.modules[key] = ptxemu.Module(compiled.ptx), compiled.shared_bytes
+        module, shared_bytes = self.modules[key]
+        arguments = [
+            *item.values().values(),
+            None,
+            None,
+        ]  # scratch memory that no kernel here takes
+        stats = module.launch(item.name, item.grid, 32 * item.warps, arguments, shared_bytes)
+        self.stats.append(stats)
+
+    def forward(
+        self, query: Tensor, key: Tensor | None, mask: Tensor | None, window: tuple[int, int]
+    ) -> tuple[Tensor, ...]:
+        """loss, argmax, max_sim and norm."""
+        from salkernels.triton_kernels import launch
+
+        keys = query if key is None else key
+        pairs = query.shape[0] * query.shape[1] * keys.shape[1]
+        capacity = pairs if mask is None else int(mask.count_nonzero())
+        found = backend.outputs(query, key, window, capacity)
+        for tensor in found:
+            tensor.fill_(0 if mask is not None else 77)  # without a mask all of it is written
+        with self.instead_of_a_gpu():
+            launch.forward(query, key, mask, window, EPS, found)
+        return found
+
+    def backward(
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor | None,
+        mask: Tensor | None,
+        window: tuple[int, int],
+        outputs: tuple[Tensor, ...],
+    ) -> tuple[Tensor, Tensor | None]:
+        from salkernels.triton_kernels import launch
+
+        grads = [torch.full_like(x, torch.nan) for x in (query, key) if x is not None]
+        grad_key = None if key is None else grads[1]
+        _, argmax, max_sim, norm = outputs
+        saved = (query, key, mask, argmax, max_sim, norm)
+        with self.instead_of_a_gpu():
+            launch.backward(grad, *saved, window, EPS, grads[0], grad_key)
+        return grads[0], grad_key
+
+
+def errors(
+    emulator: Emulator,
+    query: Tensor,
+    key: Tensor | None,
+    mask: Tensor | None,
+    window: tuple[int, int],
+) -> dict[str, float]:
+    """Against the definition: the largest error of the forward, the relative one of gradients."""
+    outputs = emulator.forward(query, key, mask, window)
+    capacity = outputs[2].shape[0]
+    wide = [None if x is None else x.double() for x in (query, key)]
+    assert wide[0] is not None
+    expected = reference.pair_losses_forward(wide[0], wide[1], mask, window, EPS, capacity)
+    grad = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(1))
+    actual = emulator.backward(grad, query, key, mask, window, outputs)
+    saved = (expected[1], expected[2], window, EPS)
+    wanted = reference.pair_losses_backward(grad.double(), wide[0], wide[1], mask, *saved)
+    found = {
+        "loss": float((outputs[0] - expected[0]).abs().max()),
+        "max_sim": float((outputs[2] - expected[2]).abs().max()) if capacity else 0.0,
+        "argmax": float((outputs[1] != expected[1]).double().mean()) if capacity else 0.0,
+    }
+    for name, a, b in zip(("grad_query", "grad_key"), actual, wanted, strict=True):
+        if a is not None and b is not None:
+            found[name] = float((a.double() - b).norm() / b.norm().clamp_min(1e-300))
+    return found
+
+
+@dataclass(frozen=True)
+class Input:
+    """An input of the operator."""
+
+    shape: tuple[int, int, int, int, int, int]  # groups, queries, keys (0: set form), C, H, W
+    window: tuple[int, int]
+    dtype: str = "float32"
+    layout: str = "channels_last"
+    density: float = 1.0  # of the mask; 1 is no mask at all
+
+    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        groups, queries, keys, channels, height, width = self.shape
+        generator = torch.Generator().manual_seed(0)
+
+        def maps(samples: int) -> Tensor:
+            x = torch.randn(groups, samples, channels, height, width, generator=generator)
+            x = x.to(getattr(torch, self.dtype))
+            if self.layout == "channels_last":
+                return x.movedim(2, -1).contiguous().movedim(-1, 2)
+            return x if self.layout == "nchw" else x.mT.contiguous().mT
+
+        mask = torch.rand(groups, queries, keys or queries, generator=generator) < self.density
+        return maps(queries), maps(keys) if keys else None, None if self.density == 1 else mask
+
+
+INPUTS = (
+    Input((1, 16, 0, 64, 12, 12), (2, 2), density=0.4),
+    Input((1, 40, 0, 48, 5, 7), (2, 2), density=0.1),  # several tiles, ragged
+    Input((1, 10, 0, 33, 7, 9), (3, 4), layout="nchw", density=0.5),  # nothing divides anything
+    Input((1, 5, 0, 20, 9, 8), (6, 5), layout="transposed"),
+    Input((9, 1, 1, 64, 6, 6), (2, 2)),  # pairs, many groups in a tile
+    Input((2, 3, 4, 24, 7, 6), (3, 3), density=0.6),
+    Input((1, 30, 25, 16, 4, 4), (2, 2), density=0.1),  # queries and keys in several tiles
+    Input((1, 40, 0, 16, 2, 3), (1, 1), density=0.3),
+    Input((1, 3, 0, 40, 13, 11), (13, 11), density=0.6),  # streamed
+    Input((2, 2, 1, 24, 12, 9), (9, 9), layout="nchw"),  # streamed, ragged
+    Input((1, 16, 0, 64, 6, 6), (3, 3), "bfloat16", density=0.4),
+    Input((3, 2, 2, 40, 5, 6), (2, 3), "float16"),
+    Input((1, 3, 0, 64, 12, 12), (12, 12), "bfloat16"),
+)
+
+
+def main() -> None:
+    reason = obstacle()
+    if reason is not None:
+        sys.exit(reason)
+    emulator = Emulator()
+    for item in INPUTS:
+        query, key, mask = item.tensors()
+        row = {
+            "input": repr(item),
+            "dtype": item.dtype,
+            **errors(emulator, query, key, mask, item.window),
+        }
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Times tiles on the GPU of this machine, prints the best, and writes them for later runs.
+
+    python -m salkernels.triton_kernels.tune --channels 384 --size 44 --window 2
+    export SALKERNELS_TRITON_TILES=...        # the path that it prints
+
+Nothing else changes: without the variable the table of `config.py` holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from ..backends import triton as backend
+from . import config, launch
+from .config import FILE_VARIABLE, Tile
+
+Key = tuple[str, torch.dtype, int]
+DEFAULT_PATH = Path("~/.cache/salkernels/triton_tiles.json")
+ROUNDS = 20
+
+
+def candidates(kernel: str, dtype: torch.dtype) -> list[Tile]:
+    """Tiles worth a try; the one of the table comes first."""
+    first = config.TABLE[kernel, dtype]
+    rows = (32, 64) if "gradient" in kernel or dtype == torch.float32 else (64, 128)
+    grid = itertools.product(rows, (16, 32, 64, 128), (4, 8), (1, 2, 3, 4))
+    return [first, *(tile for tile in itertools.starmap(Tile, grid) if tile != first)]
+
+
+@contextmanager
+def using(key: Key, tile: Tile) -> Iterator[None]:
+    """Calls inside take this tile."""
+    before = config.OVERRIDES.copy()
+    kernel, dtype, capability = key
+    config.OVERRIDES[kernel, dtype, capability // 10] = tile
+    try:
+        yield
+    finally:
+        config.OVERRIDES.clear()
+        config.OVERRIDES.update(before)
+
+
+def best(
+    key: Key, tiles: Iterable[Tile], measure: Callable[[], float]
+) -> tuple[Tile, dict[Tile, float]]:
+    """The fastest tile, and the milliseconds of each; one that does not compile or fit is left out.
+
+    Raises:
+        RuntimeError: none of them runs.
+    """
+    times: dict[Tile, float] = {}
+    reason: Exception | None = None
+    for tile in tiles:
+        with using(key, tile):
+            try:
+                times[tile] = measure()
+            except Exception as error:  # out of shared memory or registers, in many words
+                reason = error
+    if not times:
+        raise RuntimeError(f"no tile of {key[0]} runs on this device; the last said: {reason}")
+    return min(times, key=lambda tile: times[tile]), times
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    """Median of some rounds on the current stream, each after the caches have been overwritten."""
+    flush = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+    call()
+    found = []
+    for _ in range(ROUNDS):
+        flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        found.append(start.elapsed_time(end))
+    return statistics.median(found)
+
+
+def calls(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """Forward and backward of the set form, by the kernel that takes the time."""
+    shape = (1, options.samples, options.size, options.size, options.channels)
+    features = torch.randn(shape, device="cuda").to(dtype).movedim(-1, 2)
+    scan = torch.arange(options.samples, device="cuda") % 2
+    mask = (scan[:, None] == scan) & ~torch.eye(options.samples, device="cuda").bool()
+    window = (min(options.window, options.size),) * 2
+    capacity = int(mask.count_nonzero())
+
+    def forward() -> tuple[torch.Tensor, ...]:
+        return backend.pair_losses_forward(features, None, mask[None], window, 1e-12, capacity)
+
+    loss, argmax, max_sim, norm = forward()
+
+    def backward() -> object:
+        saved = (argmax, max_sim, window, 1e-12, norm)
+        return backend.pair_losses_backward(
+            torch.ones_like(loss), features, None, mask[None], *saved
+        )
+
+    # The larger of a tile's windows would need other calls: what a window takes is what is tuned.
+    prefix = "stream_" if window[0] * window[1] > 64 else ""
+    return {f"{prefix}match": forward, f"{prefix}gradient": backward}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--channels", type=int, default=384)
+    parser.add_argument("--size", type=int, default=44, help="height and width of the maps")
+    parser.add_argument("--window", type=int, default=2)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16"])
+    parser.add_argument("--out", type=Path, default=DEFAULT_PATH)
+    options = parser.parse_args()
+    reason = backend.status() or ("the interpreter has no times" if backend.INTERPRETED else None)
+    if reason is not None:
+        sys.exit(f"nothing to tune: {reason}")
+    os.environ.pop(FILE_VARIABLE, None)  # it would hide the tiles that are tried
+    path = options.out.expanduser()
+    tiles = dict(config.read(str(path))) if path.exists() else {}
+    for dtype in (getattr(torch, name) for name in options.dtypes):
+        for kernel, call in calls(options, dtype).items():
+            key = (kernel, dtype, launch.capability(torch.empty(0, device="cuda")))
+            chosen, times = best(key, candidates(kernel, dtype), lambda run=call: milliseconds(run))  # type: ignore[misc]
+            tiles[key] = chosen
+            before = times.get(config.TABLE[kernel, dtype], float("nan"))
+            print(f"{kernel:15} {dtype}: {times[chosen]:.4f} ms with {chosen}, was {before:.4f} ms")
+            config.write(path, tiles)
+    print(f"export {FILE_VARIABLE}={path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""The Triton kernels as machine code: PTX for sm_80, run by an emulator, against the definition.
+
+In a process of its own: in this one the kernels may belong to Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import cuda_emulation
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not cuda_emulation.PTXEMU.is_dir(), reason="../shared/tools/ptxemu is not here"
+    ),
+]
+# Relative, of a gradient: fp32 sums, then the rounding of the dtype.
+GRADIENT = {"float32": 1e-6, "bfloat16": 2e-3, "float16": 3e-4}
+
+
+def run(*arguments):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_every_way_to_tile_against_the_definition():
+    rows = run("-m", "benchmarks.triton_emulation")
+    assert len(rows) >= 12
+    for row in rows:
+        assert row["loss"] < 1e-6, row
+        assert row["max_sim"] < 2e-6, row
+        assert row["argmax"] == 0, row
+        assert row["grad_query"] < GRADIENT[row["dtype"]], row
+        assert row.get("grad_key", 0) < GRADIENT[row["dtype"]], row
+
+
+TRAFFIC = """
+import json
+from dataclasses import asdict
+from benchmarks.traffic import CASES
+from benchmarks.traffic_triton import run
+for case in CASES[:2]:  # fp32 and bf16
+    for row in run(case):
+        print(json.dumps(asdict(row)))
+"""
+
+
+def test_each_feature_is_read_once_and_each_gradient_written_once():
+    """At the paper's windows: 32 samples of 384 channels, channels-last."""
+    rows = run("-c", TRAFFIC)
+    assert [row["phase"] for row in rows] == ["forward", "backward"] * 2
+    for row, matches in zip(rows, (0.05, 0.05, 0.05, 0.1), strict=True):
+        # What is above 1 are matches and pair numbers, twice as large beside bf16 features.
+        assert row["unique_read"] <= 1 + matches, row
+        assert row["shared_conflicts"] == 0, row
+        if row["phase"] == "forward":
+            assert row["requested"] <= 1.2, row
+            assert row["load_efficiency"] >= 0.9, row
+        else:
+            assert row["unique_written"] <= 1.01, row
+            assert row["store_efficiency"] >= 0.99, row
