@@ -101,15 +101,41 @@ def test_other_keys_in_windows_larger_than_a_tile(small_tiles):
     compare(maps(2, 1, 20, 6, 7), maps(2, 2, 20, 6, 7, layout="channels_last"), None, (6, 6))
 
 
+def layout_of(mask, queries, keys=None, rows=32):
+    """A layout of that many nodes of 2 x 2 windows, in tiles of `rows`."""
+    groups = mask.shape[0]
+    query = torch.zeros(groups, queries, 1, 2, 2, device=DEVICE)
+    key = None if keys is None else torch.zeros(groups, keys, 1, 2, 2, device=DEVICE)
+    return launch.Layout(query, key, mask, (2, 2), rows, 4)
+
+
 @runs
 def test_slices_of_one_scan_come_together():
     """Views of two scans in turn: sorted, each scan is one run, and no pair crosses."""
-    volume = torch.tensor([0, 1]).repeat_interleave(4).repeat(4)
-    mask = (volume[:, None] == volume) & ~torch.eye(32, dtype=torch.bool)
-    layout = launch.Layout(torch.zeros(1, 32, 1, 2, 2), None, mask[None], (2, 2), 64, 4)
-    order = launch.node_order(layout)[0].long()
+    volume = torch.tensor([0, 1], device=DEVICE).repeat_interleave(4).repeat(4)
+    mask = (volume[:, None] == volume) & ~torch.eye(32, dtype=torch.bool, device=DEVICE)
+    order = launch.plan(layout_of(mask[None], 32))[1][0].long()
     assert sorted(order.tolist()) == list(range(32))
     assert len(volume[order].unique_consecutive()) == 2
+
+
+@runs
+@pytest.mark.parametrize(("groups", "queries", "keys"), [(1, 33, None), (3, 17, None), (2, 9, 14)])
+def test_the_plan_of_one_launch_is_that_of_plain_torch(groups, queries, keys):
+    mask = torch.rand(groups, queries, keys or queries, device=DEVICE) < 0.15
+    layout = layout_of(mask, queries, keys)
+    assert not layout.merged
+    slots, order = launch.plan(layout)
+    assert torch.equal(slots.flatten(), launch._slots_of_many(mask))
+    assert torch.equal(order, launch._order_of_many(layout))
+
+
+@runs
+def test_more_nodes_than_the_plan_kernel_holds(small_tiles):
+    """A band: each sample with the next, 70 of them."""
+    index = torch.arange(70, device=DEVICE)
+    mask = (index[:, None] + 1 == index)[None]
+    compare(maps(1, 70, 3, 1, 2), None, mask, (1, 2))
 
 
 @runs

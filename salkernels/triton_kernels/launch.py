@@ -11,9 +11,11 @@ from torch import Tensor
 
 from . import gradient, match
 from .config import Tile, tile_for
+from .plan import plan_kernel
 
 LEAST_ROWS = 32  # of a matrix product, whose inner extent comes in halves
 MOST_LANES = 32  # nodes of a tile: a tile has lanes x lanes pairs to look up
+MOST_PLANNED = 64  # nodes of a group that the plan kernel holds in registers
 MOST_PROGRAMS = 2**31 - 1
 MOST_REGISTERS = 248  # told so, the assembler does not spill a few for one more block
 
@@ -54,6 +56,10 @@ class Layout:
         return self.query.shape[0]
 
     @property
+    def samples(self) -> int:
+        return self.query.shape[1]
+
+    @property
     def keys(self) -> int:
         return (self.query if self.key is None else self.key).shape[1]
 
@@ -63,7 +69,7 @@ class Layout:
 
     @property
     def pairs(self) -> int:
-        return self.groups * self.query.shape[1] * self.keys
+        return self.groups * self.samples * self.keys
 
     @property
     def streamed(self) -> bool:
@@ -137,7 +143,7 @@ def forward(
     loss, argmax, max_sim, norm = outputs
     layout, tile = Layout.of(query, key, mask, window, "match")
     capacity = max_sim.shape[0]
-    slots = pair_slots(layout)
+    slots, order = plan(layout)
     maps = (query, query if key is None else key)
     strides = (*query.stride(), *maps[1].stride())
     common = (*layout.extents(), capacity, eps)
@@ -168,7 +174,6 @@ def forward(
                 **precision,
             )
         else:
-            order = node_order(layout)
             programs = [layout.groups_of_tiles * layout.tiles * layout.windows]
             if layout.tiles > 1:
                 even = layout.tiles - 1 + (layout.tiles - 1) % 2
@@ -221,7 +226,7 @@ def backward(
     grads = (grad_query, grad_query if grad_key is None else grad_key)
     same = layout.same_channel_stride and grads[0].stride(2) == grads[1].stride(2)
     strides = [stride for tensor in (*maps, *grads) for stride in tensor.stride()]
-    slots = pair_slots(layout)
+    slots, order = plan(layout)
     common = (*layout.extents(), max_sim.shape[0], eps)
     grad_loss = grad_loss.to(torch.float32).contiguous()
     with _device_of(query):
@@ -251,7 +256,7 @@ def backward(
                 *grads,
                 grad_loss,
                 slots,
-                node_order(layout),
+                order,
                 max_sim,
                 argmax,
                 norm,
@@ -269,39 +274,56 @@ def backward(
         )
 
 
-def pair_slots(layout: Layout) -> Tensor:
-    """(G, N, M) int32: the number of each pair in row-major order, −1 where masked out.
+def plan(layout: Layout) -> tuple[Tensor, Tensor]:
+    """slots (G, N, M) and order (G, V), int32, as `plan_kernel` says.
 
-    Without a mask the kernels count for themselves, and any tensor will do.
+    Without a mask the kernels number pairs for themselves, and a tile with whole groups needs no
+    order: then any tensor will do.
     """
-    if layout.mask is None:
-        return layout.query.new_empty(1, dtype=torch.int32)
-    flat = layout.mask.reshape(-1)
+    mask, device = layout.mask, layout.query.device
+    groups, samples, keys, nodes = layout.groups, layout.samples, layout.keys, layout.nodes
+    ordered = not layout.merged and not layout.streamed
+    if mask is None:
+        one = torch.arange(nodes if ordered else 1, dtype=torch.int32, device=device)
+        return one, one.repeat(groups, 1) if ordered else one
+    if nodes > MOST_PLANNED:
+        return _slots_of_many(mask), _order_of_many(layout) if ordered else mask
+    slots = torch.empty_like(mask, dtype=torch.int32, memory_format=torch.contiguous_format)
+    order = slots.new_empty((groups, nodes)) if ordered else slots
+    _launch(
+        plan_kernel,
+        1,
+        Tile(0, 0, 4, 1),
+        (mask.contiguous().view(torch.uint8), slots, order, groups, samples, keys),
+        SET=layout.key is None,
+        ORDER=ordered,
+        QUERIES=_power_of_two(samples),
+        KEYS=_power_of_two(keys),
+        NODES=_power_of_two(nodes),
+    )
+    return slots, order
+
+
+def _slots_of_many(mask: Tensor) -> Tensor:
+    flat = mask.reshape(-1)
     return torch.where(flat, flat.cumsum(0) - 1, -1).to(torch.int32)
 
 
-def node_order(layout: Layout) -> Tensor:
-    """(G, V) int32: nodes with common partners side by side, so that few tile pairs hold pairs.
-
-    Sorted by the lowest node that a node's lowest partner is paired with: slices of one scan come
-    together, wherever its views stand in the batch. Any order is correct.
-    """
-    groups, nodes = layout.groups, layout.nodes
-    device = layout.query.device
-    if layout.merged:
-        return torch.empty(1, dtype=torch.int32, device=device)
-    if layout.mask is None:
-        return torch.arange(nodes, dtype=torch.int32, device=device).repeat(groups, 1)
-    linked = torch.eye(nodes, dtype=torch.bool, device=device).repeat(groups, 1, 1)
+def _order_of_many(layout: Layout) -> Tensor:
+    """The same order in plain torch, for more nodes than one program can hold."""
+    assert layout.mask is not None
+    nodes, samples = layout.nodes, layout.samples
+    linked = torch.eye(nodes, dtype=torch.bool, device=layout.query.device)
+    linked = linked.repeat(layout.groups, 1, 1)
     if layout.key is None:
         linked |= layout.mask | layout.mask.mT
     else:
-        samples = layout.query.shape[1]
         linked[:, :samples, samples:] = layout.mask
         linked[:, samples:, :samples] = layout.mask.mT
-    lowest = linked.to(torch.uint8).argmax(dim=2)
-    lowest = lowest.gather(1, lowest)
-    return lowest.argsort(dim=1, stable=True).to(torch.int32)
+    label = torch.arange(nodes, device=linked.device).expand(layout.groups, nodes)
+    for _ in range(3):
+        label = torch.where(linked, label[:, None, :], nodes).amin(dim=2)
+    return label.argsort(dim=1, stable=True).to(torch.int32)
 
 
 def _launch(
