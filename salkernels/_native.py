@@ -33,8 +33,7 @@ def load(name: str) -> str | None:
 def build_info() -> dict[str, dict[str, Any]]:
     """What the build recorded, by library: `built`, and `reason` where it was not."""
     try:
-        text = (HERE / BUILD_INFO).read_text(encoding="utf-8")
-    except OSError:
+        info: dict[str, dict[str, Any]] = json.loads((HERE / BUILD_INFO).read_text("utf-8"))
+    except (OSError, ValueError):  # not there, or cut off: nothing is known
         return {}
-    info: dict[str, dict[str, Any]] = json.loads(text)
     return info

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -104,3 +109,28 @@ def test_a_call_can_be_captured_in_a_cuda_graph():
             (grad,) = torch.autograd.grad(loss, features)
         graph.replay()
         assert torch.equal(grad, expected)
+
+
+@pytest.mark.parametrize("setting", ["torch.backends.cuda.matmul", "torch.backends"])
+def test_either_way_to_allow_tf32_is_understood(setting):
+    """Reading the older flag raises after the newer one was set; in a process of its own."""
+    code = f"""
+import torch
+from salkernels.backends import cuda
+assert not cuda._allow_tf32()
+{setting}.fp32_precision = "tf32"
+assert cuda._allow_tf32()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_module_of_the_tree_is_packaged():
+    """An editable install would hide one that a wheel lacks."""
+    root = Path(__file__).resolve().parent.parent
+    listed = re.search(
+        r"^packages = \[(.*?)^\]", (root / "pyproject.toml").read_text(), re.S | re.M
+    )[1]
+    for folder, name in (("salkernels", "salkernels"), ("training", "salkernels.training")):
+        for init in (root / folder).rglob("__init__.py"):
+            package = ".".join((name, *init.parent.relative_to(root / folder).parts))
+            assert f'"{package}"' in listed, package

@@ -45,23 +45,34 @@ def _load() -> str | None:
 _MISSING = _load()
 
 
-def status() -> str | None:
+def _absent() -> str | None:
+    """Why no input at all can run, as far as that is known without asking the driver."""
     if _MISSING is not None:
         return _MISSING
-    if not torch.cuda.is_available():
-        return "torch sees no GPU"
+    return None if torch.cuda.is_available() else "torch sees no GPU"
+
+
+def status() -> str | None:
+    if (reason := _absent()) is not None:
+        return reason
     reasons = [_unsupported(index) for index in range(torch.cuda.device_count())]
     return None if None in reasons else reasons[0]
 
 
 def can_run(query: Tensor, key: Tensor | None, window: tuple[int, int]) -> str | None:
     if query.device.type != "cuda":
-        return status() or f"it runs on GPUs, and the features are on {query.device}"
+        # Without a word to the driver: that would break graphs of CPU code, and forked processes.
+        return _absent() or f"it runs on GPUs, and the features are on {query.device}"
     if query.dtype not in DTYPES:
         return f"it takes float32, float64, bfloat16 or float16, got {query.dtype}"
     if _MISSING is not None or torch.compiler.is_compiling():
         return _MISSING  # a graph cannot ask the driver; the operator asks when it is run
     return _unsupported(query.device.index or 0)
+
+
+def _allow_tf32() -> bool:
+    """Not `allow_tf32`: reading that raises where the user has set `fp32_precision` instead."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def built_for() -> str | None:
@@ -124,8 +135,7 @@ def pair_losses_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `salkernels.reference.pair_losses_forward`."""
     _require(query, key, window)
-    allow_tf32 = torch.backends.cuda.matmul.allow_tf32
-    return _forward(query, key, mask, window, eps, capacity, allow_tf32)
+    return _forward(query, key, mask, window, eps, capacity, _allow_tf32())
 
 
 def pair_losses_backward(
@@ -141,5 +151,4 @@ def pair_losses_backward(
     """As `salkernels.reference.pair_losses_backward`."""
     _require(query, key, window)
     grad_loss = grad_loss.to(max_sim.dtype)
-    allow_tf32 = torch.backends.cuda.matmul.allow_tf32
-    return _backward(grad_loss, query, key, mask, argmax, max_sim, window, eps, allow_tf32)
+    return _backward(grad_loss, query, key, mask, argmax, max_sim, window, eps, _allow_tf32())
