@@ -84,7 +84,9 @@ class Emulator:
         capacity = pairs if mask is None else int(mask.count_nonzero())
         found = backend.outputs(query, key, window, capacity)
         for tensor in found:
-            tensor.fill_(0 if mask is not None else 77)  # without a mask all of it is written
+            tensor.fill_(77)
+        if mask is not None:
+            backend.clear(found)  # without a mask all of it is written
         with self.instead_of_a_gpu():
             launch.forward(query, key, mask, window, EPS, found)
         return found

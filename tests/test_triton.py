@@ -144,8 +144,7 @@ def test_pairs_beyond_the_capacity_have_no_loss():
     x = maps(1, 3, 4, 2, 2)
     mask = torch.ones(1, 3, 3, dtype=torch.bool, device=DEVICE)
     found = backend.outputs(x, None, (2, 2), 5)
-    for tensor in found[1:]:
-        tensor.zero_()
+    backend.clear(found)
     launch.forward(x, None, mask, (2, 2), EPS, found)
     expected = reference.pair_losses_forward(x, None, mask, (2, 2), EPS, 9)[0].flatten()
     torch.testing.assert_close(found[0].flatten()[:5], expected[:5])
@@ -274,3 +273,62 @@ def test_tiles_are_written_whole_or_not_at_all(tmp_path):
     config.write(path, {KEY: Tile(32, 64, 8, 2)})
     assert json.loads(path.read_text())[0]["capability"] == 90
     assert list(path.parent.iterdir()) == [path]
+
+
+@runs
+def test_nan_reaches_the_pixels_that_it_reaches_in_the_definition(small_tiles):
+    """In no other pixel of the window, be it held by a tile or streamed."""
+    for size, window in ((4, 2), (7, 7)):
+        x = maps(1, 3, 4, size, size)
+        x[0, 1, 2, 1, 1] = torch.nan
+        mask = torch.zeros(1, 3, 3, dtype=torch.bool, device=DEVICE)
+        mask[0, 0, 1] = mask[0, 1, 2] = True
+        forward = backend.pair_losses_forward(x, None, mask, (window, window), EPS, 2)
+        expected = reference.pair_losses_forward(x, None, mask, (window, window), EPS, 2)
+        grad = torch.ones_like(forward[0])
+        saved = (*forward[1:3], (window, window), EPS, forward[3])
+        actual, _ = backend.pair_losses_backward(grad, x, None, mask, *saved)
+        saved = (*expected[1:], (window, window), EPS)
+        wanted, _ = reference.pair_losses_backward(grad, x, None, mask, *saved)
+        assert torch.equal(actual.isnan(), wanted.isnan())
+
+
+@runs
+def test_no_pair_in_a_mask_that_nobody_counted():
+    """Capacity for all, as for a mask on a GPU; NaN features that no pair touches."""
+    x = maps(1, 3, 4, 2, 2)
+    x[0, 1] = torch.nan
+    mask = torch.zeros(1, 3, 3, dtype=torch.bool, device=DEVICE)
+    loss, argmax, max_sim, norm = backend.pair_losses_forward(x, None, mask, (2, 2), EPS, 9)
+    assert not loss.any()
+    grad, _ = backend.pair_losses_backward(
+        torch.ones_like(loss), x, None, mask, argmax, max_sim, (2, 2), EPS, norm
+    )
+    assert not grad.any()
+
+
+@runs
+def test_saved_tensors_in_another_layout():
+    """As after a hook that offloads them."""
+    x, y = maps(2, 1, 5, 4, 4), maps(2, 1, 5, 4, 4)
+    loss, *kept = backend.pair_losses_forward(x, y, None, (2, 2), EPS, 2)
+    grads = [
+        backend.pair_losses_backward(
+            torch.ones_like(loss), x, y, None, *saved[:2], (2, 2), EPS, saved[2]
+        )
+        for saved in (kept, [tensor.contiguous() for tensor in kept])
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@runs
+def test_a_tiny_eps_and_a_dead_vector():
+    x = torch.zeros(1, 1, 2, 2, 2, device=DEVICE)
+    assert backend.pair_losses_forward(x, x, None, (2, 2), 1e-40, 1)[0].item() == 1
+
+
+@runs
+def test_too_little_capacity_without_a_mask():
+    x = maps(3, 1, 2, 2, 2)
+    with pytest.raises(ValueError, match="3 pairs, but capacity is 2"):
+        backend.pair_losses_forward(x, x, None, (2, 2), EPS, 2)

@@ -100,18 +100,31 @@ def pair_losses_forward(
         if num_pairs > capacity:
             raise ValueError(f"the mask holds {num_pairs} pairs, but capacity is {capacity}")
     found = outputs(query, key, window, capacity)
-    if mask is not None:
-        # Rows beyond the last pair, and norms of samples without one, are not written.
-        for tensor in found[1:]:
-            tensor.zero_()
-    if found[0].numel() == 0 or capacity == 0:
-        found[0].zero_()
-        found[3].zero_()
+    pairs = found[0].numel()
+    if mask is None and pairs > capacity:
+        raise ValueError(f"there are {pairs} pairs, but capacity is {capacity}")
+    if mask is not None or pairs < capacity:
+        clear(found)
+    if pairs == 0 or capacity == 0:
+        # A mask on a GPU may hold pairs that have no room: their loss is NaN, as in the kernel.
+        found[0].zero_() if mask is None else found[0].copy_(torch.where(mask, torch.nan, 0.0))
+        clear(found)
         return found
     from ..triton_kernels import launch
 
     launch.forward(query, key, mask, window, eps, found)
     return found
+
+
+def clear(outputs: tuple[Tensor, ...]) -> None:
+    """What the kernels leave alone: matches beyond the last pair, norms of tiles without a pair.
+
+    An infinite norm says that a row is never to be loaded, whatever it holds.
+    """
+    _, argmax, max_sim, norm = outputs
+    argmax.zero_()
+    max_sim.zero_()
+    norm.fill_(torch.inf)
 
 
 def pair_losses_backward(
@@ -138,10 +151,16 @@ def pair_losses_backward(
     else:
         from ..triton_kernels import launch
 
+        argmax, max_sim, norm = (_pixel_by_pixel(x) for x in (argmax, max_sim, norm))
         launch.backward(
             grad_loss, query, key, mask, argmax, max_sim, norm, window, eps, grad_query, grad_key
         )
     return grad_query.to(query.dtype), None if grad_key is None else grad_key.to(query.dtype)
+
+
+def _pixel_by_pixel(x: Tensor) -> Tensor:
+    """The layout of `outputs`, which hooks on saved tensors may have undone."""
+    return x.permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 
 def _require(query: Tensor) -> None:

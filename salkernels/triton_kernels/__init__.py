@@ -1,7 +1,10 @@
-"""The kernels in Triton. `salkernels.backends.triton` launches them; nothing else imports them.
+"""The kernels in Triton, behind `salkernels.backends.triton`.
 
-geometry.py   which samples, pixels and pairs a program works on
+launch.py     from tensors to launches
+plan.py       pair numbers and the order of nodes
 match.py      forward: cosine similarities, row-max, arg-max, MAE
 gradient.py   backward
+geometry.py   which samples, pixels and pairs a program works on
 config.py     tile sizes by device and shape
+tune.py       times tiles on a machine with a GPU
 """

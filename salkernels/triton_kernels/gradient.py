@@ -43,7 +43,8 @@ def _pixel_weights(max_sim, argmax, grad_loss, pixel, slot, place, capacity, pix
     match = tl.load(argmax + at, mask=present, other=0).to(tl.int32)
     upstream = tl.load(grad_loss + place, mask=present, other=0.0) / pixels
     sign = tl.where(m > 1, 1.0, 0.0) - tl.where(m < 1, 1.0, 0.0)
-    return tl.where(m == m, sign * upstream, m), m, match
+    # NaN stays in g alone: 0 · NaN would take it to pixels that are no match.
+    return tl.where(m == m, sign * upstream, m), tl.where(m == m, m, 1.0), match
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from .plan import plan_kernel
 
 LEAST_ROWS = 32  # of a matrix product, whose inner extent comes in halves
 MOST_LANES = 32  # nodes of a tile: a tile has lanes x lanes pairs to look up
-MOST_PLANNED = 64  # nodes of a group that the plan kernel holds in registers
+MOST_PLANNED = 64  # nodes of a group, and groups, that one program of the plan kernel takes
 MOST_PROGRAMS = 2**31 - 1
 MOST_REGISTERS = 248  # told so, the assembler does not spill a few for one more block
 
@@ -30,6 +30,7 @@ class Layout:
     window: tuple[int, int]
     rows: int  # of a tile
     pixels: int  # of a window, padded to a power of two
+    streamed: bool = False  # whether a window of one sample is larger than a tile may be
 
     @classmethod
     def of(
@@ -43,13 +44,14 @@ class Layout:
         """The layout for a kernel, or, for windows larger than its tiles, for its streamed twin."""
         pixels = _power_of_two(window[0] * window[1])
         tile = _tile(kernel, query)
-        if pixels > tile.rows:
+        streamed = pixels > tile.rows
+        if streamed:
             tile = _tile(f"stream_{kernel}", query)
-            rows = min(tile.rows, pixels)
+            rows = min(tile.rows, max(LEAST_ROWS, pixels))
         else:
             everything = _power_of_two(query.shape[0] * _count_nodes(query, key) * pixels)
             rows = max(LEAST_ROWS, min(tile.rows, everything, MOST_LANES * pixels))
-        return cls(query, key, mask, window, rows, pixels), tile
+        return cls(query, key, mask, window, rows, pixels, streamed), tile
 
     @property
     def groups(self) -> int:
@@ -70,11 +72,6 @@ class Layout:
     @property
     def pairs(self) -> int:
         return self.groups * self.samples * self.keys
-
-    @property
-    def streamed(self) -> bool:
-        """Whether a window of one sample is larger than a tile."""
-        return self.pixels > self.rows
 
     @property
     def lanes(self) -> int:
@@ -146,65 +143,64 @@ def forward(
     slots, order = plan(layout)
     maps = (query, query if key is None else key)
     strides = (*query.stride(), *maps[1].stride())
-    common = (*layout.extents(), capacity, eps)
+    common = (*layout.extents(), capacity, _representable(eps))
     lines = layout.windows * (layout.blocks if layout.streamed else 1)
     partial = max_sim.new_empty((lines, capacity))
     precision = _precision(query)
-    with _device_of(query):
-        if layout.streamed:
-            norm_tile = _tile("norm", query)
+    if layout.streamed:
+        norm_tile = _tile("norm", query)
+        _launch(
+            match.norm_kernel,
+            layout.groups * layout.nodes * _ceil(layout.map_pixels, norm_tile.rows),
+            norm_tile,
+            (*maps, norm, *strides, *layout.extents()[:6]),
+            SET=key is None,
+            SAME=layout.same_channel_stride,
+            ROWS=norm_tile.rows,
+            BLOCK=norm_tile.block,
+        )
+        _launch(
+            match.stream_match_kernel,
+            layout.pairs * layout.windows * layout.blocks,
+            tile,
+            (*maps, slots, max_sim, argmax, norm, partial, *strides, *common),
+            **layout.flags(),
+            ROWS=layout.rows,
+            BLOCK=tile.block,
+            **precision,
+        )
+    else:
+        programs = [layout.groups_of_tiles * layout.tiles * layout.windows]
+        if layout.tiles > 1:
+            even = layout.tiles - 1 + (layout.tiles - 1) % 2
+            programs.append(layout.groups * layout.windows * (even // 2 * (even + 1)))
+        for count, diagonal in zip(programs, (True, False), strict=False):
             _launch(
-                match.norm_kernel,
-                layout.groups * layout.nodes * _ceil(layout.map_pixels, norm_tile.rows),
-                norm_tile,
-                (*maps, norm, *strides, *layout.extents()[:6]),
-                SET=key is None,
-                SAME=layout.same_channel_stride,
-                ROWS=norm_tile.rows,
-                BLOCK=norm_tile.block,
-            )
-            _launch(
-                match.stream_match_kernel,
-                layout.pairs * layout.windows * layout.blocks,
+                match.match_kernel,
+                count,
                 tile,
-                (*maps, slots, max_sim, argmax, norm, partial, *strides, *common),
+                (
+                    *(*maps, slots, order, max_sim, argmax, norm, partial),
+                    *(*strides, *common, layout.groups_per_tile),
+                ),
                 **layout.flags(),
-                ROWS=layout.rows,
+                MERGED=layout.merged,
+                DIAGONAL=diagonal,
+                SAME=layout.same_channel_stride,
+                LANES=layout.lanes,
+                PIXELS=layout.pixels,
                 BLOCK=tile.block,
                 **precision,
             )
-        else:
-            programs = [layout.groups_of_tiles * layout.tiles * layout.windows]
-            if layout.tiles > 1:
-                even = layout.tiles - 1 + (layout.tiles - 1) % 2
-                programs.append(layout.groups * layout.windows * (even // 2 * (even + 1)))
-            for count, diagonal in zip(programs, (True, False), strict=False):
-                _launch(
-                    match.match_kernel,
-                    count,
-                    tile,
-                    (
-                        *(*maps, slots, order, max_sim, argmax, norm, partial),
-                        *(*strides, *common, layout.groups_per_tile),
-                    ),
-                    **layout.flags(),
-                    MERGED=layout.merged,
-                    DIAGONAL=diagonal,
-                    SAME=layout.same_channel_stride,
-                    LANES=layout.lanes,
-                    PIXELS=layout.pixels,
-                    BLOCK=tile.block,
-                    **precision,
-                )
-        _launch(
-            match.loss_kernel,
-            _ceil(layout.pairs, 16),
-            Tile(0, 0, 4, 1),
-            (partial, slots, loss, layout.pairs, lines, capacity, layout.map_pixels),
-            HAS_MASK=mask is not None,
-            PAIRS=16,
-            LINES=64,
-        )
+    _launch(
+        match.loss_kernel,
+        _ceil(layout.pairs, 16),
+        Tile(0, 0, 4, 1),
+        (partial, slots, loss, layout.pairs, lines, capacity, layout.map_pixels),
+        HAS_MASK=mask is not None,
+        PAIRS=16,
+        LINES=64,
+    )
 
 
 def backward(
@@ -227,51 +223,50 @@ def backward(
     same = layout.same_channel_stride and grads[0].stride(2) == grads[1].stride(2)
     strides = [stride for tensor in (*maps, *grads) for stride in tensor.stride()]
     slots, order = plan(layout)
-    common = (*layout.extents(), max_sim.shape[0], eps)
+    common = (*layout.extents(), max_sim.shape[0], _representable(eps))
     grad_loss = grad_loss.to(torch.float32).contiguous()
-    with _device_of(query):
-        if layout.streamed:
-            _launch(
-                gradient.stream_gradient_kernel,
-                layout.groups
-                * layout.nodes
-                * layout.windows
-                * layout.blocks
-                * _ceil(query.shape[2], tile.block),
-                tile,
-                (*maps, *grads, grad_loss, slots, max_sim, argmax, norm, *strides, *common),
-                **layout.flags(),
-                SAME=same,
-                ROWS=layout.rows,
-                BLOCK=tile.block,
-                **_precision(query, gradient=True),
-            )
-            return
+    if layout.streamed:
         _launch(
-            gradient.gradient_kernel,
-            layout.groups_of_tiles * layout.tiles * layout.windows,
+            gradient.stream_gradient_kernel,
+            layout.groups
+            * layout.nodes
+            * layout.windows
+            * layout.blocks
+            * _ceil(query.shape[2], tile.block),
             tile,
-            (
-                *maps,
-                *grads,
-                grad_loss,
-                slots,
-                order,
-                max_sim,
-                argmax,
-                norm,
-                *strides,
-                *common,
-                layout.groups_per_tile,
-            ),
+            (*maps, *grads, grad_loss, slots, max_sim, argmax, norm, *strides, *common),
             **layout.flags(),
-            MERGED=layout.merged,
             SAME=same,
-            LANES=layout.lanes,
-            PIXELS=layout.pixels,
+            ROWS=layout.rows,
             BLOCK=tile.block,
             **_precision(query, gradient=True),
         )
+        return
+    _launch(
+        gradient.gradient_kernel,
+        layout.groups_of_tiles * layout.tiles * layout.windows,
+        tile,
+        (
+            *maps,
+            *grads,
+            grad_loss,
+            slots,
+            order,
+            max_sim,
+            argmax,
+            norm,
+            *strides,
+            *common,
+            layout.groups_per_tile,
+        ),
+        **layout.flags(),
+        MERGED=layout.merged,
+        SAME=same,
+        LANES=layout.lanes,
+        PIXELS=layout.pixels,
+        BLOCK=tile.block,
+        **_precision(query, gradient=True),
+    )
 
 
 def plan(layout: Layout) -> tuple[Tensor, Tensor]:
@@ -286,8 +281,9 @@ def plan(layout: Layout) -> tuple[Tensor, Tensor]:
     if mask is None:
         one = torch.arange(nodes if ordered else 1, dtype=torch.int32, device=device)
         return one, one.repeat(groups, 1) if ordered else one
-    if nodes > MOST_PLANNED:
-        return _slots_of_many(mask), _order_of_many(layout) if ordered else mask
+    if nodes > MOST_PLANNED or groups > MOST_PLANNED:
+        slots = _slots_of_many(mask)
+        return slots, _order_of_many(layout) if ordered else slots
     slots = torch.empty_like(mask, dtype=torch.int32, memory_format=torch.contiguous_format)
     order = slots.new_empty((groups, nodes)) if ordered else slots
     _launch(
@@ -337,7 +333,9 @@ def _launch(
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     if torch.version.hip is None:
         options["maxnreg"] = MOST_REGISTERS
-    kernel[(programs,)](*arguments, **constants, **options)
+    # Triton launches on the current device, which need not be that of the tensors.
+    with _device_of(arguments[0]):
+        kernel[(programs,)](*arguments, **constants, **options)
 
 
 def capability(x: Tensor) -> int:
@@ -364,6 +362,11 @@ def _precision(x: Tensor, gradient: bool = False) -> dict[str, Any]:
     else:
         precision = "ieee"
     return {"PRECISION": precision, "UPCAST": interpreted}
+
+
+def _representable(eps: float) -> float:
+    """An eps whose inverse fp32 can hold."""
+    return max(eps, torch.finfo(torch.float32).tiny)
 
 
 def _device_of(x: Tensor) -> AbstractContextManager[Any]:

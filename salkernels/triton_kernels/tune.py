@@ -9,6 +9,7 @@ Nothing else changes: without the variable the table of `config.py` holds.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import os
 import statistics
@@ -28,10 +29,13 @@ DEFAULT_PATH = Path("~/.cache/salkernels/triton_tiles.json")
 ROUNDS = 20
 
 
-def candidates(kernel: str, dtype: torch.dtype) -> list[Tile]:
-    """Tiles worth a try; the one of the table comes first."""
+def candidates(kernel: str, dtype: torch.dtype, pixels: int = 1) -> list[Tile]:
+    """Tiles worth a try that hold a window of so many pixels; the one of the table comes first."""
     first = config.TABLE[kernel, dtype]
+    rows: tuple[int, ...]
     rows = (32, 64) if "gradient" in kernel or dtype == torch.float32 else (64, 128)
+    if not kernel.startswith("stream_"):
+        rows = tuple(n for n in rows if n >= pixels)  # else the streamed twin would be timed
     grid = itertools.product(rows, (16, 32, 64, 128), (4, 8), (1, 2, 3, 4))
     return [first, *(tile for tile in itertools.starmap(Tile, grid) if tile != first)]
 
@@ -129,7 +133,8 @@ def main() -> None:
     for dtype in (getattr(torch, name) for name in options.dtypes):
         for kernel, call in calls(options, dtype).items():
             key = (kernel, dtype, launch.capability(torch.empty(0, device="cuda")))
-            chosen, times = best(key, candidates(kernel, dtype), lambda run=call: milliseconds(run))  # type: ignore[misc]
+            tried = candidates(kernel, dtype, options.window**2)
+            chosen, times = best(key, tried, functools.partial(milliseconds, call))
             tiles[key] = chosen
             before = times.get(config.TABLE[kernel, dtype], float("nan"))
             print(f"{kernel:15} {dtype}: {times[chosen]:.4f} ms with {chosen}, was {before:.4f} ms")
