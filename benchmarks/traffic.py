@@ -14,11 +14,17 @@ import argparse
 import csv
 import importlib
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .cases import Case
+import torch
+from torch import Tensor
+
+from salkernels import reference
+
+from .cases import LAYOUTS, Case
 
 RESULTS = Path(__file__).parent / "results"
 PROVIDERS = {
@@ -27,6 +33,7 @@ PROVIDERS = {
     "peers": "benchmarks.traffic_peers",
 }
 SECTOR = 32  # bytes
+EPS = 1e-12
 
 # The suites' windows and channels; maps of a few windows, since windows do not share work.
 CASES = (
@@ -102,6 +109,42 @@ def row_of(
         mma_flops=int(sum(s.mma_flops for s in stats)),
         error=float(f"{error:.2g}"),
     )
+
+
+def measure(
+    provider: str,
+    case: Case,
+    stats: list[Any],
+    forward: Callable[[Tensor, Tensor, tuple[int, int]], tuple[Tensor, ...]],
+    backward: Callable[[Tensor, Tensor, Tensor, tuple[int, int], tuple[Tensor, ...]], Tensor],
+) -> list[Row]:
+    """Forward and backward of a case, compared with the definition; `stats` fills as they run.
+
+    `forward(features, mask, window)` gives loss, argmax, max_sim and whatever else is kept;
+    `backward(grad, features, mask, window, outputs)` the gradient of the features.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shape = (case.samples, case.channels, case.height, case.width)
+    features = torch.randn(shape, generator=generator).to(case.torch_dtype)
+    features = features.contiguous(memory_format=LAYOUTS[case.layout])[None]
+    mask, window = case.pairs[None], (case.window, case.window)
+    size = features.numel() * features.element_size()
+
+    stats.clear()
+    outputs = forward(features, mask, window)
+    expected = reference.pair_losses_forward(features, None, mask, window, EPS, case.num_pairs)
+    error = max(float((outputs[i] - expected[i]).abs().max()) for i in (0, 2))
+    written = sum(t.numel() * t.element_size() for t in outputs)
+    rows = [row_of(provider, case, "forward", stats, size, written, error)]
+
+    stats.clear()
+    grad = torch.randn(outputs[0].shape, generator=generator)
+    actual = backward(grad, features, mask, window, outputs).double()
+    saved = (expected[1], expected[2], window, EPS)
+    wanted = reference.pair_losses_backward(grad, features, None, mask, *saved)[0].double()
+    error = float((actual - wanted).norm() / wanted.norm())
+    rows.append(row_of(provider, case, "backward", stats, size, size, error))
+    return rows
 
 
 def write_rows(provider: str, rows: list[Row], directory: Path = RESULTS) -> None:

@@ -13,6 +13,7 @@ from cases import F32, F64, lay_out
 
 import salkernels
 from salkernels import reference
+from salkernels.backends import select
 from salkernels.backends import triton as backend
 
 pytest.importorskip("triton")
@@ -192,14 +193,8 @@ assert salkernels.wla_loss(x, x, 2) == 1  # and without a name another one runs
 def test_the_interpreter_runs_by_name_only():
     x = torch.randn(1, 2, 3, 4)
     assert {s.name: s for s in salkernels.explain(x)}["triton"].available
-    assert importlib_backends().select(None, x, None, (2, 2)) != "triton"
-    assert importlib_backends().select("triton", x, None, (2, 2)) == "triton"
-
-
-def importlib_backends():
-    import importlib
-
-    return importlib.import_module("salkernels.backends")
+    assert select(None, x, None, (2, 2)) != "triton"
+    assert select("triton", x, None, (2, 2)) == "triton"
 
 
 KEY = ("match", F32, 90)

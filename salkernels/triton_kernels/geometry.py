@@ -72,6 +72,24 @@ def slots_of(
 
 
 @triton.jit
+def slots_between(
+    slots, group_a, node_a, inside_a, group_b, node_b, inside_b, N, M,
+    SET: tl.constexpr, HAS_MASK: tl.constexpr,
+):
+    """Numbers of the pairs between the lanes of two tiles, both (lanes of a, lanes of b):
+    those with a lane of a as the query, and those with it as the key."""
+    slot, _ = slots_of(
+        slots, group_a[:, None], node_a[:, None], inside_a[:, None],
+        group_b[None, :], node_b[None, :], inside_b[None, :], N, M, SET, HAS_MASK,
+    )
+    back, _ = slots_of(
+        slots, group_b[None, :], node_b[None, :], inside_b[None, :],
+        group_a[:, None], node_a[:, None], inside_a[:, None], N, M, SET, HAS_MASK,
+    )
+    return slot, back
+
+
+@triton.jit
 def row_pointers(
     query, key, group, node, row, column, N,
     query_group, query_sample, query_row, query_column,

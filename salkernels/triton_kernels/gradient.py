@@ -28,6 +28,7 @@ from .geometry import (
     nodes_of,
     pixels_of,
     row_pointers,
+    slots_between,
     slots_of,
     tf32_parts,
     unit_scale,
@@ -180,13 +181,8 @@ def _joined(
     group_b, node_b, inside_b = nodes_of(
         lane, tile_b, order, groups, nodes, GROUPS_PER_TILE, LANES, MERGED
     )
-    slot, place = slots_of(
-        slots, group_a[:, None], node_a[:, None], inside_a[:, None],
-        group_b[None, :], node_b[None, :], inside_b[None, :], N, M, SET, HAS_MASK,
-    )
-    back, place_back = slots_of(
-        slots, group_b[None, :], node_b[None, :], inside_b[None, :],
-        group_a[:, None], node_a[:, None], inside_a[:, None], N, M, SET, HAS_MASK,
+    slot, back = slots_between(
+        slots, group_a, node_a, inside_a, group_b, node_b, inside_b, N, M, SET, HAS_MASK,
     )
     return tl.max(tl.max(tl.maximum(slot, back), 1), 0) >= 0
 

@@ -19,7 +19,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .geometry import channel_offsets, dot, nodes_of, pixels_of, row_pointers, slots_of, unit_scale
+from .geometry import (
+    channel_offsets,
+    dot,
+    nodes_of,
+    pixels_of,
+    row_pointers,
+    slots_between,
+    slots_of,
+    unit_scale,
+)
 
 # Stands for NaN in comparisons, so that it wins; a cosine is never infinite itself.
 NAN_KEY = tl.constexpr(float("inf"))
@@ -96,13 +105,8 @@ def match_kernel(
     group_b, node_b, inside_b = nodes_of(
         lane, tile_b, order, groups, nodes, GROUPS_PER_TILE, LANES, MERGED
     )
-    slot, place = slots_of(
-        slots, group_a[:, None], node_a[:, None], inside_a[:, None],
-        group_b[None, :], node_b[None, :], inside_b[None, :], N, M, SET, HAS_MASK,
-    )
-    slot_back, place = slots_of(
-        slots, group_b[None, :], node_b[None, :], inside_b[None, :],
-        group_a[:, None], node_a[:, None], inside_a[:, None], N, M, SET, HAS_MASK,
+    slot, slot_back = slots_between(
+        slots, group_a, node_a, inside_a, group_b, node_b, inside_b, N, M, SET, HAS_MASK,
     )
     if MERGED or not DIAGONAL:
         # No pair, no work: before any load of features. With several tiles the diagonal stays,
