@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from salkernels import SALTerms, backends, gp_loss, positional_positives, slice_pairs
+from salkernels import backends, slice_pairs
 
 from .cases import THRESHOLD, Problem
 from .machine import describe, synchronise
@@ -34,25 +34,9 @@ SLICES, CROP, WIDTH = 16, 96, 16  # n, pixels and first level of the preset `des
 EXTRA = ("naive", "gram")  # what the step would cost without this package
 
 
-class AlignedBy(nn.Module):
-    """SAL's loss (Eq. 3, λ = 1) with the alignment term of any provider."""
-
-    def __init__(self, provider: Provider, window: int) -> None:
-        super().__init__()
-        self.provider, self.window = provider, window
-
-    def forward(
-        self,
-        features: Tensor,  # (S, C, H, W)
-        embeddings: Tensor,  # (S, D)
-        volume: Tensor,  # (S,)
-        index: Tensor,  # (S,)
-        num_slices: Tensor,  # (S,)
-    ) -> SALTerms:
-        gp = gp_loss(embeddings, positional_positives(index.double() / num_slices, THRESHOLD))
-        pairs = slice_pairs(volume, index, num_slices, THRESHOLD)
-        la = self.provider.run(problem_of(features, pairs, self.window))
-        return SALTerms(gp + la, gp, la)
+def align_by(provider: Provider, window: int, embedded: Tensor, pairs: Tensor) -> Tensor:
+    """The alignment term of SAL by any provider."""
+    return provider.run(problem_of(embedded, pairs, window))
 
 
 def problem_of(features: Tensor, pairs: Tensor, window: int) -> Problem:
@@ -63,15 +47,15 @@ def problem_of(features: Tensor, pairs: Tensor, window: int) -> Problem:
 class Step:
     """A pre-training step on random views; the same weights and views for every loss."""
 
-    def __init__(self, loss: nn.Module, settings: Settings, window: int, quick: bool) -> None:
+    def __init__(self, provider: Provider, settings: Settings, window: int, quick: bool) -> None:
         from salkernels.training.methods import SAL, SALConfig, Views
         from salkernels.training.models import UNetConfig
 
         torch.manual_seed(0)
         slices, crop, width = (4, 32, 4) if quick else (SLICES, CROP, WIDTH)
         model = UNetConfig(width=width, depth=4 if quick else 5)
-        method = SAL(model, SALConfig(window_size=window))
-        method.loss = loss
+        method = SAL(model, SALConfig(window_size=window, t=THRESHOLD), corpus=None)
+        method.align = functools.partial(align_by, provider, window)
         device = torch.device(settings.device)
         self.method = method.to(device, memory_format=torch.channels_last)
         half = torch.arange(slices // 2)
@@ -79,10 +63,12 @@ class Step:
             "volume": torch.tensor([0, 1]).repeat_interleave(slices // 2),
             "slice_index": half.repeat(2),
             "num_slices": torch.full((slices,), slices // 2),
+            "sample": torch.arange(slices),
         }
         columns = {name: column.repeat(2).to(device) for name, column in samples.items()}
         images = torch.randn(2 * slices, 1, crop, crop).to(device)
-        self.views = Views(images.contiguous(memory_format=torch.channels_last), **columns)
+        images = images.contiguous(memory_format=torch.channels_last)
+        self.views = Views(images, **columns, generator=torch.Generator(device))
         self.optimiser = torch.optim.SGD(self.method.parameters(), lr=0.01, momentum=0.9)
 
     def __call__(self) -> Tensor:
@@ -107,8 +93,7 @@ def measure_training(label: str, settings: Settings, folder: Path, window: int =
     chosen = [*EXTRA, *(f"salkernels-{status.name}" for status in backends() if status.available)]
     found = {name: providers()[name] for name in chosen}
     steps = {
-        name: Step(AlignedBy(provider, window), settings, window, settings.quick)
-        for name, provider in found.items()
+        name: Step(provider, settings, window, settings.quick) for name, provider in found.items()
     }
     problem = next(iter(steps.values())).problem(window)
     # The first step of each starts from the same weights: its loss must be the same.

@@ -17,13 +17,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+Geometry = Literal["shared", "independent"]
+
 
 @dataclass
 class AugmentConfig:
     """Strength of augmentation; 0 switches a part off.
 
     Args:
-        geometry: "shared" by the slices of one scan, or "independent" for every view.
+        geometry: "shared" by the slices of one scan, "independent" for every view, or "auto": what
+            the pre-training method is defined on, and independent in fine-tuning.
         rotation: largest rotation in degrees.
         scale: largest zoom, as a factor: 1.25 means from 1/1.25 to 1.25.
         shift: largest shift, as a fraction of the network's field of view.
@@ -37,7 +40,7 @@ class AugmentConfig:
         noise: largest standard deviation of Gaussian noise.
     """
 
-    geometry: Literal["shared", "independent"] = "shared"
+    geometry: Literal["auto", "shared", "independent"] = "auto"
     rotation: float = 30.0
     scale: float = 1.25
     shift: float = 0.1
@@ -72,12 +75,14 @@ def augment(
     *,
     group: Tensor | None = None,  # (B,) int64: slices of one scan share a number
     labels: Tensor | None = None,  # (B, H, W) integers
+    centres: Tensor | None = None,  # (B, 2): where views are centred, instead of a random shift
 ) -> tuple[Tensor, Tensor | None]:
     """Random views (B, 1, size, size), and the labels (B, size, size) under the same geometry.
 
-    Everything random is drawn from `generator`, which lives on the device of the images.
+    Everything random is drawn from `generator`, which lives on the device of the images. Strong
+    transforms are shared by the members of a group; without groups each view has its own.
     """
-    grid = sampling_grid(images, size, config, generator, group)
+    grid = sampling_grid(images, size, config, generator, group, centres)
     # The border's value goes on outside: background, where zero would be the mean of the volume.
     views = F.grid_sample(images, grid, "bilinear", "border", align_corners=False)
     if labels is not None:
@@ -94,10 +99,11 @@ def sampling_grid(
     config: AugmentConfig,
     generator: torch.Generator,
     group: Tensor | None = None,
+    centres: Tensor | None = None,
 ) -> Tensor:
     """Where each output pixel looks in its image: (B, size, size, 2) in [-1, 1], x before y."""
     batch = len(images)
-    if config.geometry == "independent" or group is None:
+    if group is None:
         strong, own = torch.arange(batch, device=images.device), 0.0
         draws = batch
     else:
@@ -113,7 +119,8 @@ def sampling_grid(
     field = size / images.shape[-1]  # the network sees this part of the canvas
     turn = torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos()), dim=1).view(-1, 2, 2)
     linear = field * log_scale.exp()[:, None, None] * turn * mirror[strong][:, None, :]
-    theta = torch.cat((linear, (field * shift)[:, :, None]), dim=2)
+    centre = field * shift if centres is None else centres
+    theta = torch.cat((linear, centre[:, :, None]), dim=2)
     grid = F.affine_grid(theta, [batch, 1, size, size], align_corners=False)
     if config.elastic:
         coarse = torch.randn(draws, 2, 5, 5, device=images.device, generator=generator)

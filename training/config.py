@@ -10,7 +10,15 @@ from typing import Literal
 from .augment import AugmentConfig
 from .data.datasets import DATASETS
 from .data.preprocess import PreprocessConfig
-from .methods import METHODS, SALConfig
+from .methods import (
+    METHODS,
+    CCropConfig,
+    ContrastConfig,
+    GCLConfig,
+    PCLConfig,
+    PIRLConfig,
+    SALConfig,
+)
 from .models import UNetConfig
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -138,6 +146,11 @@ class PretrainConfig(RunConfig):
         num_folds: number of folds that leave_out_fold counts in.
         split_seed: of these folds; the same as in fine-tuning, or they are other folds.
         monitor_every: steps between two looks at collapse.
+        pirl: settings of PIRL.
+        simclr: settings of SimCLR.
+        gcl: settings of GCL.
+        pcl: settings of PCL.
+        ccrop: settings of ContrastiveCrop.
         sal: settings of SAL.
     """
 
@@ -147,6 +160,11 @@ class PretrainConfig(RunConfig):
     num_folds: int = 5
     split_seed: int = 0
     monitor_every: int = 50
+    pirl: PIRLConfig = field(default_factory=PIRLConfig)
+    simclr: ContrastConfig = field(default_factory=ContrastConfig)
+    gcl: GCLConfig = field(default_factory=GCLConfig)
+    pcl: PCLConfig = field(default_factory=PCLConfig)
+    ccrop: CCropConfig = field(default_factory=CCropConfig)
     sal: SALConfig = field(default_factory=SALConfig)
 
     def __post_init__(self) -> None:

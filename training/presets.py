@@ -61,12 +61,18 @@ PRETRAIN: dict[PresetName, dict[str, Any]] = {
     },
     "desk": {**_DESK, "optim.steps": 2500},
     "acdc": {**_ACDC, "slices": 32, "optim.lr": 0.1, "optim.steps": 18000},
-    "chd": {**_CHD, "slices": 32, "optim.lr": 0.1, "optim.steps": 100000, "sal.t": 0.1},
+    "chd": {
+        **_CHD,
+        "slices": 32,
+        "optim.lr": 0.1,
+        "optim.steps": 100000,
+        "sal.t": 0.1,
+        "pcl.t": 0.1,
+    },
 }
 
 # Fine-tuning moves each slice by itself, and adapts pre-trained weights with a small rate.
 _FINETUNE = {
-    "augment.geometry": "independent",
     "augment.elastic": 0.02,
     "optim.name": "adamw",
     "optim.lr": 1e-3,

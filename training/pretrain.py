@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +31,25 @@ def pretrain(config: PretrainConfig) -> Path:
     """Runs pre-training in `config.out` and returns the path of the encoder's weights."""
     device = Device.of(config)
     cache = open_dataset(config)
+    corpus = Slices(cache)
     dataset = TwoSubjects(cache, subjects(config, cache), config.slices, config.seed)
     log = RunLog(config, "pretrain", device.describe())
 
     torch.manual_seed(config.seed)
-    method = METHODS[config.method](config.model, config.sal)
+    settings = getattr(config, config.method, None)
+    method = METHODS[config.method](config.model, settings, corpus)
     if not (config.out / INITIAL).exists():
         save_encoder(config.out / INITIAL, method.encoder, _about(config, cache, 0))
+    if not method.trains:
+        log.close()
+        save_encoder(config.out / ENCODER, method.encoder, _about(config, cache, 0))
+        return config.out / ENCODER
     device.to(method)
     latest: dict[str, Any] = {}
 
     def step(batch: SliceBatch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        views = make_views(batch, config, device.device, generator)
+        method.before_step(batch.step, config.optim.steps, corpus)
+        views = make_views(batch, config, device.device, generator, method.centres)
         with device.autocast():
             outcome = method(views)
         latest.update(views=views, outcome=outcome)
@@ -72,6 +80,20 @@ def pretrain(config: PretrainConfig) -> Path:
     return config.out / ENCODER
 
 
+class Slices:
+    """All slices of a cache, for methods that remember or revisit each of them."""
+
+    def __init__(self, cache: VolumeCache) -> None:
+        self.cache = cache
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.cache.images)
+
+    def canvases(self, start: int, stop: int) -> Tensor:
+        return torch.from_numpy(self.cache.images[start:stop].copy())[:, None]
+
+
 def subjects(config: PretrainConfig, cache: VolumeCache) -> tuple[str, ...]:
     """The subjects that pre-training sees: all, unless a fold is to be left out."""
     if config.leave_out_fold is None:
@@ -80,19 +102,35 @@ def subjects(config: PretrainConfig, cache: VolumeCache) -> tuple[str, ...]:
 
 
 def make_views(
-    batch: SliceBatch, config: PretrainConfig, device: torch.device, generator: torch.Generator
+    batch: SliceBatch,
+    config: PretrainConfig,
+    device: torch.device,
+    generator: torch.Generator,
+    centres: Callable[[Tensor, torch.Generator], Tensor | None] | None = None,
 ) -> Views:
     """Both views of each slice: first view of all n slices, then the second of all."""
     images = batch.images.to(device, non_blocking=True).repeat(2, 1, 1, 1)
-    volume, index, depth = (
+    volume, index, depth, sample = (
         column.to(device, non_blocking=True).repeat(2)
-        for column in (batch.volume, batch.slice_index, batch.num_slices)
+        for column in (batch.volume, batch.slice_index, batch.num_slices, batch.sample)
     )
-    # Scans numbered from 0 within the batch: slices of one scan share their strong transform.
-    group = torch.unique(volume, return_inverse=True)[1]
-    views, _ = augment(images, config.crop, config.augment, generator, group=group)
+    group = None
+    geometry = config.augment.geometry
+    if geometry == "auto":
+        geometry = METHODS[config.method].geometry
+    if geometry == "shared":
+        # Scans numbered from 0 within the batch: slices of one scan share their strong transform.
+        group = torch.unique(volume, return_inverse=True)[1]
+    views, _ = augment(
+        images,
+        config.crop,
+        config.augment,
+        generator,
+        group=group,
+        centres=centres(sample, generator) if centres else None,
+    )
     views = views.contiguous(memory_format=torch.channels_last)
-    return Views(views, volume, index, depth)
+    return Views(views, volume, index, depth, sample, generator)
 
 
 class CollapseWatch:
@@ -101,7 +139,7 @@ class CollapseWatch:
     def __init__(self, method: Method, out: Path) -> None:
         self.method = method
         self.path = out / "warnings.txt"
-        self.history = [row for row in read_metrics(out) if "la_control" in row]
+        self.history = [row for row in read_metrics(out) if method.watched in row]
         said = self.path.read_text().splitlines() if self.path.exists() else []
         self.said = {line.partition(": ")[0] for line in said}
 

@@ -39,7 +39,7 @@ def test_no_strength_is_the_centre_crop():
 def test_labels_move_with_the_image():
     # The image is its own label: after any geometry they must still agree almost everywhere.
     labels = (smooth(8) > 0).to(torch.uint8)[:, 0]
-    config = AugmentConfig(geometry="independent", elastic=0.03, flip=0.5, **CALM)
+    config = AugmentConfig(elastic=0.03, flip=0.5, **CALM)
     views, moved = augment(labels[:, None].float(), 48, config, rng(3), labels=labels)
     assert moved.dtype == torch.uint8
     # Nearest and thresholded linear sampling differ at edges only; a pixel of shift would be 5 %.
@@ -59,10 +59,18 @@ def test_shared_geometry_is_one_per_group_and_jitter_is_small():
     assert 0 < (jittered[0] - jittered[2]).abs().max() < 3 * pixel
 
 
-def test_independent_geometry_differs_within_a_group():
-    config = AugmentConfig(geometry="independent")
-    grid = sampling_grid(smooth(2), 48, config, rng(5), torch.tensor([0, 0]))
+def test_without_groups_every_view_has_its_own_geometry():
+    grid = sampling_grid(smooth(2), 48, AugmentConfig(), rng(5))
     assert (grid[0] - grid[1]).abs().max() > 0.05
+
+
+def test_given_centres_replace_the_shift_and_leave_the_rest():
+    centres = torch.tensor([[0.3, -0.2], [-0.1, 0.25]])
+    grid = sampling_grid(smooth(2), 48, AugmentConfig(), rng(5), None, centres)
+    torch.testing.assert_close(grid.mean(dim=(1, 2)), centres, atol=1e-5, rtol=0)
+    drawn = sampling_grid(smooth(2), 48, AugmentConfig(), rng(5))
+    still = [g - g.mean(dim=(1, 2), keepdim=True) for g in (grid, drawn)]
+    torch.testing.assert_close(*still, atol=1e-5, rtol=0)
 
 
 def test_rotation_by_a_known_angle(monkeypatch):
@@ -80,7 +88,7 @@ def test_rotation_by_a_known_angle(monkeypatch):
 
 def test_zoom_and_shift_stay_within_their_limits():
     x = smooth(64, 64)
-    config = AugmentConfig(**{**STILL, "scale": 1.25, "shift": 0.1}, geometry="independent")
+    config = AugmentConfig(**{**STILL, "scale": 1.25, "shift": 0.1})
     grid = sampling_grid(x, 48, config, rng(6))
     extent = grid[:, 24, -1, 0] - grid[:, 24, 0, 0]
     whole = 2 * (48 / 64) * 47 / 48  # pixel centres

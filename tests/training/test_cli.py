@@ -147,7 +147,7 @@ def test_a_saved_configuration_is_a_settings_file(runs, tmp_path, capsys):
         (["--optim.learning_rate=1"], "learning_rate"),
         (["--preset=laptop"], "laptop"),
         (["--dataset=brats"], "expected one of acdc, chd"),
-        (["--method=dino"], "expected one of sal"),
+        (["--method=dino"], "expected one of random, rotation"),
         (["--crop=50"], "multiple of 16"),
         (["--optim.lr=-1"], "optim.lr must be a finite number > 0"),
         (["--sal.window_size=99"], "larger than the 12 x 12 map"),

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from salkernels import wla_set_loss
 from salkernels.training.methods import SAL, SALConfig, Views
-from salkernels.training.methods.sal import mean_cosine
+from salkernels.training.methods.base import mean_cosine
 from salkernels.training.models import UNetConfig
 
 MODEL = UNetConfig(width=4, depth=4)
@@ -21,7 +21,8 @@ def views(samples=8, seed=0):
     volume = torch.tensor([3, 3, 5, 5]).repeat(samples // 4)
     index = torch.randint(0, 6, (samples,), generator=generator)
     images = torch.randn(samples, 1, 32, 32, generator=generator)
-    return Views(images, volume, index, torch.full((samples,), 6))
+    depth = torch.full((samples,), 6)
+    return Views(images, volume, index, depth, 6 * volume + index, torch.Generator())
 
 
 def naive(method, batch, t, tau, window):
@@ -55,7 +56,7 @@ def naive(method, batch, t, tau, window):
 def test_loss_is_equation_three(window):
     torch.manual_seed(0)
     config = SALConfig(window_size=window, lambda_=2.5, t=0.4, temperature=0.2)
-    method = SAL(MODEL, config).eval()
+    method = SAL(MODEL, config, corpus=None).eval()
     batch = views()
     outcome = method(batch)
     gp, la = naive(method, batch, 0.4, 0.2, window)
@@ -66,7 +67,7 @@ def test_loss_is_equation_three(window):
 
 def test_every_part_learns_and_a_frozen_embedding_does_not():
     for kind, learns in (("linear", True), ("orthogonal", False)):
-        method = SAL(MODEL, SALConfig(embedding=kind))
+        method = SAL(MODEL, SALConfig(embedding=kind), corpus=None)
         method(views()).loss.backward()
         assert (method.embedding.layer.weight.grad is not None) == learns
         assert all(p.grad is not None for p in method.encoder.parameters())
@@ -74,7 +75,7 @@ def test_every_part_learns_and_a_frozen_embedding_does_not():
 
 
 def test_lambda_zero_leaves_the_embedding_alone():
-    method = SAL(MODEL, SALConfig(lambda_=0))
+    method = SAL(MODEL, SALConfig(lambda_=0), corpus=None)
     outcome = method(views())
     assert outcome.terms["la"] == 0
     outcome.loss.backward()
@@ -82,7 +83,7 @@ def test_lambda_zero_leaves_the_embedding_alone():
 
 
 def test_monitor_tells_true_pairs_from_other_scans():
-    method = SAL(MODEL, SALConfig(embedding="none")).eval()
+    method = SAL(MODEL, SALConfig(embedding="none"), corpus=None).eval()
     batch = views()
     # Every sample of a scan shows the same image, so true pairs match perfectly.
     base = torch.randn(2, 1, 32, 32)
@@ -95,7 +96,7 @@ def test_monitor_tells_true_pairs_from_other_scans():
 
 
 def test_the_control_takes_near_positions_of_other_scans():
-    method = SAL(MODEL, SALConfig(embedding="none", t=0.4)).eval()
+    method = SAL(MODEL, SALConfig(embedding="none", t=0.4), corpus=None).eval()
     batch = views()._replace(num_slices=torch.tensor([6, 6, 9, 9]).repeat(2))
     outcome = method(batch)
     count = len(batch.images)
@@ -125,7 +126,7 @@ def figures(**changes):
 
 
 def test_warnings_come_when_features_collapse():
-    method = SAL(MODEL, SALConfig())
+    method = SAL(MODEL, SALConfig(), corpus=None)
     assert method.warnings([]) == {}
     assert method.warnings([figures(), figures(la_pairs=0.1)]) == {}
     assert set(method.warnings([figures(), figures(cosine_embedding=0.95)])) == {
@@ -140,7 +141,9 @@ def test_warnings_come_when_features_collapse():
     assert "0.500 to 0.100" in fallen["control falls"]
     # The advice is something that the run does not do already.
     assert "sal.embedding" in fallen["control falls"]
-    fixed = SAL(MODEL, SALConfig(embedding="orthogonal")).warnings(history)["control falls"]
+    fixed = SAL(MODEL, SALConfig(embedding="orthogonal"), corpus=None).warnings(history)[
+        "control falls"
+    ]
     assert "sal.embedding" not in fixed
     assert "smaller sal.lambda_" in fixed
 
@@ -163,4 +166,4 @@ def test_impossible_settings_are_refused(changes, message):
 
 def test_scale_beyond_the_encoder():
     with pytest.raises(ValueError, match="has 4 levels"):
-        SAL(MODEL, SALConfig(scale=5))
+        SAL(MODEL, SALConfig(scale=5), corpus=None)

@@ -28,6 +28,7 @@ class SliceBatch(NamedTuple):
     volume: Tensor  # (n,) int64, the scan in the cache
     slice_index: Tensor  # (n,) int64, the slice in its scan
     num_slices: Tensor  # (n,) int64, V of that scan
+    sample: Tensor  # (n,) int64, the slice among all slices of the cache
     names: list[str]  # the scan of each slice, for messages
 
     def describe(self) -> str:
@@ -145,5 +146,6 @@ def _collect(cache: VolumeCache, step: int, chosen: Sequence[tuple[int, int]]) -
         volume=torch.tensor(scans),
         slice_index=torch.tensor(indices),
         num_slices=torch.tensor([cache.num_slices(scan) for scan in scans]),
+        sample=torch.tensor([cache.volumes[scan].offset + index for scan, index in chosen]),
         names=[cache.volumes[scan].name for scan in scans],
     )

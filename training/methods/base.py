@@ -4,20 +4,43 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from ..augment import Geometry
 from ..models import Encoder
+
+COSINE_LIMIT = 0.9  # mean cosine of arbitrary features above which they count as collapsed
 
 
 class Views(NamedTuple):
-    """The 2n augmented samples of a step: both views of n slices, on the training device."""
+    """The 2n augmented samples of a step: the first view of n slices, then the second of each."""
 
-    images: Tensor  # (2n, 1, H, W)
-    volume: Tensor  # (2n,) int64
-    slice_index: Tensor  # (2n,) int64
-    num_slices: Tensor  # (2n,) int64
+    images: Tensor  # (2n, 1, H, W), on the training device
+    volume: Tensor  # (2n,) int64, the scan in the data set
+    slice_index: Tensor  # (2n,) int64, the slice in its scan
+    num_slices: Tensor  # (2n,) int64, V of that scan
+    sample: Tensor  # (2n,) int64, the slice among all slices of the data set
+    generator: torch.Generator  # of the step, for what the method draws itself
+
+    @property
+    def position(self) -> Tensor:
+        """Relative position of each slice in its scan, in [0, 1): (2n,) float64."""
+        return self.slice_index.double() / self.num_slices
+
+
+class Corpus(Protocol):
+    """The slices that pre-training sees, for methods that remember or revisit each of them."""
+
+    @property
+    def num_samples(self) -> int:
+        """Slices of the data set: samples are numbered from 0 to this."""
+
+    def canvases(self, start: int, stop: int) -> Tensor:
+        """Slices `start` to `stop` − 1 without augmentation: (K, 1, size, size) float32, on CPU."""
 
 
 @dataclass
@@ -30,18 +53,58 @@ class Outcome:
 
 
 class Method(nn.Module, ABC):
-    """A pre-training method: an encoder, whatever heads it needs, and a loss."""
+    """A pre-training method: an encoder, whatever heads it needs, and a loss.
 
+    Built as `Method(model, settings, corpus)`, where `settings` is the field of the configuration
+    that bears the method's name, or None for a method without settings.
+
+    Class attributes:
+        geometry: how the method wants the views of a step to be transformed: each by itself, or
+            the slices of one scan alike (`augment.geometry=auto` follows it).
+        watched: a figure of `monitor` whose rows make up the history given to `warnings`.
+        trains: False for the start without pre-training.
+    """
+
+    geometry: ClassVar[Geometry] = "independent"
+    watched: ClassVar[str] = "cosine_encoder"
+    trains: ClassVar[bool] = True
     encoder: Encoder
 
     @abstractmethod
     def forward(self, views: Views) -> Outcome:
         """The loss of one batch."""
 
+    def before_step(self, step: int, steps: int, corpus: Corpus) -> None:
+        """Called before step `step` (from 0) of `steps`, where a method looks at all slices."""
+
+    def centres(self, sample: Tensor, generator: torch.Generator) -> Tensor | None:
+        """Where the views of these samples are centred: (B, 2), x before y, 1 = half the canvas.
+
+        None leaves the shift to the augmentation.
+        """
+        return None
+
     def monitor(self, views: Views, outcome: Outcome) -> dict[str, float]:
         """Extra figures, computed now and then, that tell whether the method still learns."""
-        return {}
+        return {name: mean_cosine(maps).item() for name, maps in _cosines(outcome).items()}
 
     def warnings(self, history: list[dict[str, float]]) -> dict[str, str]:
         """What the monitored figures so far give reason to warn about: kind -> sentence."""
-        return {}
+        if not history or history[-1].get("cosine_encoder", 0.0) <= COSINE_LIMIT:
+            return {}
+        return {
+            "collapsed encoder": f"the encoder's pixels have collapsed to one direction (mean "
+            f"cosine {history[-1]['cosine_encoder']:.2f} > {COSINE_LIMIT}); lower optim.lr"
+        }
+
+
+def _cosines(outcome: Outcome) -> dict[str, Tensor]:
+    return {f"cosine_{name}": maps for name, maps in outcome.maps.items()}
+
+
+def mean_cosine(features: Tensor) -> Tensor:
+    """Mean cosine over all pairs of different pixels of (S, C, H, W), without forming the pairs."""
+    unit = F.normalize(features.float(), dim=1)
+    total = unit.sum(dim=(0, 2, 3))
+    count = unit.shape[0] * unit.shape[2] * unit.shape[3]
+    return (total.square().sum() - unit.square().sum()) / (count * (count - 1))

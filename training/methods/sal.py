@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from salkernels import SALLoss, positional_positives, slice_pairs, wla_set_loss
+from salkernels import (
+    SALLoss,
+    gp_loss,
+    positional_positives,
+    slice_pairs,
+    wla_loss,
+    wla_set_loss,
+)
 
+from ..augment import Geometry
+from ..distributed import gather, share
 from ..models import Embedding, EmbeddingKind, Encoder, Projection, UNetConfig
-from .base import Method, Outcome, Views
+from .base import COSINE_LIMIT, Corpus, Method, Outcome, Views, mean_cosine
 
-COSINE_LIMIT = 0.9  # mean cosine of arbitrary pixels above which features count as collapsed
+Centre = Literal["none", "batch", "image", "window"]
 # A fall of LA on pairs of different scans to this share of the untrained network's is suspicious.
 # With a trainable E on ACDC it falls to 0.01; without E, where nothing collapses, single batches of
 # a phantom fall to 0.5.
@@ -30,8 +40,13 @@ class SALConfig:
         lambda_: λ, weight of LA; 0 leaves the positional loss alone, which is PCL.
         t: threshold of both losses as a fraction of the scan.
         temperature: τ of the positional loss.
-        embedding: E before LA: "linear" (the paper), "orthogonal" (fixed), or "none".
+        embedding: E before LA: "linear" (the paper), "normalised" (kernels of unit norm),
+            "orthogonal" (fixed), or "none".
         embedding_dim: channels after E; 0 keeps those of the encoder's map.
+        centre: subtract the mean feature of the batch, of each image or of each window before the
+            cosine, which a direction that all pixels share does not survive; "none" is the paper.
+        stop_gradient: let no gradient into the key side of a pair, so that a feature moves towards
+            its match and the match stays; the paper moves both.
         projection_dim: length of the global feature vector.
     """
 
@@ -42,6 +57,8 @@ class SALConfig:
     temperature: float = 0.1
     embedding: EmbeddingKind = "linear"
     embedding_dim: int = 0
+    centre: Centre = "none"
+    stop_gradient: bool = False
     projection_dim: int = 128
 
     def __post_init__(self) -> None:
@@ -53,65 +70,76 @@ class SALConfig:
                 f"{self.embedding_dim} and {self.projection_dim}"
             )
         # The public losses check ω, λ, t and τ: let them do so before anything is loaded.
-        self.loss()
-
-    def loss(self) -> SALLoss:
-        return SALLoss(
-            self.window_size, lambda_=self.lambda_, t=self.t, temperature=self.temperature
-        )
+        SALLoss(self.window_size, lambda_=self.lambda_, t=self.t, temperature=self.temperature)
 
 
 class SAL(Method):
-    """Encoder, embedding E for LA at scale s, projection for GP at the deepest scale."""
+    """Encoder, embedding E for LA at scale s, projection for GP at the deepest scale (Eq. 3)."""
 
-    def __init__(self, model: UNetConfig, config: SALConfig) -> None:
+    geometry: ClassVar[Geometry] = "shared"  # or a window no longer shows the same anatomy
+    watched: ClassVar[str] = "la_control"
+
+    def __init__(self, model: UNetConfig, settings: SALConfig, corpus: Corpus | None) -> None:
         super().__init__()
-        if config.scale > model.depth:
+        if settings.scale > model.depth:
             raise ValueError(
-                f"sal.scale is {config.scale}, but the encoder has {model.depth} levels; "
+                f"sal.scale is {settings.scale}, but the encoder has {model.depth} levels; "
                 f"use a scale of 1 to {model.depth}"
             )
-        self.config = config
+        self.settings = settings
         self.encoder = Encoder(model)
-        channels = model.channels[config.scale - 1]
-        self.embedding = Embedding(config.embedding, channels, config.embedding_dim or channels)
-        self.projection = Projection(model.channels[-1], config.projection_dim)
-        self.loss = config.loss()
+        channels = model.channels[settings.scale - 1]
+        self.embedding = Embedding(settings.embedding, channels, settings.embedding_dim or channels)
+        self.projection = Projection(model.channels[-1], settings.projection_dim)
 
     def forward(self, views: Views) -> Outcome:
+        settings = self.settings
         maps = self.encoder(views.images)
-        features = maps[self.config.scale - 1]
+        features = maps[settings.scale - 1]
+        # GP contrasts the samples of all processes; a scan, and so a pair of LA, is on one of them.
+        positives = positional_positives(gather(views.position), settings.t)
+        gp = gp_loss(gather(self.projection(maps[-1])), positives, settings.temperature)
+        outcome = Outcome(gp, {"loss": gp, "gp": gp, "la": gp.new_zeros(())})
         embedded = self.embedding(features)
-        terms = self.loss(
-            embedded, self.projection(maps[-1]), views.volume, views.slice_index, views.num_slices
-        )
-        return Outcome(
-            terms.loss,
-            {"loss": terms.loss, "gp": terms.gp, "la": terms.la},
-            {"encoder": features.detach(), "embedding": embedded.detach()},
-        )
+        if settings.lambda_:
+            pairs = self.pairs(views)
+            la = self.align(embedded, pairs) * share(pairs.sum())
+            loss = gp + settings.lambda_ * la
+            outcome = Outcome(loss, {"loss": loss, "gp": gp, "la": la})
+        outcome.maps = {"encoder": features.detach(), "embedding": embedded.detach()}
+        return outcome
+
+    def align(self, embedded: Tensor, pairs: Tensor) -> Tensor:
+        """LA of maps (2n, C, H, W) after E over pairs (2n, 2n)."""
+        window = self.settings.window_size
+        features = centred(embedded, self.settings.centre, window)
+        return alignment(features, pairs, window, self.settings.stop_gradient)
+
+    def pairs(self, views: Views) -> Tensor:
+        """(2n, 2n) bool, the pairs of LA."""
+        return slice_pairs(views.volume, views.slice_index, views.num_slices, self.settings.t)
 
     @torch.no_grad()
     def monitor(self, views: Views, outcome: Outcome) -> dict[str, float]:
         """LA on true pairs and, as a control, on pairs of different scans; how alike pixels are."""
-        volume, index, depth = views.volume, views.slice_index, views.num_slices
-        pairs = slice_pairs(volume, index, depth, self.config.t)
-        near = positional_positives(index.double() / depth, self.config.t)
+        volume = views.volume
+        near = positional_positives(views.position, self.settings.t)
         control = near & (volume[:, None] != volume[None, :])
-        embedded, window = outcome.maps["embedding"], self.config.window_size
+        window = self.settings.window_size
+        features = centred(outcome.maps["embedding"], self.settings.centre, window)
         return {
-            "la_pairs": wla_set_loss(embedded, pairs, window).item(),
-            "la_control": wla_set_loss(embedded, control, window).item(),
-            "cosine_embedding": mean_cosine(embedded).item(),
+            "la_pairs": wla_set_loss(features, self.pairs(views), window).item(),
+            "la_control": wla_set_loss(features, control, window).item(),
+            "cosine_embedding": mean_cosine(features).item(),
             "cosine_encoder": mean_cosine(outcome.maps["encoder"]).item(),
         }
 
     def warnings(self, history: list[dict[str, float]]) -> dict[str, str]:
-        if not history or self.config.lambda_ == 0:
+        if not history or self.settings.lambda_ == 0:
             return {}
         first, last = history[0], history[-1]
         advice = "try a smaller sal.lambda_"
-        if self.config.embedding == "linear":
+        if self.settings.embedding == "linear":
             advice = "try sal.embedding=orthogonal or none, or a smaller sal.lambda_"
         found = {}
         for what in ("embedding", "encoder"):
@@ -130,9 +158,26 @@ class SAL(Method):
         return found
 
 
-def mean_cosine(features: Tensor) -> Tensor:
-    """Mean cosine over all pairs of different pixels of (S, C, H, W), without forming the pairs."""
-    unit = F.normalize(features.float(), dim=1)
-    total = unit.sum(dim=(0, 2, 3))
-    count = unit.shape[0] * unit.shape[2] * unit.shape[3]
-    return (total.square().sum() - unit.square().sum()) / (count * (count - 1))
+def alignment(features: Tensor, pairs: Tensor, window_size: int, stop_gradient: bool) -> Tensor:
+    """LA over the pairs (S, S) of features (S, C, H, W); 0 where there are none."""
+    if not stop_gradient:
+        return wla_set_loss(features, pairs, window_size)
+    # The operator on a set gives a row the gradient of both its roles: gather the pairs instead.
+    query, key = pairs.nonzero(as_tuple=True)
+    losses = wla_loss(features[query], features.detach()[key], window_size, reduction="none")
+    return losses.sum() / max(1, len(query))
+
+
+def centred(features: Tensor, centre: Centre, window_size: int) -> Tensor:
+    """Features (S, C, H, W) less their mean over the batch, each image or each window."""
+    if centre == "none":
+        return features
+    if centre == "batch":
+        return features - features.mean(dim=(0, 2, 3), keepdim=True)
+    if centre == "image":
+        return features - features.mean(dim=(2, 3), keepdim=True)
+    height, width = features.shape[2:]
+    # ceil_mode: windows at the edges are as small as those of the loss.
+    means = F.avg_pool2d(features, window_size, ceil_mode=True)
+    spread = means.repeat_interleave(window_size, 2).repeat_interleave(window_size, 3)
+    return features - spread[:, :, :height, :width]

@@ -1,0 +1,129 @@
+"""ContrastiveCrop (Peng et al., CVPR 2022): SimCLR on crops around what the network looks at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..models import UNetConfig
+from .base import Corpus
+from .contrast import ContrastConfig
+from .simclr import SimCLR
+
+BATCH = 64  # slices per forward pass when the boxes are found
+
+
+@dataclass
+class CCropConfig(ContrastConfig):
+    """Settings of ContrastiveCrop.
+
+    Args:
+        threshold: k, the share of the largest activation above which a pixel is in the box.
+        alpha: α of the Beta distribution of the crop's centre in the box; below 1 it is U-shaped,
+            so that centres keep away from the middle and two crops differ.
+        updates: how often, evenly over training, the boxes are found anew; before the first time
+            a box is the whole slice.
+    """
+
+    threshold: float = 0.1
+    alpha: float = 0.6
+    updates: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.threshold < 1:
+            raise ValueError(f"ccrop.threshold must be in [0, 1), got {self.threshold}")
+        if not self.alpha > 0:
+            raise ValueError(f"ccrop.alpha must be > 0, got {self.alpha}")
+        if self.updates < 0:
+            raise ValueError(f"ccrop.updates must be >= 0, got {self.updates}")
+
+
+class CCrop(SimCLR):
+    """Semantic-aware localisation (Sec. 3.2 there) and centre-suppressed sampling (Sec. 3.3).
+
+    Changed: only the centre of a crop comes from the box; its size and rotation are those of all
+    methods here. A crop is a large part of a slice (96 of 128 pixels on the desk), so its centre
+    stays where the crop lies on the slice.
+    """
+
+    settings: CCropConfig
+    boxes: Tensor
+
+    def __init__(self, model: UNetConfig, settings: CCropConfig, corpus: Corpus) -> None:
+        super().__init__(model, settings, corpus)
+        whole = torch.tensor([-1.0, -1.0, 1.0, 1.0])  # left, top, right, bottom; 1: half the slice
+        self.register_buffer("boxes", whole.repeat(corpus.num_samples, 1))
+
+    def before_step(self, step: int, steps: int, corpus: Corpus) -> None:
+        rounds = self.settings.updates + 1
+        due = {steps * k // rounds for k in range(1, rounds)}
+        if step in due:
+            self.localise(corpus)
+
+    @torch.no_grad()
+    def localise(self, corpus: Corpus) -> None:
+        """Finds the box of every slice from the encoder's present heat map."""
+        training = self.training
+        self.eval()
+        for start in range(0, corpus.num_samples, BATCH):
+            stop = min(start + BATCH, corpus.num_samples)
+            images = fit_stride(corpus.canvases(start, stop), self.encoder.config.stride)
+            heat = self.encoder(images.to(self.boxes.device))[-1].float().sum(dim=1)
+            self.boxes[start:stop] = heat_boxes(heat, self.settings.threshold)
+        self.train(training)
+
+    def centres(self, sample: Tensor, generator: torch.Generator) -> Tensor:
+        boxes = self.boxes[sample]
+        low, high = boxes[:, :2], boxes[:, 2:]
+        return low + (high - low) * symmetric_beta(low, self.settings.alpha, generator)
+
+
+def fit_stride(images: Tensor, stride: int) -> Tensor:
+    """Images (B, 1, H, W) whose sides are multiples of `stride`: resized where they are not."""
+    sides = [max(1, round(side / stride)) * stride for side in images.shape[2:]]
+    if list(images.shape[2:]) == sides:
+        return images
+    return torch.nn.functional.interpolate(images, sides, mode="bilinear", align_corners=False)
+
+
+def heat_boxes(heat: Tensor, threshold: float) -> Tensor:
+    """Eq. 2 there: the smallest box around activations above `threshold`: (B, h, w) -> (B, 4).
+
+    Heat is scaled to [0, 1] in each map. Boxes are left, top, right, bottom, and span [-1, 1] where
+    they cover the whole map; a map without contrast gives the whole map.
+    """
+    low, high = heat.amin((1, 2), keepdim=True), heat.amax((1, 2), keepdim=True)
+    flat = high - low <= 1e-12
+    hot = ((heat - low) > threshold * (high - low)) | flat
+    edges = []
+    for axis in (1, 2):  # columns first: x before y
+        line = hot.any(dim=axis)
+        side = line.shape[1]
+        places = torch.arange(side, device=heat.device)
+        first = places.where(line, side).amin(dim=1)
+        last = places.where(line, -1).amax(dim=1) + 1
+        edges.append((2 * first / side - 1, 2 * last / side - 1))
+    (left, right), (top, bottom) = edges
+    return torch.stack((left, top, right, bottom), dim=1)
+
+
+def symmetric_beta(like: Tensor, alpha: float, generator: torch.Generator) -> Tensor:
+    """Beta(α, α) of the shape of `like`, by Jöhnk's rejection (torch's own takes no generator).
+
+    With u, v uniform, u^(1/α) / (u^(1/α) + v^(1/α)) is Beta(α, α) given that the sum is at most 1.
+    """
+    result = torch.full_like(like, 0.5)
+    open_ = torch.ones_like(like, dtype=torch.bool)
+    while bool(open_.any()):
+        u, v = (
+            torch.rand(like.shape, device=like.device, generator=generator).pow(1 / alpha)
+            for _ in range(2)
+        )
+        total = u + v
+        accepted = open_ & (total <= 1) & (total > 0)
+        result = torch.where(accepted, u / total, result)
+        open_ = open_ & ~accepted
+    return result

@@ -1,0 +1,66 @@
+"""What the contrastive methods share: encoder, pooled and projected features, InfoNCE."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from salkernels import gp_loss
+
+from ..distributed import gather
+from ..models import Encoder, Projection, UNetConfig
+from .base import Corpus, Method, Outcome, Views
+
+
+@dataclass
+class ContrastConfig:
+    """Settings of a contrastive method.
+
+    Args:
+        temperature: τ, which divides cosines before the exponential.
+        projection: head after average pooling: "linear", or "mlp" with one hidden layer.
+        projection_dim: length of the projected vector.
+    """
+
+    temperature: float = 0.1
+    projection: Literal["linear", "mlp"] = "mlp"
+    projection_dim: int = 128
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be > 0, got {self.temperature}")
+        if self.projection_dim < 1:
+            raise ValueError(f"projection_dim must be >= 1, got {self.projection_dim}")
+
+
+class Contrastive(Method):
+    """Pulls together the embeddings of samples that a method calls positives.
+
+    Under several processes the samples of all of them are contrasted.
+    """
+
+    def __init__(self, model: UNetConfig, settings: ContrastConfig, corpus: Corpus | None) -> None:
+        super().__init__()
+        self.settings = settings
+        self.encoder = Encoder(model)
+        self.projection = Projection(
+            model.channels[-1], settings.projection_dim, hidden=settings.projection == "mlp"
+        )
+
+    def forward(self, views: Views) -> Outcome:
+        maps = self.encoder(views.images)
+        embeddings = gather(self.projection(maps[-1]))
+        loss = self.contrast(embeddings, gather(views.sample), gather(views.position))
+        return Outcome(loss, {"loss": loss}, {"encoder": maps[-1].detach()})
+
+    def contrast(self, embeddings: Tensor, sample: Tensor, position: Tensor) -> Tensor:
+        """The loss of embeddings (S, D) of the samples of all processes."""
+        positives = self.positives(sample, position)
+        return gp_loss(embeddings, positives, self.settings.temperature)
+
+    @abstractmethod
+    def positives(self, sample: Tensor, position: Tensor) -> Tensor:
+        """(S, S) bool: which samples attract each other; the diagonal is ignored."""

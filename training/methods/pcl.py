@@ -1,0 +1,42 @@
+"""PCL (Zeng et al., MICCAI 2021): slices at near positions of their scans attract."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from salkernels import positional_positives
+
+from .contrast import ContrastConfig, Contrastive
+
+
+@dataclass
+class PCLConfig(ContrastConfig):
+    """Settings of PCL.
+
+    Args:
+        t: largest distance of positions, as fractions of the scan, between positives.
+    """
+
+    projection: Literal["linear", "mlp"] = "linear"
+    t: float = 0.35
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.t <= 1:
+            raise ValueError(f"pcl.t is a fraction of the scan in [0, 1], got {self.t}")
+
+
+class PCL(Contrastive):
+    """The positional contrastive loss, Eq. 2 of the SAL paper, which takes it from there.
+
+    It is SAL at λ = 0 but for the views: each is transformed by itself, as in PCL. The linear
+    projection is that of the SAL paper (Sec. 2.3).
+    """
+
+    settings: PCLConfig
+
+    def positives(self, sample: Tensor, position: Tensor) -> Tensor:
+        return positional_positives(position, self.settings.t)

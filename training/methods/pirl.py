@@ -1,0 +1,149 @@
+"""PIRL (Misra and van der Maaten, CVPR 2020): a slice and its jigsaw have the same features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..distributed import gather
+from ..models import Encoder, Projection, UNetConfig
+from .base import Corpus, Method, Outcome, Views
+
+GRID = 3  # the jigsaw has 3 x 3 pieces
+
+
+@dataclass
+class PIRLConfig:
+    """Settings of PIRL.
+
+    Args:
+        temperature: τ, which divides cosines before the exponential.
+        weight: λ of Eq. 5 there: of the jigsaw's loss; 1 − λ is that of the slice itself.
+        momentum: of the memory bank: the share of the old entry in the new one.
+        negatives: entries of the bank contrasted with each slice, at most all others.
+        projection_dim: length of the projected vector.
+    """
+
+    temperature: float = 0.07
+    weight: float = 0.5
+    momentum: float = 0.5
+    negatives: int = 1024
+    projection_dim: int = 128
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"pirl.temperature must be > 0, got {self.temperature}")
+        for name in ("weight", "momentum"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"pirl.{name} must be in [0, 1], got {getattr(self, name)}")
+        if self.negatives < 1 or self.projection_dim < 1:
+            raise ValueError(
+                f"pirl.negatives and pirl.projection_dim must be >= 1, got {self.negatives} and "
+                f"{self.projection_dim}"
+            )
+
+
+class PIRL(Method):
+    """Two heads, f for slices and g for jigsaws, and a bank with the running f of every slice.
+
+    Changed: 1,024 negatives where the paper has 32,000 of a million images; the first view is the
+    slice and the second is cut into the jigsaw; pieces are as large as the encoder's stride allows.
+    """
+
+    bank: Tensor
+
+    def __init__(self, model: UNetConfig, settings: PIRLConfig, corpus: Corpus) -> None:
+        super().__init__()
+        self.settings = settings
+        self.stride = model.stride
+        self.encoder = Encoder(model)
+        channels, dim = model.channels[-1], settings.projection_dim
+        self.slice_head = Projection(channels, dim)
+        self.piece_head: nn.Module = Projection(channels, dim)
+        self.jigsaw_head = nn.Linear(GRID**2 * dim, dim)
+        bank = F.normalize(torch.randn(corpus.num_samples, dim), dim=1)
+        self.register_buffer("bank", bank)
+
+    def forward(self, views: Views) -> Outcome:
+        whole, cut = views.images.chunk(2)
+        sample = views.sample[: len(whole)]
+        maps = self.encoder(whole)
+        f = F.normalize(self.slice_head(maps[-1]).float(), dim=1)
+        g = F.normalize(self.jigsaw(cut, views.generator).float(), dim=1)
+
+        own = self.bank[sample].clone()  # the update below must not reach into this step's graph
+        others = self.draw(sample, views.generator)
+        negatives = self.bank[others].clone()
+        temperature, weight = self.settings.temperature, self.settings.weight
+        jigsaw = nce(own, g, negatives, temperature).mean()
+        identity = nce(own, f, negatives, temperature).mean()
+        loss = weight * jigsaw + (1 - weight) * identity
+        self.remember(gather(sample), gather(f.detach()))
+        terms = {"loss": loss, "jigsaw": jigsaw, "slice": identity}
+        return Outcome(loss, terms, {"encoder": maps[-1].detach()})
+
+    def jigsaw(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Projected features (n, D) of shuffled pieces of images (n, 1, H, W)."""
+        count, places = len(images), GRID**2
+        parts = pieces(images, self.stride)
+        order = torch.rand(count, places, device=images.device, generator=generator).argsort(dim=1)
+        rows = torch.arange(count, device=images.device)[:, None]
+        shuffled = parts[rows, order].flatten(0, 1)
+        shuffled = shuffled.contiguous(memory_format=torch.channels_last)
+        features = self.piece_head(self.encoder(shuffled)[-1])
+        return self.jigsaw_head(features.view(count, -1))
+
+    def draw(self, sample: Tensor, generator: torch.Generator) -> Tensor:
+        """(n, N) entries of the bank that are not the sample's own, each with equal chance."""
+        total = len(self.bank)
+        shape = (len(sample), min(self.settings.negatives, total - 1))
+        steps = torch.randint(1, total, shape, device=sample.device, generator=generator)
+        return (sample[:, None] + steps) % total
+
+    @torch.no_grad()
+    def remember(self, sample: Tensor, features: Tensor) -> None:
+        """Moves the bank's entries towards the features (Sec. 3.2 there: a running average)."""
+        keep = self.settings.momentum
+        mixed = keep * self.bank[sample] + (1 - keep) * features
+        self.bank[sample] = F.normalize(mixed, dim=1)
+
+
+def pieces(images: Tensor, stride: int) -> Tensor:
+    """The 3 x 3 pieces (B, 9, C, N, N) of images (B, C, H, W), row by row; N is a multiple of
+    `stride`, and each piece lies in the middle of its third."""
+    height, width = images.shape[2:]
+    side = min(height, width) // GRID // stride * stride
+    if side == 0:
+        raise ValueError(
+            f"a jigsaw of {GRID} x {GRID} pieces needs images of at least {GRID * stride} pixels "
+            f"for this encoder, got {height} x {width}; raise crop or lower model.depth"
+        )
+    cut = []
+    for row in range(GRID):
+        for column in range(GRID):
+            top = (2 * row + 1) * height // (2 * GRID) - side // 2
+            left = (2 * column + 1) * width // (2 * GRID) - side // 2
+            cut.append(images[:, :, top : top + side, left : left + side])
+    return torch.stack(cut, dim=1)
+
+
+def nce(own: Tensor, features: Tensor, negatives: Tensor, temperature: float) -> Tensor:
+    r"""Eq. 4 there: −log h(own) − Σ_j log(1 − h(negative_j)), per row.
+
+    h is the softmax of cosines / τ over the own entry and the negatives. Everything has unit norm.
+    own: (B, D). features: (B, D). negatives: (B, N, D). Returns (B,).
+    """
+    scores = torch.cat(
+        (
+            (own * features).sum(dim=1, keepdim=True),
+            torch.einsum("bnd,bd->bn", negatives, features),
+        ),
+        dim=1,
+    )
+    log_h = (scores / temperature).log_softmax(dim=1)
+    # log(1 − h) as log1p(−exp(log h)); a negative that takes all of h would give −inf.
+    others = torch.log1p(-log_h[:, 1:].exp().clamp_max(1 - 1e-6)).sum(dim=1)
+    return -(log_h[:, 0] + others)

@@ -1,0 +1,19 @@
+"""SimCLR (Chen et al., ICML 2020): two views of a slice attract, all else repels."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .contrast import Contrastive
+
+
+class SimCLR(Contrastive):
+    """NT-Xent (Eq. 1 there) over the 2n views.
+
+    Changed: a slice that a batch holds twice (scans with fewer than n/2 slices) has three
+    positives, not one, rather than itself among the negatives; the images are ours (no colour,
+    crops as weak as those of all methods here).
+    """
+
+    def positives(self, sample: Tensor, position: Tensor) -> Tensor:
+        return sample[:, None] == sample[None, :]
