@@ -2,7 +2,16 @@
 
 from importlib.util import find_spec as _find_spec
 
-_NEEDED = ("nibabel", "monai", "jsonargparse", "safetensors", "tensorboard", "matplotlib", "tqdm")
+_NEEDED = (
+    "nibabel",
+    "monai",
+    "jsonargparse",
+    "safetensors",
+    "tensorboard",
+    "matplotlib",
+    "tqdm",
+    "scipy",
+)
 _missing = [name for name in _NEEDED if _find_spec(name) is None]
 if _missing:
     raise ImportError(

@@ -1,4 +1,4 @@
-"""Subcommands: demo, pretrain, finetune, evaluate, predict, show.
+"""Subcommands: demo, pretrain, finetune, evaluate, predict, show, experiment.
 
 Settings come from, in order: the dataclass defaults, `--preset`, `--config FILE`, the command line.
 An unknown key anywhere is an error.
@@ -7,6 +7,7 @@ An unknown key anywhere is an error.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -18,11 +19,17 @@ from jsonargparse import ArgumentParser, Namespace
 from .checkpoint import RunError
 from .config import FinetuneConfig, Precision, PretrainConfig, RunConfig
 from .data.nifti import DataError
+from .experiment.tables import TABLES
 from .presets import FINETUNE, PRETRAIN, PresetName
 
 Config = TypeVar("Config", bound=RunConfig)
 
 DESCRIPTION = "Self-supervised alignment learning on slices of 3D scans."
+# Not settings of an experiment's runs: it sets them for each.
+SET_BY_EXPERIMENT = {
+    "data", "out", "cache", "resume", "seed", "threads", "method", "encoder", "fold", "labelled",
+    "leave_out_fold",
+}  # fmt: skip
 SWITCHES = ("--resume", "--cine", "--overwrite")  # true where no value follows
 ERRORS = (RunError, DataError, ValueError, TypeError, OSError)
 
@@ -115,6 +122,39 @@ def make_parser(arguments: Sequence[str]) -> ArgumentParser:
     show = ArgumentParser(description="Redraw the curves of a run and list its figures.")
     show.add_argument("run", type=Path, help="run folder")
     commands.add_subcommand("show", show, help="figures and last figures of a run")
+
+    text = "a table of the paper: pre-train every method, fine-tune on folds x M, compare"
+    commands.add_subcommand("experiment", _experiment_parser(preset, text), help=text)
+    return parser
+
+
+def _experiment_parser(preset: PresetName, text: str) -> ArgumentParser:
+    parser = ArgumentParser(
+        description=f"{text[0].upper()}{text[1:]}. Runs that are done are not repeated: give the "
+        "same command again to go on, or more arms, folds or M to compute what is missing."
+    )
+    parser.add_argument("name", choices=list(TABLES), help="which table")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data set")
+    parser.add_argument("--out", type=Path, required=True, help="folder of all runs")
+    parser.add_argument(
+        "--results", type=Path | None, default=None, help="folder of tables; default OUT/results"
+    )
+    parser.add_argument(
+        "--preset", type=PresetName, default="desk", help="named settings to start from"
+    )
+    parser.add_argument("--arms", type=str, nargs="+", default=[], help="by default all")
+    parser.add_argument(
+        "--labelled", type=int, nargs="+", default=[], help="M; 0 is all, by default the paper's"
+    )
+    parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads of each run; 0: all")
+    parser.add_argument("--seed", type=int, default=0, help="of pre-training and fine-tuning")
+    parser.add_class_arguments(PretrainConfig, "pretrain", skip=SET_BY_EXPERIMENT)
+    parser.add_class_arguments(FinetuneConfig, "finetune", skip=SET_BY_EXPERIMENT)
+    for stage, presets in (("pretrain", PRETRAIN), ("finetune", FINETUNE)):
+        chosen = presets[preset].items()
+        parser.set_defaults({f"{stage}.{name}": value for name, value in chosen})
     return parser
 
 
@@ -201,6 +241,27 @@ def run_predict(namespace: Namespace) -> None:
         raise DataError("these files were left out:\n" + "\n".join(failures))
 
 
+def run_experiment(namespace: Namespace) -> None:
+    from .experiment.experiment import ExperimentConfig, experiment
+
+    common = {name: namespace[name] for name in ("data", "seed", "threads")}
+    common["cache"] = namespace.out / "cache"
+    pretraining = _build(PretrainConfig, namespace.pretrain, **common)
+    finetuning = _build(FinetuneConfig, namespace.finetune, **common)
+    config = ExperimentConfig(
+        name=namespace.name,
+        out=namespace.out,
+        results=namespace.results,
+        arms=tuple(namespace.arms),
+        labelled=tuple(namespace.labelled),
+        folds=tuple(namespace.folds),
+        jobs=namespace.jobs,
+        command=f"python training/run.py {shlex.join(sys.argv[1:])}",
+        preset=namespace.preset,
+    )
+    print(experiment(config, pretraining, finetuning))
+
+
 def run_show(namespace: Namespace) -> None:
     from .figures import run_figures, summary
 
@@ -222,6 +283,7 @@ COMMANDS = {
     "evaluate": run_evaluate,
     "predict": run_predict,
     "show": run_show,
+    "experiment": run_experiment,
 }
 
 
@@ -244,15 +306,18 @@ def _named_preset(arguments: Sequence[str]) -> PresetName:
     return name if name in get_args(PresetName) else "desk"
 
 
-def _build(kind: type[Config], namespace: Namespace) -> Config:
-    """The dataclass from a parsed namespace; nested dataclasses check their own values."""
+def _build(kind: type[Config], namespace: Namespace, **known: Any) -> Config:
+    """The dataclass from a parsed namespace; nested dataclasses check their own values.
+
+    known: fields that the namespace does not hold.
+    """
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind)
+    parser.add_class_arguments(kind, skip=set(known))
     names = {field.name for field in fields(kind)}
     plain = namespace.clone()
     for name in set(vars(namespace)) - names:
         del plain[name]
-    return kind(**vars(parser.instantiate(plain)))
+    return kind(**vars(parser.instantiate(plain)), **known)
 
 
 def _add_model(parser: ArgumentParser) -> None:

@@ -143,6 +143,8 @@ def require_same_settings(out: Path, config: RunConfig) -> None:
     """Raises a RunError that names what differs between a run's settings and these."""
     before = yaml.safe_load((out / "config.yaml").read_text())
     now = to_plain(config)
+    # A setting that came with a later version was at its default then.
+    before = _filled(before, to_plain(type(config)()))
     changed = [
         f"{key}: {old!r} then, {new!r} now"
         for key, (old, new) in _differences(before, now).items()
@@ -154,6 +156,15 @@ def require_same_settings(out: Path, config: RunConfig) -> None:
             + "; ".join(changed)
             + "; start a new one with another --out"
         )
+
+
+def _filled(settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The settings, with the defaults of those that are missing."""
+    filled = {**defaults, **settings}
+    for name, value in defaults.items():
+        if isinstance(value, dict) and isinstance(settings.get(name), dict):
+            filled[name] = _filled(settings[name], value)
+    return filled
 
 
 def _differences(

@@ -1,0 +1,113 @@
+"""An experiment from its settings to tables and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import FinetuneConfig, PretrainConfig
+from ..inputs import open_dataset
+from ..runlog import environment, to_plain
+from .cells import Cell, plan
+from .plots import draw
+from .schedule import run_cells
+from .summary import collect, write
+from .tables import TABLES, Table
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """What to run of a table, and where.
+
+    Args:
+        name: "table1" to "table4" of the paper, or "collapse".
+        out: folder of all runs; experiments in the same folder share those they have in common.
+        results: folder of tables and figures; by default `results` in `out`.
+        arms: which of the table's arms; none takes all.
+        labelled: M, labelled subjects, 0 for all; none takes those of the table.
+        folds: which folds.
+        jobs: runs at a time, each a process with `threads` threads of its own.
+        command: what the user typed, for the table.
+        preset: name of the settings, for the table.
+    """
+
+    name: str
+    out: Path
+    results: Path | None
+    arms: tuple[str, ...]
+    labelled: tuple[int, ...]
+    folds: tuple[int, ...]
+    jobs: int
+    command: str
+    preset: str
+
+    def __post_init__(self) -> None:
+        if self.jobs < 1:
+            raise ValueError(f"jobs must be at least 1, got {self.jobs}")
+        if min(self.labelled, default=0) < 0:
+            raise ValueError(f"labelled must be >= 1 subjects, or 0 for all, got {self.labelled}")
+        if len(set(self.folds)) < len(self.folds) or not self.folds:
+            raise ValueError(f"folds must be different numbers, got {self.folds}")
+
+
+def experiment(
+    config: ExperimentConfig, pretraining: PretrainConfig, finetuning: FinetuneConfig
+) -> str:
+    """Runs what is missing, and writes tables and figures as runs end; returns the Markdown."""
+    table = TABLES[config.name]
+    for fold in config.folds:
+        if not 0 <= fold < finetuning.num_folds:
+            raise ValueError(f"folds are counted from 0 to {finetuning.num_folds - 1}, got {fold}")
+    arms = tuple(table.arm(name) for name in config.arms) or table.arms
+    labelled = config.labelled or table.labelled
+    cells = plan(arms, labelled, config.folds, config.out, pretraining, finetuning)
+    open_dataset(pretraining)  # once, before several runs would build the same cache
+
+    try:
+        run_cells(cells, config.out, config.jobs, lambda _: _report(config, table, cells))
+    finally:
+        _report(config, table, cells)
+        draw(collect(table, cells), _folder(config), config.name, _conditions(config, cells))
+    return (_folder(config) / f"{config.name}.md").read_text()
+
+
+def _report(config: ExperimentConfig, table: Table, cells: Sequence[Cell]) -> None:
+    results = collect(table, cells)
+    about = {
+        "experiment": config.name,
+        "commands": [config.command],
+        "conditions": _conditions(config, cells),
+        "environment": environment(),
+        "settings": _settings(cells),
+    }
+    write(results, _folder(config), config.name, about)
+
+
+def _conditions(config: ExperimentConfig, cells: Sequence[Cell]) -> str:
+    """In one line, what the figures hold for."""
+    pretraining = next((c.config for c in cells if c.command == "pretrain"), None)
+    finetuning = next(c.config for c in cells if c.command == "finetune")
+    steps = f"{pretraining.optim.steps:,} steps of pre-training, " if pretraining else ""
+    return (
+        f"{finetuning.dataset.upper()}, preset {config.preset} (crop {finetuning.crop}, width "
+        f"{finetuning.model.width}); {steps}{finetuning.optim.steps:,} of fine-tuning, seed "
+        f"{finetuning.seed}; 3D Dice of the last weights on held-out subjects, mean (standard "
+        f"deviation) over {len(config.folds)} folds"
+    )
+
+
+def _settings(cells: Sequence[Cell]) -> dict[str, Any]:
+    """The settings of one run of each kind, without paths of this machine."""
+    found: dict[str, Any] = {}
+    for cell in cells:
+        plain = to_plain(cell.config)
+        for name in ("data", "out", "cache", "encoder"):
+            plain.pop(name, None)
+        found.setdefault(cell.command, plain)
+    return found
+
+
+def _folder(config: ExperimentConfig) -> Path:
+    return config.results or config.out / "results"

@@ -1,0 +1,285 @@
+"""From finished runs to the table: means, paired differences, JSON, CSV and Markdown."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from ..files import write_atomically
+from ..runlog import read_metrics
+from .cells import Cell
+from .tables import ALL, Table
+
+CONFIDENCE = 0.95
+MONITORED = ("gp", "la", "la_pairs", "la_control", "cosine_embedding", "cosine_encoder")
+
+
+@dataclass(frozen=True)
+class Score:
+    """Dice of one fine-tuning run on its fold's held-out scans."""
+
+    arm: str
+    labelled: int
+    fold: int
+    dice: dict[str, float]  # per class
+    mean: float  # over the classes
+    subjects: tuple[str, ...]  # whose labels were used
+
+
+class Summary(NamedTuple):
+    """Mean and standard deviation (n − 1) over folds."""
+
+    mean: float
+    std: float
+    folds: int
+
+
+class Difference(NamedTuple):
+    """Mean over folds of Dice less the baseline's on the same fold, with a confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+    folds: int
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that tables and figures of one experiment are made from."""
+
+    table: Table
+    arms: tuple[str, ...]
+    labelled: tuple[int, ...]
+    folds: tuple[int, ...]  # planned, done or not
+    scores: tuple[Score, ...]
+    pretraining: dict[str, list[dict[str, float]]]  # arm -> monitored figures by step
+
+    def select(self, arm: str, labelled: int) -> list[Score]:
+        """By fold."""
+        found = [s for s in self.scores if (s.arm, s.labelled) == (arm, labelled)]
+        return sorted(found, key=lambda score: score.fold)
+
+    def summary(self, arm: str, labelled: int, name: str = "") -> Summary | None:
+        """Of the mean Dice, or of one class; None where no fold is done."""
+        scores = self.select(arm, labelled)
+        values = [score.dice[name] if name else score.mean for score in scores]
+        if not values:
+            return None
+        std = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+        return Summary(float(np.mean(values)), std, len(values))
+
+    def difference(self, arm: str, labelled: int, baseline: str) -> Difference | None:
+        """Over the folds that both have; None where there are fewer than two."""
+        ours, theirs = (
+            {score.fold: score for score in self.select(name, labelled)} for name in (arm, baseline)
+        )
+        folds = sorted(ours.keys() & theirs.keys())
+        if arm == baseline or len(folds) < 2:
+            return None
+        for fold in folds:
+            if ours[fold].subjects != theirs[fold].subjects:
+                raise ValueError(
+                    f"fold {fold}: {arm} and {baseline} were fine-tuned on other subjects, "
+                    f"{ours[fold].subjects} and {theirs[fold].subjects}; they cannot be compared"
+                )
+        return paired_difference([ours[f].mean - theirs[f].mean for f in folds])
+
+
+def paired_difference(differences: Sequence[float]) -> Difference:
+    """Mean and Student's interval of paired differences; it takes folds as independent draws."""
+    values = np.asarray(differences, dtype=float)
+    count, mean = len(values), float(values.mean())
+    error = float(values.std(ddof=1)) / math.sqrt(count)
+    reach = float(stats.t.ppf(0.5 + CONFIDENCE / 2, count - 1)) * error
+    return Difference(mean, mean - reach, mean + reach, count)
+
+
+def collect(table: Table, cells: Sequence[Cell]) -> Results:
+    """Reads what is done of the planned runs."""
+    scores, pretraining = [], {}
+    for cell in cells:
+        if not cell.path.exists():
+            continue
+        if cell.command == "pretrain":
+            pretraining[cell.arm] = monitored(cell.config.out)
+            continue
+        result = json.loads(cell.path.read_text())
+        scores.append(
+            Score(
+                cell.arm,
+                cell.labelled,
+                cell.fold,
+                {name: _number(value) for name, value in result["dice"].items()},
+                _number(result["mean_dice"]),
+                tuple(result["labelled"]),
+            )
+        )
+    planned = {cell.arm for cell in cells}
+    arms = tuple(arm.name for arm in table.arms if arm.name in planned)
+    labelled = tuple(dict.fromkeys(c.labelled for c in cells if c.command == "finetune"))
+    folds = tuple(sorted({cell.fold for cell in cells if cell.command == "finetune"}))
+    return Results(table, arms, labelled, folds, tuple(scores), pretraining)
+
+
+def monitored(run: Path) -> list[dict[str, float]]:
+    """The rows of a pre-training run that look at collapse."""
+    return [
+        {"step": row["step"], **{name: row[name] for name in MONITORED if name in row}}
+        for row in read_metrics(run)
+        if "cosine_encoder" in row
+    ]
+
+
+def write(results: Results, folder: Path, name: str, about: dict[str, Any]) -> None:
+    """`name`.json, `name`.csv and `name`.md."""
+    document = {
+        **about,
+        "summary": [
+            {"arm": arm, "labelled": m, **value._asdict()}
+            for arm in results.arms
+            for m in results.labelled
+            if (value := results.summary(arm, m))
+        ],
+        "differences": [
+            {"arm": arm, "baseline": results.table.baseline, "labelled": m, **gain._asdict()}
+            for arm in results.arms
+            for m in results.labelled
+            if (gain := results.difference(arm, m, results.table.baseline))
+        ],
+        "scores": [asdict(score) for score in results.scores],
+        "pretraining": results.pretraining,
+    }
+    text = json.dumps(_without_nan(document), indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomically(folder / f"{name}.json", text + "\n")
+    write_atomically(folder / f"{name}.csv", as_csv(results))
+    write_atomically(folder / f"{name}.md", markdown(results, about))
+
+
+def as_csv(results: Results) -> str:
+    """One line per fine-tuning run."""
+    classes = list(results.scores[0].dice) if results.scores else []
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["arm", "labelled", "fold", "mean_dice", *classes, "labelled_subjects"])
+    for score in results.scores:
+        dice = [f"{score.dice[name]:.4f}" for name in classes]
+        row = [score.arm, score.labelled or "all", score.fold, f"{score.mean:.4f}", *dice]
+        writer.writerow([*row, " ".join(score.subjects)])
+    return text.getvalue()
+
+
+def markdown(results: Results, about: dict[str, Any]) -> str:
+    """The table beside the paper's, classes, paired differences, and what pre-training came to."""
+    baseline = results.table.arm(results.table.baseline).label
+    parts = [
+        f"# {results.table.title}",
+        "\n".join(f"    {line}" for line in about["commands"]),
+        about["conditions"],
+        _dice_table(results),
+        f"## Paired differences from {baseline}\n\nDice on each fold less that of {baseline} on "
+        f"the same fold with the same labelled subjects: mean over folds [95 % interval, Student's "
+        f"t]. Folds share their training scans, and each arm was pre-trained once, so the true "
+        f"uncertainty is larger.\n\n{_difference_table(results)}",
+        f"## Classes\n\n{_class_table(results)}",
+    ]
+    if any("la_pairs" in rows[-1] for rows in results.pretraining.values() if rows):
+        parts.append(
+            "## The end of pre-training\n\nMean cosine of arbitrary pixels (1 is collapse); LA on "
+            "slices of one scan, and as a control on slices of different scans, in the last batch."
+            f"\n\n{_pretraining_table(results)}"
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def _dice_table(results: Results) -> str:
+    columns = [_labelled(m) for m in results.labelled]
+    paper = [m for m in results.labelled if any(m in row for row in results.table.paper.values())]
+    rows = [["", *columns, *(f"paper, {_labelled(m)}" for m in paper)]]
+    for arm in results.arms:
+        theirs = results.table.paper.get(arm, {})
+        rows.append(
+            [
+                results.table.arm(arm).label,
+                *(_summary(results, arm, m) for m in results.labelled),
+                *(f"{theirs[m][0]:.3f} ({theirs[m][1]:.2f})" if m in theirs else "" for m in paper),
+            ]
+        )
+    return _table(rows)
+
+
+def _difference_table(results: Results) -> str:
+    rows = [["", *map(_labelled, results.labelled)]]
+    for arm in results.arms:
+        found = [results.difference(arm, m, results.table.baseline) for m in results.labelled]
+        if any(found):
+            cells = [f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]" if d else "" for d in found]
+            rows.append([results.table.arm(arm).label, *cells])
+    return _table(rows)
+
+
+def _class_table(results: Results) -> str:
+    classes = list(results.scores[0].dice) if results.scores else []
+    rows = [["", *(f"{name}, {_labelled(m)}" for m in results.labelled for name in classes)]]
+    for arm in results.arms:
+        cells = [_summary(results, arm, m, c) for m in results.labelled for c in classes]
+        rows.append([results.table.arm(arm).label, *cells])
+    return _table(rows)
+
+
+def _pretraining_table(results: Results) -> str:
+    columns = {
+        "la_pairs": "LA, same scan",
+        "la_control": "LA, different scans",
+        "cosine_embedding": "cosine after E",
+        "cosine_encoder": "cosine of the encoder",
+    }
+    rows = [["", *columns.values()]]
+    for arm, history in results.pretraining.items():
+        if history:
+            cells = [f"{history[-1][n]:.3g}" if n in history[-1] else "" for n in columns]
+            rows.append([results.table.arm(arm).label, *cells])
+    return _table(rows)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
+
+
+def _summary(results: Results, arm: str, labelled: int, name: str = "") -> str:
+    value = results.summary(arm, labelled, name)
+    if value is None:
+        return "not run"
+    spread = "" if math.isnan(value.std) else f" ({value.std:.3f})"
+    missing = len(results.folds) - value.folds
+    return f"{value.mean:.3f}{spread}" + (
+        f", {missing} of {len(results.folds)} missing" * bool(missing)
+    )
+
+
+def _labelled(m: int) -> str:
+    return f"M = {'all' if m == ALL else m}"
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: null stands for it."""
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(inner) for inner in value]
+    return value
