@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -25,7 +26,9 @@ def draw(results: Results, folder: Path, name: str, conditions: str) -> list[Pat
 
     def save(kind: str, figure: Figure | None) -> None:
         if figure is not None:
-            figure.suptitle(f"{results.table.title}\n{conditions}", fontsize=9)
+            columns = int(16 * figure.get_figwidth())
+            below = "\n".join(textwrap.wrap(conditions, columns))
+            figure.suptitle(f"{results.table.title}\n{below}", fontsize=9)
             path = folder / f"{name}-{kind}.png"
             folder.mkdir(parents=True, exist_ok=True)
             figure.savefig(path, dpi=110)
