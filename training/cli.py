@@ -30,7 +30,7 @@ SET_BY_EXPERIMENT = {
     "data", "out", "cache", "resume", "seed", "threads", "method", "encoder", "fold", "labelled",
     "leave_out_fold",
 }  # fmt: skip
-SWITCHES = ("--resume", "--cine", "--overwrite")  # true where no value follows
+SWITCHES = ("--resume", "--cine", "--overwrite", "--only_pretrain")  # true where no value follows
 ERRORS = (RunError, DataError, ValueError, TypeError, OSError)
 
 
@@ -147,6 +147,7 @@ def _experiment_parser(preset: PresetName, text: str) -> ArgumentParser:
         "--labelled", type=int, nargs="+", default=[], help="M; 0 is all, by default the paper's"
     )
     parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--only_pretrain", type=bool, default=False, help="no fine-tuning")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of each run; 0: all")
     parser.add_argument("--seed", type=int, default=0, help="of pre-training and fine-tuning")
@@ -255,6 +256,7 @@ def run_experiment(namespace: Namespace) -> None:
         arms=tuple(namespace.arms),
         labelled=tuple(namespace.labelled),
         folds=tuple(namespace.folds),
+        only_pretrain=namespace.only_pretrain,
         jobs=namespace.jobs,
         command=f"python training/run.py {shlex.join(sys.argv[1:])}",
         preset=namespace.preset,

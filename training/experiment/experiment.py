@@ -28,6 +28,7 @@ class ExperimentConfig:
         arms: which of the table's arms; none takes all.
         labelled: M, labelled subjects, 0 for all; none takes those of the table.
         folds: which folds.
+        only_pretrain: leave fine-tuning out, where only what pre-training logs is of interest.
         jobs: runs at a time, each a process with `threads` threads of its own.
         command: what the user typed, for the table.
         preset: name of the settings, for the table.
@@ -39,6 +40,7 @@ class ExperimentConfig:
     arms: tuple[str, ...]
     labelled: tuple[int, ...]
     folds: tuple[int, ...]
+    only_pretrain: bool
     jobs: int
     command: str
     preset: str
@@ -62,6 +64,7 @@ def experiment(
             raise ValueError(f"folds are counted from 0 to {finetuning.num_folds - 1}, got {fold}")
     arms = tuple(table.arm(name) for name in config.arms) or table.arms
     labelled = config.labelled or table.labelled
+    labelled = () if config.only_pretrain else labelled
     cells = plan(arms, labelled, config.folds, config.out, pretraining, finetuning)
     open_dataset(pretraining)  # once, before several runs would build the same cache
 
@@ -88,14 +91,22 @@ def _report(config: ExperimentConfig, table: Table, cells: Sequence[Cell]) -> No
 def _conditions(config: ExperimentConfig, cells: Sequence[Cell]) -> str:
     """In one line, what the figures hold for."""
     pretraining = next((c.config for c in cells if c.command == "pretrain"), None)
-    finetuning = next(c.config for c in cells if c.command == "finetune")
-    steps = f"{pretraining.optim.steps:,} steps of pre-training, " if pretraining else ""
-    return (
-        f"{finetuning.dataset.upper()}, preset {config.preset} (crop {finetuning.crop}, width "
-        f"{finetuning.model.width}); {steps}{finetuning.optim.steps:,} of fine-tuning, seed "
-        f"{finetuning.seed}; 3D Dice of the last weights on held-out subjects, mean (standard "
-        f"deviation) over {len(config.folds)} folds"
-    )
+    finetuning = next((c.config for c in cells if c.command == "finetune"), None)
+    run = pretraining or finetuning
+    if run is None:
+        return "no runs"
+    parts = [
+        f"{run.dataset.upper()}, preset {config.preset} (crop {run.crop}, width "
+        f"{run.model.width}), seed {run.seed}"
+    ]
+    if pretraining:
+        parts.append(f"{pretraining.optim.steps:,} steps of pre-training")
+    if finetuning:
+        parts.append(
+            f"{finetuning.optim.steps:,} steps of fine-tuning; 3D Dice of the last weights on "
+            f"held-out subjects, mean (standard deviation) over {len(config.folds)} folds"
+        )
+    return ", ".join(parts)
 
 
 def _settings(cells: Sequence[Cell]) -> dict[str, Any]:

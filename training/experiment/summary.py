@@ -180,10 +180,12 @@ def as_csv(results: Results) -> str:
 def markdown(results: Results, about: dict[str, Any]) -> str:
     """The table beside the paper's, classes, paired differences, and what pre-training came to."""
     baseline = results.table.arm(results.table.baseline).label
-    parts = [
+    head = [
         f"# {results.table.title}",
         "\n".join(f"    {line}" for line in about["commands"]),
         about["conditions"],
+    ]
+    dice = [
         _dice_table(results),
         f"## Paired differences from {baseline}\n\nDice on each fold less that of {baseline} on "
         f"the same fold with the same labelled subjects: mean over folds [95 % interval, Student's "
@@ -191,10 +193,12 @@ def markdown(results: Results, about: dict[str, Any]) -> str:
         f"uncertainty is larger.\n\n{_difference_table(results)}",
         f"## Classes\n\n{_class_table(results)}",
     ]
+    parts = head + (dice if results.labelled else [])
     if any("la_pairs" in rows[-1] for rows in results.pretraining.values() if rows):
         parts.append(
-            "## The end of pre-training\n\nMean cosine of arbitrary pixels (1 is collapse); LA on "
-            "slices of one scan, and as a control on slices of different scans, in the last batch."
+            "## The end of pre-training\n\nGP, mean of the last steps; LA on slices of one scan, and "
+            "as a control on slices of different scans, in the last batch; mean cosine of arbitrary "
+            "pixels (1 is collapse)."
             f"\n\n{_pretraining_table(results)}"
         )
     return "\n\n".join(parts) + "\n"
@@ -237,6 +241,7 @@ def _class_table(results: Results) -> str:
 
 def _pretraining_table(results: Results) -> str:
     columns = {
+        "gp": "GP",
         "la_pairs": "LA, same scan",
         "la_control": "LA, different scans",
         "cosine_embedding": "cosine after E",
