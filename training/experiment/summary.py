@@ -197,8 +197,8 @@ def markdown(results: Results, about: dict[str, Any]) -> str:
     if any("la_pairs" in rows[-1] for rows in results.pretraining.values() if rows):
         parts.append(
             "## The end of pre-training\n\nGP, mean of the last steps; LA on slices of one scan, "
-            "and as a control of different scans, in the last batch; mean cosine of arbitrary pixels "
-            "(1 is collapse)."
+            "and as a control of different scans, in the last batch; mean cosine of arbitrary "
+            "pixels (1 is collapse)."
             f"\n\n{_pretraining_table(results)}"
         )
     return "\n\n".join(parts) + "\n"
