@@ -77,7 +77,7 @@ def pretrain(config: PretrainConfig) -> Path:
     )
     log.close()
     save_encoder(config.out / ENCODER, method.encoder, _about(config, cache, config.optim.steps))
-    pretraining_figures(config.out, cache, config)
+    pretraining_figures(config.out, cache, config, method)
     return config.out / ENCODER
 
 
