@@ -141,7 +141,7 @@ def input_slices(out: Path, cache: VolumeCache, config: PretrainConfig, method: 
                 axes.set_title(f"{index + 1} of {depth}", fontsize=8)
             if column == 0:
                 axes.set_ylabel(f"{batch.names[sample]}\nview {view + 1}", fontsize=7)
-    title = f"one pre-training batch: slices of two scans, {method.pictured}"
+    title = f"one pre-training batch, slices of two scans:\n{method.pictured}"
     figure.suptitle(title, fontsize=10)
     _save(figure, out / "figures" / "input_slices.png")
 

@@ -58,7 +58,7 @@ class PIRL(Method):
         "noise-contrastive losses",
         {"loss": "total", "jigsaw": "jigsaw", "slice": "slice itself"},
     )
-    pictured: ClassVar[str] = "one view whole and one in pieces, of which each enters by itself"
+    pictured: ClassVar[str] = "one view whole and one in pieces"
     bank: Tensor
     seen: Tensor
 
