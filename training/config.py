@@ -19,6 +19,7 @@ from .methods import (
     PIRLConfig,
     SALConfig,
 )
+from .methods.pirl import piece_side
 from .models import UNetConfig
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -181,8 +182,10 @@ class PretrainConfig(RunConfig):
             raise ValueError(
                 f"leave_out_fold must be in [0, {self.num_folds}), got {self.leave_out_fold}"
             )
+        if self.method == "pirl":
+            piece_side(self.crop, self.model.stride)
         side = self.crop // 2 ** (self.sal.scale - 1)
-        if self.sal.window_size > side:
+        if self.method == "sal" and self.sal.window_size > side:
             raise ValueError(
                 f"sal.window_size {self.sal.window_size} is larger than the {side} x {side} map of "
                 f"scale {self.sal.scale} at crop {self.crop}"

@@ -12,6 +12,7 @@ import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 import torch
+import yaml
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
@@ -28,6 +29,7 @@ from .data.preprocess import for_display
 from .data.sampling import TwoSubjects
 from .engine import Device, step_generator
 from .evaluate import dice_per_class, segment
+from .methods import METHODS, Method
 from .models import Encoder, UNet, load_encoder
 from .runlog import read_metrics
 
@@ -39,10 +41,10 @@ MOST_SLICES = 16  # of a scan at once through a network: a CT has hundreds
 Array = npt.NDArray[Any]
 
 
-def pretraining(out: Path, cache: VolumeCache, config: PretrainConfig) -> None:
+def pretraining(out: Path, cache: VolumeCache, config: PretrainConfig, method: Method) -> None:
     """All figures of a pre-training run, in `out/figures`."""
     curves(out)
-    input_slices(out, cache, config)
+    input_slices(out, cache, config, method)
     matches(out, cache, config)
 
 
@@ -57,12 +59,11 @@ def finetuning(
 def curves(out: Path) -> None:
     """Losses, the watch on collapse and the learning rate against the step."""
     rows = read_metrics(out)
-    if any("gp" in row for row in rows):
-        losses = ("losses", [("loss", "total"), ("gp", "GP")])
-    else:
-        losses = ("training loss (cross-entropy + Dice)", [("loss", "")])
+    if not rows:
+        return
     panels = [
-        losses,
+        _loss_panel(out),
+        ("share of turns told right", [("accuracy", "")]),
         (
             "LA: slices of one scan, and a control",
             [
@@ -83,8 +84,6 @@ def curves(out: Path) -> None:
         for title, series in panels
         if any(name in row for row in rows for name, _ in series)
     ]
-    if not shown:
-        return
     figure = _figure(4.2 * len(shown), 3.2)
     for axes, (title, series) in zip(_row(figure, len(shown)), shown, strict=True):
         for name, label in series:
@@ -94,22 +93,40 @@ def curves(out: Path) -> None:
         if title.startswith("mean cosine"):
             axes.set_ylim(-0.05, 1.05)
             axes.axhline(0.9, color="0.6", ls=":", label="collapse")
+        if title.startswith("share of turns"):
+            axes.set_ylim(-0.05, 1.05)
+            axes.axhline(0.25, color="0.6", ls=":", label="by chance")
         if title.startswith("LA") and all(row.get(n, 1) > 0 for row in rows for n, _ in series):
             axes.set_yscale("log")  # a collapse is a fall by orders of magnitude
         axes.set(title=title, xlabel="step")
-        if any(label for _, label in series):
+        if axes.get_legend_handles_labels()[1]:
             axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     _save(figure, out / "figures" / "curves.png")
 
 
-def input_slices(out: Path, cache: VolumeCache, config: PretrainConfig) -> None:
-    """The batch of step 0 as the network sees it: both views of each slice, by scan."""
+def _loss_panel(out: Path) -> tuple[str, list[tuple[str, str]]]:
+    """Title of the picture of the loss, and its curves: those of the method in pre-training."""
+    settings = yaml.safe_load((out / "config.yaml").read_text())
+    if "method" not in settings:
+        return "training loss (cross-entropy + Dice)", [("loss", "")]
+    title, terms = METHODS[settings["method"]].curves
+    return title, [*terms.items()]
+
+
+@torch.no_grad()
+def input_slices(out: Path, cache: VolumeCache, config: PretrainConfig, method: Method) -> None:
+    """The batch of step 0 as the method shows it to the network, by scan.
+
+    What a method learnt since then, such as where to crop, shows here already.
+    """
     from .pretrain import make_views, subjects
 
     batch = TwoSubjects(cache, subjects(config, cache), config.slices, config.seed)[0]
-    cpu = torch.device("cpu")
-    views = make_views(batch, config, cpu, step_generator(config.seed, 0, cpu))
+    device = next(method.parameters()).device
+    generator = step_generator(config.seed, 0, device)
+    views = make_views(batch, config, device, generator, method.centres)
+    pictures = [picture[0].cpu().numpy() for picture in method.pictures(views)]
     half = config.slices // 2
     figure = _figure(1.4 * half, 6.4)
     grid = figure.subplots(4, half, squeeze=False)
@@ -118,13 +135,14 @@ def input_slices(out: Path, cache: VolumeCache, config: PretrainConfig) -> None:
         for column in range(half):
             sample = scan * half + column
             axes = grid[row][column]
-            _image(axes, views.images[sample + view * config.slices, 0].numpy(), cache)
+            _image(axes, pictures[sample + view * config.slices], cache)
             if view == 0:
                 index, depth = int(batch.slice_index[sample]), int(batch.num_slices[sample])
                 axes.set_title(f"{index + 1} of {depth}", fontsize=8)
             if column == 0:
                 axes.set_ylabel(f"{batch.names[sample]}\nview {view + 1}", fontsize=7)
-    figure.suptitle("one pre-training batch: slices of two scans, two views each", fontsize=10)
+    title = f"one pre-training batch, slices of two scans:\n{method.pictured}"
+    figure.suptitle(title, fontsize=10)
     _save(figure, out / "figures" / "input_slices.png")
 
 
@@ -147,18 +165,21 @@ def matches(out: Path, cache: VolumeCache, config: PretrainConfig) -> None:
     pair = slices[[first, first + apart]]
     for encoder in found.values():
         _settle_norms(encoder, slices[:: math.ceil(depth / MOST_SLICES)])
-    side = config.crop // 2 ** (config.sal.scale - 1)
-    windows = sorted({config.sal.window_size, max(config.sal.window_size, side // 3)})
+    # The scale and window of SAL, whatever the method, so that methods can be compared.
+    scale = min(config.sal.scale, config.model.depth)
+    side = config.crop // 2 ** (scale - 1)
+    small = min(config.sal.window_size, side)
+    windows = sorted({small, max(small, side // 3)})
     figure = _figure(11, 3.9 * len(found) * len(windows))
     grid = figure.subplots(len(found) * len(windows), 3, squeeze=False)
     for number, (window, title) in enumerate((w, t) for w in windows for t in found):
-        field = match_field(found[title], config.sal.scale, pair, window)
+        field = match_field(found[title], scale, pair, window)
         label = f"{title} pre-training, ω = {window}"
         _match_row(grid[number], pair, field, window, label, cache)
     name = cache.volumes[scan].name
     figure.suptitle(
         f"{name}, slices {first + 1} and {first + 1 + apart} of {depth}: best match in the window, "
-        f"by the encoder's features at scale {config.sal.scale} (before E)"
+        f"by the encoder's features at scale {scale}" + " (before E)" * (config.method == "sal")
     )
     _save(figure, out / "figures" / "matches.png")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,9 @@ def pretrain(config: PretrainConfig) -> Path:
     """Runs pre-training in `config.out` and returns the path of the encoder's weights."""
     device = Device.of(config)
     cache = open_dataset(config)
-    corpus = Slices(cache)
-    dataset = TwoSubjects(cache, subjects(config, cache), config.slices, config.seed)
+    seen = subjects(config, cache)
+    corpus = Slices(cache, seen)
+    dataset = TwoSubjects(cache, seen, config.slices, config.seed)
     log = RunLog(config, "pretrain", device.describe())
 
     torch.manual_seed(config.seed)
@@ -76,22 +77,26 @@ def pretrain(config: PretrainConfig) -> Path:
     )
     log.close()
     save_encoder(config.out / ENCODER, method.encoder, _about(config, cache, config.optim.steps))
-    pretraining_figures(config.out, cache, config)
+    pretraining_figures(config.out, cache, config, method)
     return config.out / ENCODER
 
 
 class Slices:
-    """All slices of a cache, for methods that remember or revisit each of them."""
+    """The slices of some subjects, for methods that remember or revisit each of them."""
 
-    def __init__(self, cache: VolumeCache) -> None:
+    def __init__(self, cache: VolumeCache, subjects: Sequence[str]) -> None:
         self.cache = cache
+        scans = [scan for subject in subjects for scan in cache.of_subject(subject)]
+        self.samples = torch.cat([
+            cache.volumes[scan].offset + torch.arange(cache.num_slices(scan)) for scan in scans
+        ]).sort().values  # fmt: skip
 
     @property
     def num_samples(self) -> int:
         return len(self.cache.images)
 
-    def canvases(self, start: int, stop: int) -> Tensor:
-        return torch.from_numpy(self.cache.images[start:stop].copy())[:, None]
+    def canvases(self, samples: Tensor) -> Tensor:
+        return torch.from_numpy(self.cache.images[samples.numpy()])[:, None]
 
 
 def subjects(config: PretrainConfig, cache: VolumeCache) -> tuple[str, ...]:
@@ -106,7 +111,7 @@ def make_views(
     config: PretrainConfig,
     device: torch.device,
     generator: torch.Generator,
-    centres: Callable[[Tensor, torch.Generator], Tensor | None] | None = None,
+    centres: Callable[[Tensor, float, torch.Generator], Tensor | None] | None = None,
 ) -> Views:
     """Both views of each slice: first view of all n slices, then the second of all."""
     images = batch.images.to(device, non_blocking=True).repeat(2, 1, 1, 1)
@@ -121,13 +126,16 @@ def make_views(
     if geometry == "shared":
         # Scans numbered from 0 within the batch: slices of one scan share their strong transform.
         group = torch.unique(volume, return_inverse=True)[1]
+    # Views lie on their slices, or leave them as far as the largest shift brings them.
+    field = config.crop / images.shape[-1]
+    room = max(1 - field, 2 * field * config.augment.shift)
     views, _ = augment(
         images,
         config.crop,
         config.augment,
         generator,
         group=group,
-        centres=centres(sample, generator) if centres else None,
+        centres=centres(sample, room, generator) if centres else None,
     )
     views = views.contiguous(memory_format=torch.channels_last)
     return Views(views, volume, index, depth, sample, generator)

@@ -13,6 +13,7 @@ from salkernels.training import figures
 from salkernels.training.config import OptimConfig
 from salkernels.training.figures import dice_bars, match_field
 from salkernels.training.inputs import open_dataset
+from salkernels.training.models import UNetConfig
 from salkernels.training.pretrain import pretrain
 
 
@@ -53,6 +54,50 @@ def test_a_scan_of_many_slices_goes_through_the_network_in_part(pretrain_config,
     pretrain(config)  # of scans with 6 slices
     assert seen == [3, 3]
     assert open_dataset(config).num_slices(0) == 6
+
+
+@pytest.mark.parametrize(
+    ("method", "size", "words"),  # size: of the second view; 3 pieces of 8 pixels with borders of 1
+    [("rotation", 32, "turned"), ("pirl", 30, "in pieces"), ("simclr", 32, "two views each")],
+)
+def test_the_batch_is_drawn_as_the_method_shows_it(
+    pretrain_config, monkeypatch, method, size, words
+):
+    shallow = UNetConfig(width=4, depth=3)  # shallower than sal.scale, which is SAL's business
+    config = pretrain_config(method=method, model=shallow, optim=OptimConfig(steps=1), slices=4)
+    pictures, panels, titles = [], {}, []
+    original = figures._image
+    monkeypatch.setattr(
+        figures,
+        "_image",
+        lambda axes, picture, cache: pictures.append(picture) or original(axes, picture, cache),
+    )
+    monkeypatch.setattr(figures, "matches", lambda *_: None)
+
+    def save(figure, path):
+        panels[path.name] = [axes.get_title() for axes in figure.axes]
+        titles.append(figure.get_suptitle())
+
+    monkeypatch.setattr(figures, "_save", save)
+    pretrain(config)
+    assert len(pictures) == 8
+    assert pictures[0].shape == (32, 32)
+    assert pictures[2].shape == (size, size)
+    assert words in titles[-1]
+    expected = {
+        "rotation": ["cross-entropy of the turns", "share of turns told right"],
+        "pirl": ["noise-contrastive losses"],
+        "simclr": ["NT-Xent"],
+    }[method]
+    rest = ["mean cosine of arbitrary pixels", "learning rate"]
+    assert panels["curves.png"] == expected + rest
+
+
+def test_matches_of_a_network_with_fewer_levels_than_the_scale_of_sal(pretrain_config):
+    shallow = UNetConfig(width=4, depth=3)
+    config = pretrain_config(method="simclr", model=shallow, optim=OptimConfig(steps=1), slices=4)
+    pretrain(config)
+    assert (config.out / "figures" / "matches.png").stat().st_size > 5_000
 
 
 def test_bars_of_one_draw_and_of_several(tmp_path):

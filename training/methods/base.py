@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +40,12 @@ class Corpus(Protocol):
     def num_samples(self) -> int:
         """Slices of the data set: samples are numbered from 0 to this."""
 
-    def canvases(self, start: int, stop: int) -> Tensor:
-        """Slices `start` to `stop` − 1 without augmentation: (K, 1, size, size) float32, on CPU."""
+    @property
+    def samples(self) -> Tensor:
+        """(K,) int64, ascending: those that pre-training sees, all but those of a fold left out."""
+
+    def canvases(self, samples: Tensor) -> Tensor:
+        """These slices without augmentation: (K, 1, size, size) float32, on CPU."""
 
 
 @dataclass
@@ -63,11 +68,15 @@ class Method(nn.Module, ABC):
             the slices of one scan alike (`augment.geometry=auto` follows it).
         watched: a figure of `monitor` whose rows make up the history given to `warnings`.
         trains: False for the start without pre-training.
+        curves: title of the picture of the loss, and what its terms are called there.
+        pictured: what the picture of a batch shows (`pictures`).
     """
 
     geometry: ClassVar[Geometry] = "independent"
     watched: ClassVar[str] = "cosine_encoder"
     trains: ClassVar[bool] = True
+    curves: ClassVar[tuple[str, dict[str, str]]] = ("loss", {"loss": ""})
+    pictured: ClassVar[str] = "two views each"
     encoder: Encoder
 
     @abstractmethod
@@ -77,12 +86,16 @@ class Method(nn.Module, ABC):
     def before_step(self, step: int, steps: int, corpus: Corpus) -> None:
         """Called before step `step` (from 0) of `steps`, where a method looks at all slices."""
 
-    def centres(self, sample: Tensor, generator: torch.Generator) -> Tensor | None:
+    def centres(self, sample: Tensor, room: float, generator: torch.Generator) -> Tensor | None:
         """Where the views of these samples are centred: (B, 2), x before y, 1 = half the canvas.
 
-        None leaves the shift to the augmentation.
+        room: how far from the middle a centre may be. None leaves the shift to the augmentation.
         """
         return None
+
+    def pictures(self, views: Views) -> list[Tensor]:
+        """What the network is shown of each of the 2n samples: (1, h, w) each."""
+        return [*views.images]
 
     def monitor(self, views: Views, outcome: Outcome) -> dict[str, float]:
         """Extra figures, computed now and then, that tell whether the method still learns."""
@@ -96,6 +109,11 @@ class Method(nn.Module, ABC):
             "collapsed encoder": f"the encoder's pixels have collapsed to one direction (mean "
             f"cosine {history[-1]['cosine_encoder']:.2f} > {COSINE_LIMIT}); lower optim.lr"
         }
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """No autocast: a cosine rounded to bf16 changes exp(cosine / τ) by some per cent."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def _cosines(outcome: Outcome) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ class CCropConfig(ContrastConfig):
     Args:
         threshold: k, the share of the largest activation above which a pixel is in the box.
         alpha: α of the Beta distribution of the crop's centre in the box; below 1 it is U-shaped,
-            so that centres keep away from the middle and two crops differ.
+            so that centres keep away from the middle and two crops differ. At most 1, uniform.
         updates: how often, evenly over training, the boxes are found anew; before the first time
             a box is the whole slice.
     """
@@ -35,8 +35,10 @@ class CCropConfig(ContrastConfig):
         super().__post_init__()
         if not 0 <= self.threshold < 1:
             raise ValueError(f"ccrop.threshold must be in [0, 1), got {self.threshold}")
-        if not self.alpha > 0:
-            raise ValueError(f"ccrop.alpha must be > 0, got {self.alpha}")
+        if (
+            not 0 < self.alpha <= 1
+        ):  # above 1 the rejection in symmetric_beta would take ever longer
+            raise ValueError(f"ccrop.alpha must be in (0, 1], got {self.alpha}")
         if self.updates < 0:
             raise ValueError(f"ccrop.updates must be >= 0, got {self.updates}")
 
@@ -45,8 +47,9 @@ class CCrop(SimCLR):
     """Semantic-aware localisation (Sec. 3.2 there) and centre-suppressed sampling (Sec. 3.3).
 
     Changed: only the centre of a crop comes from the box; its size and rotation are those of all
-    methods here. A crop is a large part of a slice (96 of 128 pixels on the desk), so its centre
-    stays where the crop lies on the slice.
+    methods here. A crop is a large part of a slice (96 of 128 pixels on the desk), so the box is
+    first cut to the centres for which the crop lies on the slice, as in the published code, or to
+    the largest shift of the augmentation where that is more.
     """
 
     settings: CCropConfig
@@ -60,7 +63,7 @@ class CCrop(SimCLR):
     def before_step(self, step: int, steps: int, corpus: Corpus) -> None:
         rounds = self.settings.updates + 1
         due = {steps * k // rounds for k in range(1, rounds)}
-        if step in due:
+        if step > 0 and step in due:
             self.localise(corpus)
 
     @torch.no_grad()
@@ -68,15 +71,14 @@ class CCrop(SimCLR):
         """Finds the box of every slice from the encoder's present heat map."""
         training = self.training
         self.eval()
-        for start in range(0, corpus.num_samples, BATCH):
-            stop = min(start + BATCH, corpus.num_samples)
-            images = fit_stride(corpus.canvases(start, stop), self.encoder.config.stride)
-            heat = self.encoder(images.to(self.boxes.device))[-1].float().sum(dim=1)
-            self.boxes[start:stop] = heat_boxes(heat, self.settings.threshold)
+        for samples in corpus.samples.split(BATCH):
+            images = fit_stride(corpus.canvases(samples), self.encoder.config.stride)
+            heat = self.encoder(images.to(self.boxes.device))[-1].sum(dim=1)
+            self.boxes[samples.to(self.boxes.device)] = heat_boxes(heat, self.settings.threshold)
         self.train(training)
 
-    def centres(self, sample: Tensor, generator: torch.Generator) -> Tensor:
-        boxes = self.boxes[sample]
+    def centres(self, sample: Tensor, room: float, generator: torch.Generator) -> Tensor:
+        boxes = self.boxes[sample].clamp(-room, room)
         low, high = boxes[:, :2], boxes[:, 2:]
         return low + (high - low) * symmetric_beta(low, self.settings.alpha, generator)
 
@@ -113,7 +115,8 @@ def heat_boxes(heat: Tensor, threshold: float) -> Tensor:
 def symmetric_beta(like: Tensor, alpha: float, generator: torch.Generator) -> Tensor:
     """Beta(α, α) of the shape of `like`, by Jöhnk's rejection (torch's own takes no generator).
 
-    With u, v uniform, u^(1/α) / (u^(1/α) + v^(1/α)) is Beta(α, α) given that the sum is at most 1.
+    With u, v uniform, u^(1/α) / (u^(1/α) + v^(1/α)) is Beta(α, α) given that the sum is at most 1,
+    which it is in at least half of the draws for α ≤ 1.
     """
     result = torch.full_like(like, 0.5)
     open_ = torch.ones_like(like, dtype=torch.bool)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .base import full_precision
 from .contrast import ContrastConfig, Contrastive
 
 
@@ -35,6 +37,7 @@ class GCL(Contrastive):
     Changed: scans are not aligned by hand beforehand, and a batch is two scans, not many.
     """
 
+    curves: ClassVar[tuple[str, dict[str, str]]] = ("contrast of partitions (GCL)", {"loss": ""})
     settings: GCLConfig
 
     def positives(self, sample: Tensor, position: Tensor) -> Tensor:
@@ -53,8 +56,9 @@ def partition_loss(embeddings: Tensor, same: Tensor, temperature: float) -> Tens
     embeddings: (S, D). same: (S, S) bool, which samples share a partition; k runs over the others.
     A batch without a positive pair gives 0 with zero gradient.
     """
-    unit = F.normalize(embeddings.float(), dim=1)
-    scores = unit @ unit.T / temperature
+    with full_precision(embeddings.device):
+        unit = F.normalize(embeddings.float(), dim=1)
+        scores = unit @ unit.T / temperature
     negatives = scores.masked_fill(same, -torch.inf).logsumexp(dim=1, keepdim=True)
     # −log of the fraction is softplus(negatives − score): exact also where there are no negatives.
     losses = F.softplus(negatives - scores)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -25,8 +25,8 @@ class PCLConfig(ContrastConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.t <= 1:
-            raise ValueError(f"pcl.t is a fraction of the scan in [0, 1], got {self.t}")
+        if not 0 < self.t <= 1:  # at 0 there is no positive, and nothing to learn
+            raise ValueError(f"pcl.t is a fraction of the scan in (0, 1], got {self.t}")
 
 
 class PCL(Contrastive):
@@ -36,6 +36,7 @@ class PCL(Contrastive):
     projection is that of the SAL paper (Sec. 2.3).
     """
 
+    curves: ClassVar[tuple[str, dict[str, str]]] = ("positional loss (GP)", {"loss": ""})
     settings: PCLConfig
 
     def positives(self, sample: Tensor, position: Tensor) -> Tensor:

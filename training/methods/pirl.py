@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from ..distributed import gather
 from ..models import Encoder, Projection, UNetConfig
-from .base import Corpus, Method, Outcome, Views
+from .base import Corpus, Method, Outcome, Views, full_precision
 
 GRID = 3  # the jigsaw has 3 x 3 pieces
 
@@ -53,7 +54,13 @@ class PIRL(Method):
     slice and the second is cut into the jigsaw; pieces are as large as the encoder's stride allows.
     """
 
+    curves: ClassVar[tuple[str, dict[str, str]]] = (
+        "noise-contrastive losses",
+        {"loss": "total", "jigsaw": "jigsaw", "slice": "slice itself"},
+    )
+    pictured: ClassVar[str] = "one view whole and one in pieces"
     bank: Tensor
+    seen: Tensor
 
     def __init__(self, model: UNetConfig, settings: PIRLConfig, corpus: Corpus) -> None:
         super().__init__()
@@ -66,6 +73,7 @@ class PIRL(Method):
         self.jigsaw_head = nn.Linear(GRID**2 * dim, dim)
         bank = F.normalize(torch.randn(corpus.num_samples, dim), dim=1)
         self.register_buffer("bank", bank)
+        self.register_buffer("seen", corpus.samples, persistent=False)
 
     def forward(self, views: Views) -> Outcome:
         whole, cut = views.images.chunk(2)
@@ -74,9 +82,7 @@ class PIRL(Method):
         f = F.normalize(self.slice_head(maps[-1]).float(), dim=1)
         g = F.normalize(self.jigsaw(cut, views.generator).float(), dim=1)
 
-        own = self.bank[sample].clone()  # the update below must not reach into this step's graph
-        others = self.draw(sample, views.generator)
-        negatives = self.bank[others].clone()
+        own, negatives = self.bank[sample], self.bank[self.draw(sample, views.generator)]
         temperature, weight = self.settings.temperature, self.settings.weight
         jigsaw = nce(own, g, negatives, temperature).mean()
         identity = nce(own, f, negatives, temperature).mean()
@@ -87,40 +93,58 @@ class PIRL(Method):
 
     def jigsaw(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Projected features (n, D) of shuffled pieces of images (n, 1, H, W)."""
+        parts = self.shuffled(images, generator).flatten(0, 1)
+        parts = parts.contiguous(memory_format=torch.channels_last)
+        features = self.piece_head(self.encoder(parts)[-1])
+        return self.jigsaw_head(features.view(len(images), -1))
+
+    def shuffled(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """The pieces of images (n, 1, H, W), in an order of each image's own: (n, 9, 1, N, N)."""
         count, places = len(images), GRID**2
         parts = pieces(images, self.stride)
         order = torch.rand(count, places, device=images.device, generator=generator).argsort(dim=1)
         rows = torch.arange(count, device=images.device)[:, None]
-        shuffled = parts[rows, order].flatten(0, 1)
-        shuffled = shuffled.contiguous(memory_format=torch.channels_last)
-        features = self.piece_head(self.encoder(shuffled)[-1])
-        return self.jigsaw_head(features.view(count, -1))
+        return parts[rows, order]
+
+    def pictures(self, views: Views) -> list[Tensor]:
+        whole, cut = views.images.chunk(2)
+        parts = F.pad(self.shuffled(cut, views.generator), (1, 1, 1, 1), value=float(cut.min()))
+        n, _, channels, side, _ = parts.shape
+        grid = parts.view(n, GRID, GRID, channels, side, side).permute(0, 3, 1, 4, 2, 5)
+        return [*whole, *grid.reshape(n, channels, GRID * side, GRID * side)]
 
     def draw(self, sample: Tensor, generator: torch.Generator) -> Tensor:
-        """(n, N) entries of the bank that are not the sample's own, each with equal chance."""
-        total = len(self.bank)
+        """(n, N) entries of the bank that are not the sample's own, each with equal chance.
+
+        Slices that pre-training does not see have entries too, but random ones.
+        """
+        total = len(self.seen)
         shape = (len(sample), min(self.settings.negatives, total - 1))
         steps = torch.randint(1, total, shape, device=sample.device, generator=generator)
-        return (sample[:, None] + steps) % total
+        place = torch.searchsorted(self.seen, sample)
+        return self.seen[(place[:, None] + steps) % total]
 
     @torch.no_grad()
     def remember(self, sample: Tensor, features: Tensor) -> None:
-        """Moves the bank's entries towards the features (Sec. 3.2 there: a running average)."""
+        """Moves the bank's entries towards the features (Sec. 3.2 there: a running average).
+
+        A slice that a batch holds several times moves towards the mean of its features: written
+        one by one, which of them stays would be chance.
+        """
         keep = self.settings.momentum
-        mixed = keep * self.bank[sample] + (1 - keep) * features
-        self.bank[sample] = F.normalize(mixed, dim=1)
+        entries = sample.unique()
+        holds = (entries[:, None] == sample[None, :]).float()
+        with full_precision(features.device):
+            means = holds @ features / holds.sum(dim=1, keepdim=True)
+        mixed = keep * self.bank[entries] + (1 - keep) * means
+        self.bank[entries] = F.normalize(mixed, dim=1)
 
 
 def pieces(images: Tensor, stride: int) -> Tensor:
     """The 3 x 3 pieces (B, 9, C, N, N) of images (B, C, H, W), row by row; N is a multiple of
     `stride`, and each piece lies in the middle of its third."""
     height, width = images.shape[2:]
-    side = min(height, width) // GRID // stride * stride
-    if side == 0:
-        raise ValueError(
-            f"a jigsaw of {GRID} x {GRID} pieces needs images of at least {GRID * stride} pixels "
-            f"for this encoder, got {height} x {width}; raise crop or lower model.depth"
-        )
+    side = piece_side(min(height, width), stride)
     cut = []
     for row in range(GRID):
         for column in range(GRID):
@@ -130,19 +154,25 @@ def pieces(images: Tensor, stride: int) -> Tensor:
     return torch.stack(cut, dim=1)
 
 
+def piece_side(side: int, stride: int) -> int:
+    """Side of a piece of an image of this side, for an encoder of this stride."""
+    if side < GRID * stride:
+        raise ValueError(
+            f"a jigsaw of {GRID} x {GRID} pieces needs images of at least {GRID * stride} pixels "
+            f"for an encoder of stride {stride}, got {side}; raise crop or lower model.depth"
+        )
+    return side // GRID // stride * stride
+
+
 def nce(own: Tensor, features: Tensor, negatives: Tensor, temperature: float) -> Tensor:
     r"""Eq. 4 there: −log h(own) − Σ_j log(1 − h(negative_j)), per row.
 
     h is the softmax of cosines / τ over the own entry and the negatives. Everything has unit norm.
     own: (B, D). features: (B, D). negatives: (B, N, D). Returns (B,).
     """
-    scores = torch.cat(
-        (
-            (own * features).sum(dim=1, keepdim=True),
-            torch.einsum("bnd,bd->bn", negatives, features),
-        ),
-        dim=1,
-    )
+    candidates = torch.cat((own[:, None], negatives), dim=1)
+    with full_precision(features.device):
+        scores = torch.einsum("bnd,bd->bn", candidates, features)
     log_h = (scores / temperature).log_softmax(dim=1)
     # log(1 − h) as log1p(−exp(log h)); a negative that takes all of h would give −inf.
     others = torch.log1p(-log_h[:, 1:].exp().clamp_max(1 - 1e-6)).sum(dim=1)

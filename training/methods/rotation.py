@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,20 +22,29 @@ class Rotation(Method):
     other methods. The views carry the augmentation of all methods (up to 30° of rotation).
     """
 
+    curves: ClassVar[tuple[str, dict[str, str]]] = ("cross-entropy of the turns", {"loss": ""})
+    pictured: ClassVar[str] = "two views each, as they were turned"
+
     def __init__(self, model: UNetConfig, settings: None, corpus: Corpus | None) -> None:
         super().__init__()
         self.encoder = Encoder(model)
         self.classifier: nn.Module = Projection(model.channels[-1], TURNS)
 
     def forward(self, views: Views) -> Outcome:
-        count, device = len(views.images), views.images.device
-        order = torch.randperm(count, device=device, generator=views.generator)
-        turns = order % TURNS
+        turns = self.draw(views)
         maps = self.encoder(turn(views.images, turns))
         logits = self.classifier(maps[-1])
         loss = F.cross_entropy(logits.float(), turns)
         right = (logits.argmax(dim=1) == turns).float().mean()
         return Outcome(loss, {"loss": loss, "accuracy": right}, {"encoder": maps[-1].detach()})
+
+    def draw(self, views: Views) -> Tensor:
+        """Turns of the 2n views, (2n,) int64 from 0 to 3, each as often as the others."""
+        count, device = len(views.images), views.images.device
+        return torch.randperm(count, device=device, generator=views.generator) % TURNS
+
+    def pictures(self, views: Views) -> list[Tensor]:
+        return [*turn(views.images, self.draw(views))]
 
 
 def turn(images: Tensor, turns: Tensor) -> Tensor:

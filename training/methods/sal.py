@@ -69,6 +69,8 @@ class SALConfig:
                 "sal.embedding_dim must be >= 0 and sal.projection_dim >= 1, got "
                 f"{self.embedding_dim} and {self.projection_dim}"
             )
+        if self.t == 0:
+            raise ValueError("sal.t is 0: no two slices are near, so there is nothing to learn")
         # The public losses check ω, λ, t and τ: let them do so before anything is loaded.
         SALLoss(self.window_size, lambda_=self.lambda_, t=self.t, temperature=self.temperature)
 
@@ -78,6 +80,7 @@ class SAL(Method):
 
     geometry: ClassVar[Geometry] = "shared"  # or a window no longer shows the same anatomy
     watched: ClassVar[str] = "la_control"
+    curves: ClassVar[tuple[str, dict[str, str]]] = ("losses", {"loss": "total", "gp": "GP"})
 
     def __init__(self, model: UNetConfig, settings: SALConfig, corpus: Corpus | None) -> None:
         super().__init__()
@@ -169,15 +172,21 @@ def alignment(features: Tensor, pairs: Tensor, window_size: int, stop_gradient: 
 
 
 def centred(features: Tensor, centre: Centre, window_size: int) -> Tensor:
-    """Features (S, C, H, W) less their mean over the batch, each image or each window."""
+    """Features (S, C, H, W) less their mean over the batch, each image or each window.
+
+    Means are in fp32: one rounded to bf16 would leave all pixels a direction in common.
+    """
     if centre == "none":
         return features
+    wide = features.to(torch.promote_types(features.dtype, torch.float32))
     if centre == "batch":
-        return features - features.mean(dim=(0, 2, 3), keepdim=True)
-    if centre == "image":
-        return features - features.mean(dim=(2, 3), keepdim=True)
-    height, width = features.shape[2:]
-    # ceil_mode: windows at the edges are as small as those of the loss.
-    means = F.avg_pool2d(features, window_size, ceil_mode=True)
-    spread = means.repeat_interleave(window_size, 2).repeat_interleave(window_size, 3)
-    return features - spread[:, :, :height, :width]
+        means = wide.mean(dim=(0, 2, 3), keepdim=True)
+    elif centre == "image":
+        means = wide.mean(dim=(2, 3), keepdim=True)
+    else:
+        height, width = features.shape[2:]
+        # ceil_mode: windows at the edges are as small as those of the loss.
+        pooled = F.avg_pool2d(wide, window_size, ceil_mode=True)
+        spread = pooled.repeat_interleave(window_size, 2).repeat_interleave(window_size, 3)
+        means = spread[:, :, :height, :width]
+    return (wide - means).to(features.dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from .contrast import Contrastive
@@ -14,6 +16,8 @@ class SimCLR(Contrastive):
     positives, not one, rather than itself among the negatives; the images are ours (no colour,
     crops as weak as those of all methods here).
     """
+
+    curves: ClassVar[tuple[str, dict[str, str]]] = ("NT-Xent", {"loss": ""})
 
     def positives(self, sample: Tensor, position: Tensor) -> Tensor:
         return sample[:, None] == sample[None, :]
