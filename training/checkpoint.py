@@ -17,6 +17,7 @@ from .files import write_atomically
 
 LAST = Path("checkpoints", "last.pt")
 PREVIOUS = Path("checkpoints", "previous.pt")
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 class RunError(RuntimeError):
@@ -85,9 +86,8 @@ def stop_on_signal() -> Iterator[StopRequest]:
         request.signal = signal.Signals(number)
         signal.signal(number, before[request.signal])
 
-    kinds = (signal.SIGINT, signal.SIGTERM)
     try:
-        before = {kind: signal.signal(kind, ask) for kind in kinds}
+        before = {kind: signal.signal(kind, ask) for kind in STOPPING}
     except ValueError:  # not in the main thread: signals are someone else's
         yield request
         return

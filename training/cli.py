@@ -48,9 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Imported only once the arguments are good: torch takes seconds.
     from torch import OutOfMemoryError
 
+    from .distributed import require_one_process
     from .engine import Stopped
 
     try:
+        if command != "pretrain":
+            require_one_process(command)
         COMMANDS[command](namespace[command])
     except Stopped as stopped:
         how = "run it again to go on" if command == "demo" else "go on with --resume"
@@ -160,11 +163,13 @@ def _experiment_parser(preset: PresetName, text: str) -> ArgumentParser:
 
 
 def run_pretrain(namespace: Namespace) -> None:
+    from .distributed import is_main
     from .pretrain import pretrain
 
     config = _build(PretrainConfig, namespace)
     path = pretrain(config)
-    print(f"encoder: {path}\nfigures: {config.out / 'figures'}")
+    if is_main():
+        print(f"encoder: {path}\nfigures: {config.out / 'figures'}")
 
 
 def run_finetune(namespace: Namespace) -> None:

@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
-from .checkpoint import RunError, has_checkpoint, load_checkpoint, save_checkpoint, stop_on_signal
-from .config import OptimConfig, Precision, RunConfig
+from .checkpoint import (
+    STOPPING,
+    RunError,
+    has_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    stop_on_signal,
+)
+from .config import Precision, RunConfig
 from .data.sampling import SliceBatch, batches
+from .distributed import bare, first, is_main, own_gpu, world
+from .optimiser import learning_rate, make_optimiser
+from .progress import Progress
 from .runlog import RunLog, precision_before
+from .steps import Gradients, StepResult, Task
 
-# One step: the batch and the step's random numbers -> the loss and the named terms to log.
-StepFunction = Callable[[SliceBatch, torch.Generator], tuple[Tensor, dict[str, Tensor]]]
 # Called after every step; where a look is due it returns more figures to log.
 Hook = Callable[[int], dict[str, float]]
 
@@ -58,10 +67,16 @@ class Device:
             ) from error
         if device.type == "cuda" and not torch.cuda.is_available():
             raise RunError(f"device {name!r} was asked for, but torch sees no GPU; use cpu or auto")
-        precision = config.precision
-        if precision == "auto" and config.resume:
-            precision = precision_before(config.out)  # or the rest of the run would be another
-        return cls(device, _dtype(precision, device))
+        if world() > 1 and device.type == "cuda":
+            device = own_gpu(name)
+
+        def chosen() -> torch.dtype:
+            precision = config.precision
+            if precision == "auto" and config.resume:
+                precision = precision_before(config.out)  # or the rest of the run would be another
+            return _dtype(precision, device)
+
+        return cls(device, first(chosen))  # a measurement may come out otherwise elsewhere
 
     def exact(self) -> Device:
         """The same in fp32: label maps should not depend on what a machine is fast at."""
@@ -85,7 +100,7 @@ class Device:
 def fit(
     module: nn.Module,
     groups: Iterable[dict[str, Any]],
-    step_function: StepFunction,
+    task: Task[Any],
     dataset: Dataset[SliceBatch],
     config: RunConfig,
     log: RunLog,
@@ -95,156 +110,146 @@ def fit(
     """Runs `config.optim.steps` steps, with metrics, checkpoints and exact continuation.
 
     A checkpoint holds all that the rest of the run depends on: weights, optimiser, scaler, step and
-    the sums of the metrics in progress. Batches and augmentation depend on (seed, step) alone.
+    the sums of the metrics in progress. Batches and augmentation depend on (seed, step, number of
+    the batch in the step) alone. Of many processes the first writes; all take the same steps, stop
+    at the same one, and go on from the same checkpoint.
 
     Raises:
-        Stopped: after SIGINT or SIGTERM; the state is saved.
-        RunError: loss or gradient is not finite; the message names the batch, nothing is
-            overwritten.
+        Stopped: after SIGINT or SIGTERM, to any process; the state is saved.
+        RunError: loss or gradient is not finite, which the message follows to the batch, or a
+            loader died; nothing is overwritten.
     """
     optim = config.optim
     optimiser = make_optimiser(groups, optim)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: learning_rate(step, optim))
+    # The scaler skips steps by the averaged gradient: the same decision in all processes.
     scaler = torch.amp.GradScaler(device.device.type, enabled=device.dtype == torch.float16)
-    parts = {"module": module, "optimiser": optimiser, "schedule": schedule, "scaler": scaler}
-    step, count = 0, 0
-    sums: dict[str, float] = {}
-    if config.resume and has_checkpoint(config.out):
-        state = load_checkpoint(config.out)
-        for name, part in parts.items():
-            part.load_state_dict(state[name])  # type: ignore[attr-defined]
-        step, sums, count = state["step"], state["sums"], state["count"]
-    log.start_at(step)
-
-    def save() -> None:
-        states = {name: part.state_dict() for name, part in parts.items()}  # type: ignore[attr-defined]
-        save_checkpoint(config.out, {**states, "step": step, "sums": sums, "count": count})
-
+    meter = Meter()
+    state = RunState(
+        {"module": bare(module), "optimiser": optimiser, "schedule": schedule, "scaler": scaler},
+        meter,
+    )
+    if config.resume:
+        state.load(config.out)
+    log.start_at(state.step)
+    gradients = Gradients(
+        module, task, scaler, lambda b: step_generator(config.seed, b.step, device.device, b.part)
+    )
     module.train()
-    loader = batches(dataset, step, optim.steps, config.workers)
-    bar = Progress(config.out.name, step, optim.steps)
+    bar = Progress(config.out.name, state.step, optim.steps)
     with stop_on_signal() as stop, bar:
-        for batch in loader:
-            generator = step_generator(config.seed, step, device.device)
-            loss, terms = step_function(batch, generator)
-            _require_finite("loss", loss, step, batch)
+        for batches in steps_of(dataset, state.step, config):
             optimiser.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
+            result = gradients(batches, lambda: [int(stop.signal is kind) for kind in STOPPING])
+            _require_finite_loss(result, state.step)
             scaler.unscale_(optimiser)
             norm = nn.utils.clip_grad_norm_(module.parameters(), optim.clip or math.inf)
             if not scaler.is_enabled():  # a scaler skips such steps itself, and lowers its scale
-                _require_finite("gradient's norm", norm, step, batch)
+                _require_finite("gradient's norm", norm.item(), state.step, batches)
             rate = float(schedule.get_last_lr()[0])
             scaler.step(optimiser)
             scaler.update()
             schedule.step()
-            step += 1
-            count += 1
-            for name, term in terms.items():
-                sums[name] = sums.get(name, 0.0) + term.item()
+            state.step += 1
+            step, last = state.step, state.step == optim.steps
+            meter.add(result.terms)
             extra = hook(step) if hook is not None else {}
-            bar.update({name: total / count for name, total in sums.items()})
-            if step % config.log_every == 0 or step == optim.steps or extra:
-                means = {name: total / count for name, total in sums.items()}
-                log.write(step, {**means, "lr": rate, **extra})
-                sums, count = {}, 0
-            if step % config.checkpoint_every == 0 or step == optim.steps or stop.signal:
-                save()
-            if stop.signal:
+            bar.update(meter.means())
+            if step % config.log_every == 0 or last or extra:
+                log.write(step, {**meter.means(), "lr": rate, **extra})
+                meter.clear()
+            heard = [kind for kind, count in zip(STOPPING, result.signals, strict=True) if count]
+            if step % config.checkpoint_every == 0 or last or heard:
+                state.save(config.out)
+            if heard:
                 log.close()
                 raise Stopped(
-                    f"stopped by {stop.signal.name} at step {step} of {optim.steps}",
-                    128 + stop.signal.value,
+                    f"stopped by {heard[0].name} at step {step} of {optim.steps}",
+                    128 + heard[0].value,
                 )
 
 
-def _require_finite(what: str, value: Tensor, step: int, batch: SliceBatch) -> None:
-    number = value.item()
+class Meter:
+    """Means of the terms since the last line of metrics."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.count = 0
+
+    def add(self, terms: dict[str, float]) -> None:
+        self.count += 1
+        for name, term in terms.items():
+            self.sums[name] = self.sums.get(name, 0.0) + term
+
+    def means(self) -> dict[str, float]:
+        return {name: total / self.count for name, total in self.sums.items()}
+
+    def clear(self) -> None:
+        self.sums, self.count = {}, 0
+
+
+@dataclass
+class RunState:
+    """Everything that a checkpoint holds."""
+
+    parts: dict[str, Any]  # with state_dict and load_state_dict
+    meter: Meter
+    step: int = 0
+
+    def load(self, out: Path) -> None:
+        """Goes on from the last checkpoint, if there is one: all processes from the same."""
+        saved = first(lambda: load_checkpoint(out) if has_checkpoint(out) else None)
+        if saved is None:
+            return
+        for name, part in self.parts.items():
+            part.load_state_dict(saved[name])
+        self.step = saved["step"]
+        self.meter.sums, self.meter.count = saved["sums"], saved["count"]
+
+    def save(self, out: Path) -> None:
+        if not is_main():
+            return
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        meter = {"sums": self.meter.sums, "count": self.meter.count}
+        save_checkpoint(out, {**states, "step": self.step, **meter})
+
+
+def steps_of(
+    dataset: Dataset[SliceBatch], start: int, config: RunConfig
+) -> Iterator[list[SliceBatch]]:
+    """This process's batches of each step from `start` on."""
+    count = config.optim.accumulate
+    loader = iter(batches(dataset, start * count, config.optim.steps * count, config.workers))
+    while batch := next(loader, None):
+        yield [batch, *itertools.islice(loader, count - 1)]
+
+
+def _require_finite_loss(result: StepResult, step: int) -> None:
+    if result.bad:
+        number, batch = result.bad
+        _require_finite("loss", number, step, [batch])
+    if result.any_bad:
+        raise RunError(f"the loss of another process is not finite at step {step + 1}")
+
+
+def _require_finite(what: str, number: float, step: int, batches: Sequence[SliceBatch]) -> None:
     if not math.isfinite(number):
+        slices = "; ".join(batch.describe() for batch in batches)
         raise RunError(
-            f"the {what} became {number} at step {step + 1} on the batch {batch.describe()}; "
+            f"the {what} became {number} at step {step + 1} on the batch {slices}; "
             f"nothing of this step was kept. Lower optim.lr, or look at these slices"
         )
 
 
-class Progress:
-    """How far a run is, with loss, rate and ETA: a bar on a terminal, now and then a line in a log.
+def step_generator(seed: int, step: int, device: torch.device, part: int = 0) -> torch.Generator:
+    """Random numbers of one batch of one step, independent of all others.
 
-    A batch system's log would be filled by a bar that rewrites itself, and empty without any.
+    part: number of the batch, or of the pair of subjects, in the step.
     """
-
-    LINE_EVERY = 30.0  # seconds
-
-    def __init__(self, name: str, step: int, steps: int) -> None:
-        self.name, self.step, self.steps = name, step, steps
-        self.first, self.began = step, time.monotonic()
-        self.said = self.began
-        self.bar = tqdm(
-            total=steps, initial=step, desc=name, unit="step", mininterval=1.0, disable=None,
-            file=sys.stderr,
-        )  # fmt: skip
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    def update(self, terms: dict[str, float]) -> None:
-        self.step += 1
-        shown = {name: f"{value:.3g}" for name, value in terms.items()}
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update()
-        now = time.monotonic()
-        last = self.step == self.steps
-        if self.bar.disable and (now - self.said >= self.LINE_EVERY or last):
-            self.said = now
-            rate = (self.step - self.first) / max(now - self.began, 1e-9)
-            left = tqdm.format_interval((self.steps - self.step) / rate)
-            values = ", ".join(f"{name} {value}" for name, value in shown.items())
-            print(
-                f"{self.name}: step {self.step} of {self.steps}, {values}, {rate:.2f} step/s, "
-                f"ETA {left}",
-                file=sys.stderr,
-                flush=True,
-            )
-
-
-def learning_rate(step: int, optim: OptimConfig) -> float:
-    """Factor on the rate of step `step` (from 0): linear warm-up, then half a cosine."""
-    warmup = round(optim.warmup * optim.steps)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    progress = min(1.0, (step - warmup) / max(1, optim.steps - warmup))
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return optim.final_lr + (1 - optim.final_lr) * cosine
-
-
-def make_optimiser(groups: Iterable[dict[str, Any]], optim: OptimConfig) -> torch.optim.Optimizer:
-    """The optimiser over parameter groups, each with a factor `scale` on the learning rate.
-
-    Weight decay acts on matrices and kernels, not on biases and norms.
-    """
-    split: list[dict[str, Any]] = []
-    for group in groups:
-        parameters = [p for p in group["params"] if p.requires_grad]
-        lr = optim.lr * group.get("scale", 1.0)
-        for decay in (True, False):
-            chosen = [p for p in parameters if (p.dim() > 1) == decay]
-            if chosen:
-                weight_decay = optim.weight_decay if decay else 0.0
-                split.append({"params": chosen, "lr": lr, "weight_decay": weight_decay})
-    if optim.name == "sgd":
-        nesterov = optim.momentum > 0
-        return torch.optim.SGD(split, lr=optim.lr, momentum=optim.momentum, nesterov=nesterov)
-    return torch.optim.AdamW(split, lr=optim.lr)
-
-
-def step_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
-    """Random numbers of one step, independent of all other steps."""
     generator = torch.Generator(device)
-    # An odd multiplier spreads neighbouring steps and seeds over the 64 bits.
-    return generator.manual_seed((seed * 0x9E3779B97F4A7C15 + step) % 2**63)
+    # Odd multipliers spread neighbouring steps, parts and seeds over the 64 bits.
+    mixed = seed * 0x9E3779B97F4A7C15 + part * 0xBF58476D1CE4E5B9 + step
+    return generator.manual_seed(mixed % 2**63)
 
 
 def _dtype(precision: Precision, device: torch.device) -> torch.dtype:

@@ -15,7 +15,7 @@ from .checkpoint import RunError
 from .config import FinetuneConfig
 from .data.cache import VolumeCache, require_labels
 from .data.datasets import DATASETS
-from .data.sampling import LabelledSlices, SliceBatch
+from .data.sampling import LabelledSlices, Shard, SliceBatch
 from .data.splits import Fold, kfold, labelled_subset
 from .engine import Device, fit
 from .evaluate import Scores, evaluate, write_scores
@@ -24,6 +24,7 @@ from .inputs import open_dataset
 from .models import UNet, load_encoder, load_unet, save_unet
 from .pretrain import ENCODER
 from .runlog import RunLog
+from .steps import Task
 
 MODEL = "model.safetensors"
 
@@ -34,13 +35,16 @@ def finetune(config: FinetuneConfig) -> Scores:
     cache = open_dataset(config)
     fold, labelled = split(config, cache)
     require_labels(cache, [*labelled, *fold.test])
-    dataset = LabelledSlices(cache, labelled, config.batch_size, config.seed)
+    own = Shard(accumulate=config.optim.accumulate)
+    dataset = LabelledSlices(cache, labelled, config.batch_size, config.seed, own)
     model, pretraining = initial_model(config)
     log = RunLog(config, "finetune", device.describe())
     device.to(model)
+    if config.compile:
+        model.compile()  # in place: the keys of the weights stay
     criterion = segmentation_loss()
 
-    def step(batch: SliceBatch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def prepare(batch: SliceBatch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         images, labels = augment(
             batch.images.to(device.device),
             config.crop,
@@ -49,6 +53,10 @@ def finetune(config: FinetuneConfig) -> Scores:
             labels=batch.labels.to(device.device),
         )
         assert labels is not None  # they went in
+        return images, labels
+
+    def loss_of(given: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        images, labels = given
         with device.autocast():
             logits = model(images.contiguous(memory_format=torch.channels_last))
         loss = criterion(logits.float(), labels[:, None].long())
@@ -63,7 +71,7 @@ def finetune(config: FinetuneConfig) -> Scores:
             {"params": list(model.encoder.parameters()), "scale": config.encoder_lr},
             {"params": list(model.decoder.parameters())},
         ],
-        step,
+        Task(prepare, loss_of),
         dataset,
         config,
         log,

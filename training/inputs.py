@@ -5,10 +5,20 @@ from __future__ import annotations
 from .config import RunConfig
 from .data.cache import VolumeCache, open_cache
 from .data.datasets import DATASETS
+from .distributed import first
 
 
 def open_dataset(config: RunConfig) -> VolumeCache:
-    """The run's data, preprocessed once and kept; every bad file is named in one DataError."""
+    """The run's data, preprocessed once and kept; every bad file is named in one DataError.
+
+    Of many processes the first preprocesses; then all open what it wrote.
+    """
     info = DATASETS[config.dataset]
-    scans = info.find(config.data_folder(), cine=config.cine)
-    return open_cache(scans, config.preprocess, info, config.cache_folder)
+
+    def opened() -> VolumeCache:
+        scans = info.find(config.data_folder(), cine=config.cine)
+        return open_cache(scans, config.preprocess, info, config.cache_folder)
+
+    own: list[VolumeCache] = []
+    first(lambda: own.append(opened()))
+    return own[0] if own else opened()

@@ -2,83 +2,127 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from .augment import augment
 from .config import PretrainConfig
 from .data.cache import VolumeCache
-from .data.sampling import SliceBatch, TwoSubjects
+from .data.sampling import Shard, SliceBatch, TwoSubjects
 from .data.splits import kfold
-from .engine import Device, fit
+from .distributed import first, is_main, parallel, processes, rank, synchronise_norms, world
+from .engine import Device, fit, step_generator
 from .figures import pretraining as pretraining_figures
 from .inputs import open_dataset
 from .methods import METHODS, Method, Outcome, Views
 from .models import save_encoder
 from .runlog import RunLog, read_metrics
+from .steps import Task
 
 ENCODER = "encoder.safetensors"
 INITIAL = "encoder_initial.safetensors"
 
 
 def pretrain(config: PretrainConfig) -> Path:
-    """Runs pre-training in `config.out` and returns the path of the encoder's weights."""
-    device = Device.of(config)
-    cache = open_dataset(config)
-    seen = subjects(config, cache)
-    corpus = Slices(cache, seen)
-    dataset = TwoSubjects(cache, seen, config.slices, config.seed)
-    log = RunLog(config, "pretrain", device.describe())
+    """Runs pre-training in `config.out` and returns the path of the encoder's weights.
 
-    torch.manual_seed(config.seed)
-    settings = getattr(config, config.method, None)
-    method = METHODS[config.method](config.model, settings, corpus)
-    if not (config.out / INITIAL).exists():
-        save_encoder(config.out / INITIAL, method.encoder, _about(config, cache, 0))
-    if not method.trains:
-        log.close()
-        save_encoder(config.out / ENCODER, method.encoder, _about(config, cache, 0))
-        return config.out / ENCODER
-    device.to(method)
-    latest: dict[str, Any] = {}
+    Under torchrun the processes share each step: see `distributed`.
+    """
+    with processes(config.device):
+        run = Pretraining(config)
+        if run.method.trains:
+            run.fit()
+        first(run.finish)
+    return config.out / ENCODER
 
-    def step(batch: SliceBatch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        method.before_step(batch.step, config.optim.steps, corpus)
-        views = make_views(batch, config, device.device, generator, method.centres)
-        with device.autocast():
-            outcome = method(views)
-        latest.update(views=views, outcome=outcome)
+
+class Pretraining:
+    """One run of pre-training."""
+
+    def __init__(self, config: PretrainConfig) -> None:
+        self.config = config
+        self.device = Device.of(config)
+        self.cache = open_dataset(config)
+        self.seen = subjects(config, self.cache)
+        self.corpus = Slices(self.cache, self.seen)
+        self.log = RunLog(config, "pretrain", self.device.describe())
+        torch.manual_seed(config.seed)
+        settings = getattr(config, config.method, None)
+        self.method = METHODS[config.method](config.model, settings, self.corpus)
+        first(self.keep_start)
+        self.device.to(self.method)
+        if config.sync_batchnorm and world() > 1:
+            synchronise_norms(self.method, self.device.device)
+        if config.compile:
+            self.method.encoder.compile()  # in place: the keys of the weights stay
+        self.module: nn.Module = self.method
+        self.latest: tuple[Views, Outcome] | None = None
+        self.step = -1  # that the method has been told of
+
+    def fit(self) -> None:
+        """All steps."""
+        config = self.config
+        own = Shard(rank(), world(), config.optim.accumulate)
+        self.module = parallel(self.method, self.device.device)
+        fit(
+            self.module,
+            [{"params": list(self.method.parameters())}],
+            Task(self.prepare, self.loss),
+            TwoSubjects(self.cache, self.seen, config.slices, config.seed, config.pairs, own),
+            config,
+            self.log,
+            self.device,
+            self.look if is_main() else None,
+        )
+
+    def prepare(self, batch: SliceBatch, generator: torch.Generator) -> Views:
+        """The views of a batch."""
+        if batch.step != self.step:
+            self.step = batch.step
+            self.method.before_step(batch.step, self.config.optim.steps, self.corpus)
+        return make_views(batch, self.config, self.device.device, generator, self.method.centres)
+
+    def loss(self, views: Views) -> tuple[Tensor, dict[str, Tensor]]:
+        with self.device.autocast():
+            outcome: Outcome = self.module(views)
+        self.latest = views, outcome
         return outcome.loss, outcome.terms
 
-    watch = CollapseWatch(method, config.out)
-
-    def hook(step: int) -> dict[str, float]:
+    def look(self, step: int) -> dict[str, float]:
+        """What the method monitors, where a look is due."""
         # Step 1 too: what comes later is judged against the untrained network, and an embedding
         # can collapse within 50 steps.
+        config = self.config
         if step > 1 and step % config.monitor_every and step < config.optim.steps:
             return {}
-        return watch(latest["views"], latest["outcome"])
+        assert self.latest is not None  # a step was taken
+        return self.watch(*self.latest)
 
-    fit(
-        method,
-        [{"params": list(method.parameters())}],
-        step,
-        dataset,
-        config,
-        log,
-        device,
-        hook,
-    )
-    log.close()
-    save_encoder(config.out / ENCODER, method.encoder, _about(config, cache, config.optim.steps))
-    pretraining_figures(config.out, cache, config, method)
-    return config.out / ENCODER
+    @functools.cached_property
+    def watch(self) -> CollapseWatch:
+        return CollapseWatch(self.method, self.config.out)
+
+    def keep_start(self) -> None:
+        """Writes the encoder as it is initialised."""
+        path = self.config.out / INITIAL
+        if not path.exists():
+            save_encoder(path, self.method.encoder, _about(self.config, self.cache, 0))
+
+    def finish(self) -> None:
+        """Writes the encoder, and the figures of what was learnt."""
+        config = self.config
+        self.log.close()
+        steps = config.optim.steps if self.method.trains else 0
+        save_encoder(config.out / ENCODER, self.method.encoder, _about(config, self.cache, steps))
+        if self.method.trains:
+            pretraining_figures(config.out, self.cache, config, self.method)
 
 
 class Slices:
@@ -113,10 +157,42 @@ def make_views(
     generator: torch.Generator,
     centres: Callable[[Tensor, float, torch.Generator], Tensor | None] | None = None,
 ) -> Views:
-    """Both views of each slice: first view of all n slices, then the second of all."""
-    images = batch.images.to(device, non_blocking=True).repeat(2, 1, 1, 1)
+    """Both views of each slice: first view of all slices, then the second of all.
+
+    Each pair of subjects after the first has random numbers of its own, so that its views do not
+    depend on which pairs it shares a batch with.
+    """
+    views = []
+    for pair, rows in enumerate(torch.arange(len(batch.images)).split(config.slices)):
+        if pair:
+            part = batch.part + pair
+            own = step_generator(config.seed, batch.step, device, part)
+        else:
+            own = generator
+        views.append(_views_of_pair(batch, rows, config, device, own, centres))
+    if len(views) == 1:
+        return views[0]
+
+    def both(column: str) -> Tensor:
+        halves = [getattr(pair, column).chunk(2) for pair in views]
+        return torch.cat([half[view] for view in (0, 1) for half in halves])
+
+    images = both("images").contiguous(memory_format=torch.channels_last)
+    names = ("volume", "slice_index", "num_slices", "sample")
+    return Views(images, generator=generator, **{name: both(name) for name in names})
+
+
+def _views_of_pair(
+    batch: SliceBatch,
+    rows: Tensor,
+    config: PretrainConfig,
+    device: torch.device,
+    generator: torch.Generator,
+    centres: Callable[[Tensor, float, torch.Generator], Tensor | None] | None,
+) -> Views:
+    images = batch.images[rows].to(device, non_blocking=True).repeat(2, 1, 1, 1)
     volume, index, depth, sample = (
-        column.to(device, non_blocking=True).repeat(2)
+        column[rows].to(device, non_blocking=True).repeat(2)
         for column in (batch.volume, batch.slice_index, batch.num_slices, batch.sample)
     )
     group = None
@@ -124,7 +200,7 @@ def make_views(
     if geometry == "auto":
         geometry = METHODS[config.method].geometry
     if geometry == "shared":
-        # Scans numbered from 0 within the batch: slices of one scan share their strong transform.
+        # Scans numbered from 0 within the pair: slices of one scan share their strong transform.
         group = torch.unique(volume, return_inverse=True)[1]
     # Views lie on their slices, or leave them as far as the largest shift brings them.
     field = config.crop / images.shape[-1]

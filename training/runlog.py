@@ -21,21 +21,34 @@ import salkernels
 
 from .checkpoint import LAST, RunError
 from .config import Precision, RunConfig
+from .distributed import first, is_main, world
 from .files import write_atomically
 
 ENVIRONMENT = "environment.json"
 PACKAGES = ("torch", "triton", "numpy", "nibabel", "monai", "safetensors")
 # Settings that may differ between a run and its continuation: they do not change the result, but
-# for the last bits where `threads` differs.
-FREE = {"resume", "out", "cache", "data", "threads", "workers", "log_every", "checkpoint_every"}
+# for the last bits where `threads` or `compile` differs. How many processes times accumulated
+# batches make a step is compared apart.
+FREE = {
+    "resume", "out", "cache", "data", "threads", "workers", "log_every", "checkpoint_every",
+    "compile", "optim.accumulate",
+}  # fmt: skip
 
 
 class RunLog:
-    """Opens a run folder for a new run or for its continuation, and appends metrics to it."""
+    """Opens a run folder for a new run or for its continuation, and appends metrics to it.
+
+    Of many processes only the first does; the others wait until the folder is open.
+    """
 
     def __init__(self, config: RunConfig, kind: str, chosen: Mapping[str, str]) -> None:
         """kind: "pretrain" or "finetune". chosen: device and precision, where they were auto."""
         self.out = config.out
+        self._metrics = self.out / "metrics.jsonl"
+        self._writer: SummaryWriter | None = None
+        first(lambda: self._open(config, kind, chosen))
+
+    def _open(self, config: RunConfig, kind: str, chosen: Mapping[str, str]) -> None:
         settings = to_plain(config)
         description = self.out / "config.yaml"
         started = description.exists() or (self.out / LAST).exists()
@@ -48,13 +61,13 @@ class RunLog:
             require_same_settings(self.out, config)
         else:
             write_atomically(description, yaml.safe_dump(settings, sort_keys=False))
-        about = {"kind": kind, **chosen, **environment()}
+        about = {"kind": kind, **chosen, **_batches(config), **environment()}
         write_atomically(self.out / ENVIRONMENT, json.dumps(about, indent=2) + "\n")
-        self._metrics = self.out / "metrics.jsonl"
-        self._writer: SummaryWriter | None = None
 
     def start_at(self, step: int) -> None:
         """Drops metrics of steps that will be run again, and opens the event file."""
+        if not is_main():
+            return
         if self._metrics.exists():
             kept = [row for row in read_metrics(self.out) if row["step"] <= step]
             write_atomically(self._metrics, "".join(json.dumps(row) + "\n" for row in kept))
@@ -62,6 +75,8 @@ class RunLog:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Appends one line to metrics.jsonl and to the TensorBoard events."""
+        if not is_main():
+            return
         with self._metrics.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         if self._writer is not None:
@@ -141,7 +156,8 @@ def _git(where: Path, *arguments: str) -> str:
 
 def require_same_settings(out: Path, config: RunConfig) -> None:
     """Raises a RunError that names what differs between a run's settings and these."""
-    before = yaml.safe_load((out / "config.yaml").read_text())
+    # What an older version did not know, it did as the defaults do.
+    before = _filled(yaml.safe_load((out / "config.yaml").read_text()), to_plain(type(config)()))
     now = to_plain(config)
     # A setting that came with a later version was at its default then.
     before = _filled(before, to_plain(type(config)()))
@@ -156,6 +172,7 @@ def require_same_settings(out: Path, config: RunConfig) -> None:
             + "; ".join(changed)
             + "; start a new one with another --out"
         )
+    _require_same_batches(out, config)
 
 
 def _filled(settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -165,6 +182,30 @@ def _filled(settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any
         if isinstance(value, dict) and isinstance(settings.get(name), dict):
             filled[name] = _filled(settings[name], value)
     return filled
+
+
+def _require_same_batches(out: Path, config: RunConfig) -> None:
+    """Raises a RunError where a step would no longer take the batches that it took before."""
+    path = out / ENVIRONMENT
+    about = json.loads(path.read_text()) if path.exists() else {}
+    before = {"processes": about.get("processes", 1), "batches": about.get("batches", 1)}
+    now = _batches(config)
+    if before["batches"] != now["batches"]:
+        raise RunError(
+            f"the run in {out} takes {before['batches']} batches per step, which "
+            f"{now['processes']} processes times optim.accumulate {config.optim.accumulate} do not "
+            f"give; start as many processes as before, or choose optim.accumulate accordingly"
+        )
+    if config.sync_batchnorm and before["processes"] != now["processes"]:
+        raise RunError(
+            f"the run in {out} has batch norms over {before['processes']} processes, got "
+            f"{now['processes']}; start as many as before"
+        )
+
+
+def _batches(config: RunConfig) -> dict[str, int]:
+    """Processes, and batches per step on all of them."""
+    return {"processes": world(), "batches": world() * config.optim.accumulate}
 
 
 def _differences(

@@ -1,13 +1,15 @@
-"""Batches of slices, each a function of (seed, step) alone.
+"""Batches of slices, each a function of (seed, step, its number in the step) alone.
 
 A batch does not depend on the ones before it, on the number of loader workers or on when a run was
-interrupted: resuming at step k gives exactly the batches that an uninterrupted run would have seen.
+interrupted: resuming at step s gives exactly the batches that an uninterrupted run would have seen.
+Nor does it depend on how a step's batches are spread over processes and time.
 """
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +25,7 @@ class SliceBatch(NamedTuple):
     """Slices of one step, before augmentation."""
 
     step: int
+    part: int  # number of the batch in its step; of its first pair, where it holds pairs
     images: Tensor  # (n, 1, H, W) float32
     labels: Tensor  # (n, H, W) uint8; 255 where unlabelled
     volume: Tensor  # (n,) int64, the scan in the cache
@@ -39,13 +42,45 @@ class SliceBatch(NamedTuple):
         return ", ".join(f"{name} {sorted(indices)}" for name, indices in slices.items())
 
 
+@dataclass(frozen=True)
+class Shard:
+    """Which of a step's world · accumulate batches this process takes: `accumulate` in a row."""
+
+    rank: int = 0
+    world: int = 1
+    accumulate: int = 1
+
+    @property
+    def count(self) -> int:
+        """Batches per step, over all processes."""
+        return self.world * self.accumulate
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Step of this process's batch `index`, and the batch's number in that step."""
+        step, place = divmod(index, self.accumulate)
+        return step, self.rank * self.accumulate + place
+
+
+ALONE = Shard()
+
+
 class TwoSubjects(Dataset[SliceBatch]):
     """Pre-training batches: n/2 slices from one scan of each of two subjects (paper, Sec. 2.4).
 
-    A scan with fewer than n/2 slices is drawn from with replacement.
+    A scan with fewer than n/2 slices is drawn from with replacement. With several pairs of subjects
+    in a step, be it in one batch, on other processes or in later batches, no subject comes twice
+    before all have come; so a scan's slices are never on two processes while there are enough.
     """
 
-    def __init__(self, cache: VolumeCache, subjects: Sequence[str], slices: int, seed: int) -> None:
+    def __init__(
+        self,
+        cache: VolumeCache,
+        subjects: Sequence[str],
+        slices: int,
+        seed: int,
+        pairs: int = 1,
+        shard: Shard = ALONE,
+    ) -> None:
         if len(subjects) < 2:
             raise DataError(
                 f"pre-training draws from two subjects at a time, got {len(subjects)}; add scans"
@@ -58,25 +93,45 @@ class TwoSubjects(Dataset[SliceBatch]):
         self.scans = [cache.of_subject(subject) for subject in subjects]
         self.slices = slices
         self.seed = seed
+        self.pairs = pairs
+        self.shard = shard
 
-    def __getitem__(self, step: int) -> SliceBatch:
+    def __getitem__(self, index: int) -> SliceBatch:
+        step, number = self.shard.place(index)
         rng = np.random.default_rng((self.seed, step))
         half = self.slices // 2
         chosen: list[tuple[int, int]] = []
-        for subject in rng.choice(len(self.scans), size=2, replace=False):
+        # All of the step is drawn, which costs nothing beside reading: then all processes agree.
+        for subject in self._subjects(rng):
             scans = self.scans[subject]
             scan = scans[rng.integers(len(scans))]
             depth = self.cache.num_slices(scan)
             drawn = rng.choice(depth, size=half, replace=depth < half)
             chosen += [(scan, int(index)) for index in np.sort(drawn)]
-        return _collect(self.cache, step, chosen)
+        size = self.pairs * self.slices
+        own = chosen[number * size : (number + 1) * size]
+        return _collect(self.cache, step, number * self.pairs, own)
+
+    def _subjects(self, rng: np.random.Generator) -> list[int]:
+        """Two for each pair of the step, different ones for as long as there are enough."""
+        left, drawn = self.shard.count * self.pairs, []
+        while left:
+            pairs = min(left, len(self.scans) // 2)
+            drawn += rng.choice(len(self.scans), size=2 * pairs, replace=False).tolist()
+            left -= pairs
+        return drawn
 
 
 class LabelledSlices(Dataset[SliceBatch]):
     """Fine-tuning batches: slices drawn evenly from the labelled scans, in shuffled epochs."""
 
     def __init__(
-        self, cache: VolumeCache, subjects: Sequence[str], batch_size: int, seed: int
+        self,
+        cache: VolumeCache,
+        subjects: Sequence[str],
+        batch_size: int,
+        seed: int,
+        shard: Shard = ALONE,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -92,26 +147,29 @@ class LabelledSlices(Dataset[SliceBatch]):
             raise DataError(f"none of the subjects {', '.join(subjects)} has a labelled scan")
         self.batch_size = batch_size
         self.seed = seed
+        self.shard = shard
 
-    def __getitem__(self, step: int) -> SliceBatch:
-        positions = range(step * self.batch_size, (step + 1) * self.batch_size)
+    def __getitem__(self, index: int) -> SliceBatch:
+        step, number = self.shard.place(index)
+        before = step * self.shard.count + number
+        positions = range(before * self.batch_size, (before + 1) * self.batch_size)
         orders = {p // len(self.pool): None for p in positions}
         shuffled = {
             epoch: np.random.default_rng((self.seed, epoch)).permutation(len(self.pool))
             for epoch in orders
         }
         chosen = [self.pool[shuffled[p // len(self.pool)][p % len(self.pool)]] for p in positions]
-        return _collect(self.cache, step, chosen)
+        return _collect(self.cache, step, number, chosen)
 
 
 def batches(
-    dataset: Dataset[SliceBatch], start: int, steps: int, workers: int
+    dataset: Dataset[SliceBatch], start: int, stop: int, workers: int
 ) -> DataLoader[SliceBatch]:
-    """The batches of steps `start` to `steps` − 1, in order."""
+    """Batches `start` to `stop` − 1 of this process, in order."""
     return DataLoader(
         dataset,
         batch_size=None,
-        sampler=_Steps(start, steps),
+        sampler=_Numbers(start, stop),
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=False,
@@ -126,7 +184,7 @@ def _leave_signals_to_the_parent(_: int) -> None:
         signal.signal(kind, signal.SIG_IGN)
 
 
-class _Steps(Sampler[int]):
+class _Numbers(Sampler[int]):
     def __init__(self, start: int, stop: int) -> None:
         self.range = range(start, stop)
 
@@ -137,10 +195,13 @@ class _Steps(Sampler[int]):
         return len(self.range)
 
 
-def _collect(cache: VolumeCache, step: int, chosen: Sequence[tuple[int, int]]) -> SliceBatch:
+def _collect(
+    cache: VolumeCache, step: int, part: int, chosen: Sequence[tuple[int, int]]
+) -> SliceBatch:
     scans, indices = [scan for scan, _ in chosen], [index for _, index in chosen]
     return SliceBatch(
         step=step,
+        part=part,
         images=torch.from_numpy(np.stack([cache.image(s)[i] for s, i in chosen]))[:, None],
         labels=torch.from_numpy(np.stack([cache.label(s)[i] for s, i in chosen])),
         volume=torch.tensor(scans),

@@ -83,6 +83,11 @@ class Method(nn.Module, ABC):
     def forward(self, views: Views) -> Outcome:
         """The loss of one batch."""
 
+    @property
+    def leaves_parameters_out(self) -> bool:
+        """Whether the loss may not depend on some parameters that require a gradient."""
+        return False
+
     def before_step(self, step: int, steps: int, corpus: Corpus) -> None:
         """Called before step `step` (from 0) of `steps`, where a method looks at all slices."""
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..distributed import broadcast, is_main
 from ..models import UNetConfig
 from .base import Corpus
 from .contrast import ContrastConfig
@@ -64,7 +65,10 @@ class CCrop(SimCLR):
         rounds = self.settings.updates + 1
         due = {steps * k // rounds for k in range(1, rounds)}
         if step > 0 and step in due:
-            self.localise(corpus)
+            # Batch statistics, and so heat maps, may differ between processes; boxes must not.
+            if is_main():
+                self.localise(corpus)
+            broadcast(self.boxes)
 
     @torch.no_grad()
     def localise(self, corpus: Corpus) -> None:

@@ -112,6 +112,10 @@ class SAL(Method):
         outcome.maps = {"encoder": features.detach(), "embedding": embedded.detach()}
         return outcome
 
+    @property
+    def leaves_parameters_out(self) -> bool:
+        return self.settings.lambda_ == 0  # E
+
     def align(self, embedded: Tensor, pairs: Tensor) -> Tensor:
         """LA of maps (2n, C, H, W) after E over pairs (2n, 2n)."""
         window = self.settings.window_size
