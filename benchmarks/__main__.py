@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks [run | overhead | training | report] [options]`."""
+"""The command line: `python -m benchmarks [COMMAND] [options]`; see README.md."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from .runner import RESULTS, Options, run, say
 
 SHORT_BUDGET, BUDGET = 0.2, 2.0
 GROUPS = {"sweeps": SWEEPS}
+COMMANDS = ("run", "overhead", "training", "loading", "report")
 
 
 def parser() -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
     add = arguments.add_argument
-    add("command", nargs="?", default="run", choices=("run", "overhead", "training", "report"))
+    add("command", nargs="?", default="run", choices=COMMANDS)
     add("--label", help="names the files in results/ (default: the device's type)")
     add("--device", default="cpu", help="cpu (default) or cuda")
     add("--threads", type=int, default=torch.get_num_threads(), help="of torch on the CPU")
@@ -33,6 +34,8 @@ def parser() -> argparse.ArgumentParser:
     add("--timeout", type=float, default=90.0, help="seconds for one run, compilation included")
     add("--fresh", action="store_true", help="measure again what the file already holds")
     add("--quick", action="store_true", help="a tiny case in seconds, to see that all works")
+    add("--data", type=Path, help="scans for `loading`, in ACDC's layout (default: a phantom)")
+    add("--preset", default="desk", help="of `loading` (default: desk)")
     add("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
     return arguments
 
@@ -54,6 +57,11 @@ def main(words: list[str] | None = None) -> int:
             from .training import measure_training
 
             print(measure_training(label, settings, given.results))
+            return 0
+        if given.command == "loading":
+            from .loading import measure_loading
+
+            print(measure_loading(label, settings, given.results, given.data, given.preset))
             return 0
         if given.command == "run":
             run(

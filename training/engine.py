@@ -7,7 +7,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,7 @@ def fit(
     )
     module.train()
     bar = Progress(config.out.name, state.step, optim.steps)
-    with stop_on_signal() as stop, bar:
+    with stop_on_signal() as stop, bar, _loaders_explained():
         for batches in steps_of(dataset, state.step, config):
             optimiser.zero_grad(set_to_none=True)
             result = gradients(batches, lambda: [int(stop.signal is kind) for kind in STOPPING])
@@ -222,6 +222,20 @@ def steps_of(
     loader = iter(batches(dataset, start * count, config.optim.steps * count, config.workers))
     while batch := next(loader, None):
         yield [batch, *itertools.islice(loader, count - 1)]
+
+
+@contextmanager
+def _loaders_explained() -> Iterator[None]:
+    """A loader that the system killed is reported wherever the loop is just then."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, RunError) or "DataLoader worker" not in str(error):
+            raise
+        raise RunError(
+            f"a process that loads slices ended: {error} The last checkpoint is intact: lower "
+            f"workers if memory is short, and pass --resume"
+        ) from error
 
 
 def _require_finite_loss(result: StepResult, step: int) -> None:

@@ -156,8 +156,7 @@ def _git(where: Path, *arguments: str) -> str:
 
 def require_same_settings(out: Path, config: RunConfig) -> None:
     """Raises a RunError that names what differs between a run's settings and these."""
-    # What an older version did not know, it did as the defaults do.
-    before = _filled(yaml.safe_load((out / "config.yaml").read_text()), to_plain(type(config)()))
+    before = yaml.safe_load((out / "config.yaml").read_text())
     now = to_plain(config)
     # A setting that came with a later version was at its default then.
     before = _filled(before, to_plain(type(config)()))

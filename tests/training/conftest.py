@@ -27,6 +27,12 @@ COMMON: dict[str, Any] = {
 
 
 @pytest.fixture(scope="session")
+def common() -> dict[str, Any]:
+    """Settings of every run here, for those who make configurations of their own."""
+    return COMMON
+
+
+@pytest.fixture(scope="session")
 def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_phantom(tmp_path_factory.mktemp("phantom") / "data", subjects=6, slices=6)
 

@@ -32,10 +32,10 @@ def stop_after(monkeypatch, steps):
 
     original = engine.step_generator
 
-    def counting(seed, step, device):
+    def counting(seed, step, device, part=0):
         if step == steps - 1:
             signal.raise_signal(signal.SIGTERM)
-        return original(seed, step, device)
+        return original(seed, step, device, part)
 
     monkeypatch.setattr(engine, "step_generator", counting)
     return lambda: monkeypatch.setattr(engine, "step_generator", original)
@@ -76,16 +76,66 @@ def test_finetuning_resumes_exactly_too(finetune_config, tmp_path, monkeypatch):
     assert broken.rows == straight.rows
 
 
+def test_a_compiled_run_has_the_same_keys_and_goes_on_uncompiled(
+    pretrain_config, finetune_config, tmp_path, monkeypatch
+):
+    compiled, original = [], nn.Module.compile
+
+    def traced(self):
+        compiled.append(type(self).__name__)
+        original(self, backend="eager")  # traces, but generates no code: that takes a minute
+
+    monkeypatch.setattr(nn.Module, "compile", traced)
+    straight = pretrain_config(out=tmp_path / "straight", precision="fp32")
+    pretrain(straight)
+    broken = pretrain_config(out=tmp_path / "broken", precision="fp32", compile=True)
+    undo = stop_after(monkeypatch, 4)
+    with pytest.raises(Stopped):
+        pretrain(broken)
+    undo()
+    assert compiled == ["Encoder"]
+    pretrain(pretrain_config(out=broken.out, precision="fp32", resume=True))
+    expected, got = weights(straight.out), weights(broken.out)
+    assert expected.keys() == got.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=0, atol=1e-6, msg=name)
+    finetune(finetune_config(encoder=broken.out, compile=True))
+    assert compiled == ["Encoder", "UNet"]
+
+
+def test_accumulated_batches_of_finetuning_are_a_mean(finetune_config, tmp_path, monkeypatch):
+    """Of the losses of batches of half the size, with their own augmentation."""
+    config = finetune_config(optim=OptimConfig(steps=2, accumulate=2), batch_size=2, log_every=1)
+    halves, original = [], engine.Task
+
+    def spy(prepare, loss):
+        def spied(given):
+            value, terms = loss(given)
+            halves.append((value.item(), given[0]))
+            return value, terms
+
+        return original(prepare, spied)
+
+    monkeypatch.setattr("salkernels.training.finetune.Task", spy)
+    finetune(config)
+    # The first step looks for contrasts between batches, finds none, and does so no more.
+    assert len(halves) == 1 + 4
+    (_, probe), (a, first), (b, second), *_ = halves
+    assert torch.equal(probe, first)
+    assert not torch.equal(first, second)
+    assert read_metrics(config.out)[0]["loss"] == pytest.approx((a + b) / 2)
+
+
 def test_a_run_killed_between_checkpoints_goes_on_from_the_last(
     pretrain_config, tmp_path, monkeypatch
 ):
     config = pretrain_config(checkpoint_every=2, optim=OptimConfig(steps=6))
     original = engine.step_generator
 
-    def killed(seed, step, device):
+    def killed(seed, step, device, part=0):
         if step == 5:
             raise KeyboardInterrupt  # stands for a kill: no checkpoint at step 5
-        return original(seed, step, device)
+        return original(seed, step, device, part)
 
     monkeypatch.setattr(engine, "step_generator", killed)
     with pytest.raises(KeyboardInterrupt):

@@ -1,0 +1,122 @@
+"""Can the data keep up? Samples per second of loading and augmentation, without any training.
+
+A sample is one augmented view, of which a step of n slices has 2n. Loading is what happens on the
+CPU before a batch reaches the loop, in 0, 1 or 2 worker processes; augmentation is on the device.
+Both together are the rate that a GPU must stay below to be kept busy.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .machine import describe, synchronise
+from .measure import Settings
+from .report import MACHINE, Results, Row, number
+
+COLUMNS = (
+    "preset", "workers", "what", "batch", "crop", "samples_per_s", "p20", "p80", "batches",
+    "scans", *MACHINE,
+)  # fmt: skip
+WORKERS = (0, 1, 2)
+WARM = 3  # batches before the clock starts: workers start, the page cache fills
+
+
+def measure_loading(
+    label: str, settings: Settings, folder: Path, data: Path | None, preset: str
+) -> str:
+    """Writes `<label>-loading.csv` and returns the table.
+
+    data: folder in ACDC's layout; a small phantom, made for the occasion, if None.
+    """
+    torch.set_num_threads(settings.threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        config = _config(preset, data or _phantom(Path(scratch)), Path(scratch) / "cache")
+        rows = list(_measure(config, settings))
+    machine = describe(settings.device, settings.threads)
+    named = [{**machine, "preset": preset, **row} for row in rows]
+    results = Results(folder / f"{label}-loading.csv", COLUMNS, ("preset", "workers", "what"))
+    results.add(named)
+    table = _table(named)
+    results.path.with_suffix(".md").write_text(table)
+    return table
+
+
+def _phantom(folder: Path) -> Path:
+    from salkernels.training.data.phantom import write_phantom
+
+    return write_phantom(folder / "phantom", subjects=6)
+
+
+def _config(preset: str, data: Path, cache: Path) -> Any:
+    from jsonargparse import ArgumentParser
+
+    from salkernels.training.config import PretrainConfig
+    from salkernels.training.presets import PRETRAIN
+
+    if preset not in PRETRAIN:
+        raise ValueError(f"unknown preset {preset!r}; expected one of {', '.join(PRETRAIN)}")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(PretrainConfig)
+    parser.set_defaults(PRETRAIN[preset])
+    settings = parser.parse_args([f"--data={data}", f"--cache={cache}"])
+    return PretrainConfig(**vars(parser.instantiate(settings)))
+
+
+def _measure(config: Any, settings: Settings) -> Iterator[Row]:
+    from salkernels.training.data.sampling import TwoSubjects, batches
+    from salkernels.training.engine import step_generator
+    from salkernels.training.inputs import open_dataset
+    from salkernels.training.pretrain import make_views, subjects
+
+    cache = open_dataset(config)
+    dataset = TwoSubjects(cache, subjects(config, cache), config.slices, config.seed)
+    device = torch.device(settings.device)
+    count = WARM + (5 if settings.quick else 60)
+    common = {
+        "batch": str(2 * config.slices), "crop": str(config.crop), "scans": str(len(cache.volumes)),
+        "batches": str(count - WARM),
+    }  # fmt: skip
+    for workers in WORKERS:
+        for what in ("loading", "loading + augmentation"):
+            times = []
+            began = time.perf_counter()
+            for batch in batches(dataset, 0, count, workers):
+                if what != "loading":
+                    make_views(batch, config, device, step_generator(0, batch.step, device))
+                    synchronise(settings.device)
+                now = time.perf_counter()
+                times.append(now - began)
+                began = now
+            rates = _rates(2 * config.slices, times[WARM:])
+            yield {"workers": str(workers), "what": what, **common, **rates}
+
+
+def _rates(samples: int, times: list[float]) -> Row:
+    """Of all batches together, since workers deliver in bursts; and what single batches reached."""
+    low, high = np.quantile([samples / seconds for seconds in times], (0.2, 0.8))
+    mean = samples * len(times) / sum(times)
+    return {"samples_per_s": number(mean), "p20": number(low), "p80": number(high)}
+
+
+def _table(rows: list[Row]) -> str:
+    first = rows[0]
+    lines = [
+        f"Views per second, preset {first['preset']} ({first['batch']} views of {first['crop']} x "
+        f"{first['crop']} per batch, {first['scans']} scans, {first['batches']} batches); "
+        f"{first['processor']}, {first['threads']} threads, torch {first['torch']}, commit "
+        f"{first['commit']}.\n",
+        "| workers | what | views/s | of single batches, 20–80 % |",
+        "| --: | :-- | --: | --: |",
+    ]
+    lines += [
+        f"| {row['workers']} | {row['what']} | {row['samples_per_s']} | {row['p20']}–{row['p80']} |"
+        for row in rows
+    ]
+    return "\n".join(lines) + "\n"

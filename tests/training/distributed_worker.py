@@ -1,0 +1,105 @@
+"""What each process of tests/training/test_distributed.py runs; torchrun starts it.
+
+`distributed_worker.py runs FILE` takes a pickled list of (kind, configuration); `... cli ARGUMENTS`
+is the command line, troubled at fixed steps.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from salkernels.training import cli, engine, pretrain
+from salkernels.training.checkpoint import RunError
+from salkernels.training.distributed import first, gather_rows, processes, rank
+
+TERMINATED, KILLED = 3, 6  # steps at which process 1 is, in the first and in the second attempt
+
+
+def plain(config):
+    pretrain.pretrain(config)
+
+
+def finite_on_process_0_alone(config):
+    """Process 1's loss is NaN in the second step; the error of each process goes to a file."""
+    original = pretrain.Pretraining.loss
+
+    def poisoned(self, views):
+        loss, terms = original(self, views)
+        return (loss * torch.nan if rank() == 1 and self.step == 1 else loss), terms
+
+    pretrain.Pretraining.loss = poisoned
+    try:
+        pretrain.pretrain(config)
+    except RunError as error:
+        (config.out / f"error{rank()}.txt").write_text(str(error))
+    finally:
+        pretrain.Pretraining.loss = original
+
+
+def scaled(config):
+    """fp16 with a gradient that is NaN in process 1 alone, in the first batch of the second step;
+    whether the weights are the same in both afterwards goes to a file."""
+    original_loss, original_of = pretrain.Pretraining.loss, engine.Device.of
+    calls = []
+
+    def poisoned(self, views):
+        loss, terms = original_loss(self, views)
+        calls.append(self.module)
+        if rank() == 1 and self.step == 1 and torch.is_grad_enabled() and not poisoned.done:
+            poisoned.done = True
+            loss = loss + (loss - loss.detach()).abs().sqrt()  # value unchanged, slope NaN
+        return loss, terms
+
+    poisoned.done = False
+    pretrain.Pretraining.loss = poisoned
+    engine.Device.of = classmethod(lambda cls, _: cls(torch.device("cpu"), torch.float16))
+    try:
+        pretrain.pretrain(config)
+    finally:
+        pretrain.Pretraining.loss, engine.Device.of = original_loss, original_of
+    same = all(same_everywhere(value) for value in calls[-1].parameters())
+    first(lambda: (config.out / "same.txt").write_text(str(same)))
+
+
+def same_everywhere(value: Tensor) -> bool:
+    rows = gather_rows(value.detach())
+    return all(torch.equal(rows[0], row) for row in rows)
+
+
+def troubled_cli(arguments: list[str]) -> int:
+    """The command line; process 1 is asked to stop, then killed, then left alone."""
+    attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    original = engine.step_generator
+
+    def trouble(seed, step, device, part=0):
+        if rank() == 1 and (attempt, step) == (0, TERMINATED - 1):
+            signal.raise_signal(signal.SIGTERM)
+        if rank() == 1 and (attempt, step) == (1, KILLED - 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(seed, step, device, part)
+
+    engine.step_generator = trouble
+    return cli.main(arguments)
+
+
+def main() -> int:
+    torch.set_num_threads(1)
+    mode, *arguments = sys.argv[1:]
+    if mode == "cli":
+        return troubled_cli(arguments)
+    pretrain.pretraining_figures = lambda *_: None  # drawn in the other mode
+    with processes("cpu"):
+        for kind, config in pickle.loads(Path(arguments[0]).read_bytes()):
+            globals()[kind](config)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
