@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     add("--fresh", action="store_true", help="measure again what the file already holds")
     add("--quick", action="store_true", help="a tiny case in seconds, to see that all works")
     add("--data", type=Path, help="scans for `loading`, in ACDC's layout (default: a phantom)")
+    add("--cache", type=Path, help="preprocessed slices for `loading` (default: made and dropped)")
     add("--preset", default="desk", help="of `loading` (default: desk)")
     add("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
     return arguments
@@ -61,7 +62,8 @@ def main(words: list[str] | None = None) -> int:
         if given.command == "loading":
             from .loading import measure_loading
 
-            print(measure_loading(label, settings, given.results, given.data, given.preset))
+            where = (given.preset, given.data, given.cache)
+            print(measure_loading(label, settings, given.results, *where))
             return 0
         if given.command == "run":
             run(

@@ -29,15 +29,22 @@ WARM = 3  # batches before the clock starts: workers start, the page cache fills
 
 
 def measure_loading(
-    label: str, settings: Settings, folder: Path, data: Path | None, preset: str
+    label: str,
+    settings: Settings,
+    folder: Path,
+    preset: str,
+    data: Path | None = None,
+    cache: Path | None = None,
 ) -> str:
     """Writes `<label>-loading.csv` and returns the table.
 
     data: folder in ACDC's layout; a small phantom, made for the occasion, if None.
+    cache: of preprocessed slices; made for the occasion if None.
     """
     torch.set_num_threads(settings.threads)
     with tempfile.TemporaryDirectory() as scratch:
-        config = _config(preset, data or _phantom(Path(scratch)), Path(scratch) / "cache")
+        where = Path(scratch)
+        config = _config(preset, data or _phantom(where), cache or where / "cache")
         rows = list(_measure(config, settings))
     machine = describe(settings.device, settings.threads)
     named = [{**machine, "preset": preset, **row} for row in rows]

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import RunError
@@ -79,7 +81,11 @@ def processes(device: str) -> Iterator[None]:
     if device != "cpu" and torch.cuda.is_available():
         torch.cuda.set_device(own_gpu(device))
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend)
+    # torchrun keeps one store over restarts: without a prefix of its own an attempt would find the
+    # addresses of the last one (pytorch/pytorch#135712).
+    store, number, count = next(rendezvous("env://"))
+    store = PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(backend, store=store, rank=number, world_size=count)
     _control = dist.new_group(backend="gloo", timeout=PATIENCE)
     try:
         yield
@@ -195,8 +201,8 @@ def share(count: Tensor) -> Tensor:
 def parallel(module: nn.Module, device: torch.device) -> nn.Module:
     """The module such that gradients are averaged over processes in its backward pass.
 
-    Buffers stay each process's own: batch statistics are not used in training, and a method's
-    memory is kept alike by `gather`.
+    Running statistics of batch norms are those of process 0; a method's memory is kept alike by
+    `gather` and `broadcast`.
     """
     if world() == 1:
         return module
@@ -204,7 +210,6 @@ def parallel(module: nn.Module, device: torch.device) -> nn.Module:
     return DistributedDataParallel(
         module,
         device_ids=gpu,
-        broadcast_buffers=False,
         find_unused_parameters=getattr(module, "leaves_parameters_out", False),
     )
 

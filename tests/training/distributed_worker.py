@@ -1,7 +1,7 @@
 """What each process of tests/training/test_distributed.py runs; torchrun starts it.
 
-`distributed_worker.py runs FILE` takes a pickled list of (kind, configuration); `... cli ARGUMENTS`
-is the command line, troubled at fixed steps.
+`distributed_worker.py runs FILE` takes a pickled list of (kind, configuration), a kind being one of
+the functions here; `... cli ARGUMENTS` is the command line, of which process 1 is killed once.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import pickle
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from salkernels.training import cli, engine, pretrain
 from salkernels.training.checkpoint import RunError
 from salkernels.training.distributed import first, gather_rows, processes, rank
 
-TERMINATED, KILLED = 3, 6  # steps at which process 1 is, in the first and in the second attempt
+TERMINATED, KILLED = 3, 6  # steps at which process 1 is
 
 
 def plain(config):
@@ -73,19 +74,33 @@ def same_everywhere(value: Tensor) -> bool:
     return all(torch.equal(rows[0], row) for row in rows)
 
 
-def troubled_cli(arguments: list[str]) -> int:
-    """The command line; process 1 is asked to stop, then killed, then left alone."""
-    attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+def at_step(step: int, action) -> None:
+    """Does something in process 1 before it draws the random numbers of a step, once."""
     original = engine.step_generator
 
-    def trouble(seed, step, device, part=0):
-        if rank() == 1 and (attempt, step) == (0, TERMINATED - 1):
-            signal.raise_signal(signal.SIGTERM)
-        if rank() == 1 and (attempt, step) == (1, KILLED - 1):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(seed, step, device, part)
+    def acting(seed, now, device, part=0):
+        if rank() == 1 and now == step - 1:
+            engine.step_generator = original
+            action()
+        return original(seed, now, device, part)
 
-    engine.step_generator = trouble
+    engine.step_generator = acting
+
+
+def terminated(config):
+    """Process 1 hears SIGTERM; what each process says goes to a file, and the run goes on."""
+    at_step(TERMINATED, lambda: signal.raise_signal(signal.SIGTERM))
+    try:
+        pretrain.pretrain(config)
+    except engine.Stopped as stopped:
+        (config.out / f"stopped{rank()}.txt").write_text(str(stopped))
+    pretrain.pretrain(replace(config, resume=True))
+
+
+def killed_cli(arguments: list[str]) -> int:
+    """The command line; process 1 is killed in the first attempt."""
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        at_step(KILLED, lambda: os.kill(os.getpid(), signal.SIGKILL))
     return cli.main(arguments)
 
 
@@ -93,7 +108,7 @@ def main() -> int:
     torch.set_num_threads(1)
     mode, *arguments = sys.argv[1:]
     if mode == "cli":
-        return troubled_cli(arguments)
+        return killed_cli(arguments)
     pretrain.pretraining_figures = lambda *_: None  # drawn in the other mode
     with processes("cpu"):
         for kind, config in pickle.loads(Path(arguments[0]).read_bytes()):

@@ -23,8 +23,9 @@ from salkernels.training.runlog import read_metrics, to_plain
 WORKER = Path(__file__).with_name("distributed_worker.py")
 METHODS = ("rotation", "pirl", "simclr", "gcl", "pcl", "ccrop", "sal")
 POSITIONAL = ("simclr", "gcl", "pcl", "sal")  # draw nothing themselves
-# Sums in another order, over a few steps at the full learning rate.
-LOSS, WEIGHT = 1e-5, 2e-5
+# Sums in another order: 3e-5 was seen after four steps, in biases of norms. Weights move by 1e-2,
+# and a gradient that is missing or counted twice shows in the second loss.
+LOSS, WEIGHT = 1e-5, 1e-4
 INSTANCE = UNetConfig(width=4, depth=4, norm="instance")
 
 
@@ -66,7 +67,9 @@ def pairs_of_runs(tmp_path_factory, phantom, cache_folder, common):
     jobs["accumulated"] = "plain", small(make, "sal", optim=twice)
     batch = {"model": UNetConfig(width=4, depth=4)}
     jobs["synchronised"] = "plain", small(make, "sal", sync_batchnorm=True, **batch)
-    jobs["restarted"] = "plain", small(make, "sal", optim=OptimConfig(steps=8), **batch)
+    eight = {"optim": OptimConfig(steps=8), **batch}
+    jobs["straight"] = "plain", small(make, "sal", **eight)
+    jobs["terminated"] = "terminated", small(make, "sal", checkpoint_every=8, **eight)
     unaligned = small(make, "sal")
     unaligned.sal.lambda_ = 0.0
     jobs["unaligned"] = "plain", unaligned
@@ -97,7 +100,8 @@ def require_same(one: Path, two: Path) -> None:
     expected, got = load_checkpoint(one)["module"], load_checkpoint(two)["module"]
     assert expected.keys() == got.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(got[name], value, rtol=0, atol=WEIGHT, msg=name)
+        error = (got[name].double() - value.double()).abs().max().item()
+        assert error <= WEIGHT, f"{name}: {error}"
 
 
 @pytest.fixture(autouse=True)
@@ -124,8 +128,8 @@ def test_two_processes_are_one_with_a_batch_of_two_pairs(method, pairs_of_runs, 
 
 def test_accumulation_on_two_processes(pairs_of_runs, tmp_path):
     config = pairs_of_runs["accumulated"]
-    plain = replace(config.optim, accumulate=1)
-    require_same(one_process(config, tmp_path / "one", optim=plain, pairs=4), config.out)
+    four = replace(config.optim, accumulate=4)
+    require_same(one_process(config, tmp_path / "one", optim=four), config.out)
 
 
 def test_synchronised_batch_norm_is_that_of_one_large_batch(pairs_of_runs, tmp_path):
@@ -157,19 +161,32 @@ def test_all_processes_skip_the_step_whose_gradient_overflowed_in_one(pairs_of_r
         assert torch.equal(after["module"][name], value), name
 
 
-def test_terminated_then_killed_and_restarted_is_the_same_run(pairs_of_runs, tmp_path):
-    config = pairs_of_runs["restarted"]
-    settings = to_plain(replace(config, out=tmp_path / "run", resume=True, checkpoint_every=1))
+def require_equal(one: Path, two: Path) -> None:
+    """Metrics and weights agree to the last bit."""
+    assert read_metrics(one) == read_metrics(two)
+    expected, got = load_checkpoint(one)["module"], load_checkpoint(two)["module"]
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step(pairs_of_runs):
+    config = pairs_of_runs["terminated"]
+    for process in (0, 1):
+        stopped = (config.out / f"stopped{process}.txt").read_text()
+        assert stopped == "stopped by SIGTERM at step 3 of 8"
+    require_equal(pairs_of_runs["straight"].out, config.out)  # it went on
+
+
+def test_torchrun_restarts_a_run_that_lost_a_process(pairs_of_runs, tmp_path):
+    config = pairs_of_runs["straight"]
+    settings = to_plain(replace(config, out=tmp_path / "run", resume=True, checkpoint_every=2))
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
     arguments = ("cli", "pretrain", f"--config={tmp_path / 'settings.yaml'}")
-    done = torchrun(*arguments, restarts=2)
+    done = torchrun(*arguments, restarts=1)
     assert done.returncode == 0, done.stderr[-5000:]
-    assert done.stderr.count("stopped by SIGTERM at step 3 of 8") == 2  # by either process
+    assert "exitcode: -9" in done.stderr
     assert done.stdout.count("encoder: ") == 1
-    assert read_metrics(tmp_path / "run") == read_metrics(config.out)
-    expected, got = load_checkpoint(config.out), load_checkpoint(tmp_path / "run")
-    for name, value in expected["module"].items():
-        assert torch.equal(got["module"][name], value), name
+    require_equal(config.out, tmp_path / "run")
     assert list((tmp_path / "run" / "figures").iterdir())
 
 
