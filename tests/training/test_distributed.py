@@ -44,10 +44,9 @@ def small(make, method: str, **changes):
         "method": method, "threads": 1, "precision": "fp32", "log_every": 1,
         "optim": OptimConfig(steps=4), "model": INSTANCE, **changes,
     }  # fmt: skip
-    config = make(**settings)
     if method == "pirl":  # 32 pixels cut in three leave 10: less than the stride of four levels
-        config.model, config.sal.scale = replace(config.model, depth=3), 3
-    return config
+        settings["model"] = replace(settings["model"], depth=3)
+    return make(**settings)
 
 
 @pytest.fixture(scope="module")

@@ -47,10 +47,10 @@ def stop_at(monkeypatch, step):
 
     original = engine.step_generator
 
-    def counting(seed, now, device):
+    def counting(seed, now, device, part=0):
         if now == step:
             signal.raise_signal(signal.SIGTERM)
-        return original(seed, now, device)
+        return original(seed, now, device, part)
 
     monkeypatch.setattr(engine, "step_generator", counting)
     return lambda: monkeypatch.setattr(engine, "step_generator", original)
