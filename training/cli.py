@@ -203,13 +203,18 @@ def run_demo(namespace: Namespace) -> None:
 
 def run_evaluate(namespace: Namespace) -> None:
     from .data.cache import open_cache, require_labels
-    from .data.datasets import DATASETS
+    from .data.manifest import dataset_info
     from .data.preprocess import PreprocessConfig
     from .evaluate import evaluate, write_scores
     from .figures import finetuning, summary
 
     model, about, device = _load_model(namespace)
-    info = DATASETS[about["dataset"]]
+    info = dataset_info(about["dataset"], namespace.data)
+    if list(info.class_names) != about["class_names"]:
+        raise RunError(
+            f"the model knows the classes {', '.join(about['class_names'])}, but {namespace.data} "
+            f"has {', '.join(info.class_names)}"
+        )
     settings = PreprocessConfig(**about["preprocess"])
     folder = namespace.cache or namespace.out.parent / "cache"
     cache = open_cache(info.find(namespace.data), settings, info, folder)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from .augment import AugmentConfig
-from .data.datasets import DATASETS
+from .data.manifest import DATASET_NAMES
 from .data.preprocess import PreprocessConfig
 from .methods import (
     METHODS,
@@ -72,8 +72,8 @@ class RunConfig:
     """What every run has.
 
     Args:
-        data: folder of the data set.
-        dataset: its layout; "acdc" also reads phantoms.
+        data: folder of the data set, or the file of a manifest.
+        dataset: its layout: "acdc" (which also reads phantoms), "chd", or "manifest".
         out: run folder; everything that the run writes is in it.
         cache: folder of preprocessed slices, shared by runs; by default `cache` beside `out`.
         cine: use all frames of 4D cine files for pre-training where the release has them.
@@ -114,9 +114,9 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
-        if self.dataset not in DATASETS:
+        if self.dataset not in DATASET_NAMES:
             raise ValueError(
-                f"unknown dataset {self.dataset!r}; expected one of {', '.join(DATASETS)}"
+                f"unknown dataset {self.dataset!r}; expected one of {', '.join(DATASET_NAMES)}"
             )
         for name in ("log_every", "checkpoint_every"):
             if getattr(self, name) < 1:

@@ -17,7 +17,7 @@ from monai.metrics import compute_dice
 from tqdm import tqdm
 
 from .data.cache import VolumeCache
-from .data.datasets import DATASETS, DatasetInfo, read_scan
+from .data.datasets import DatasetInfo, read_scan
 from .data.nifti import DataError, read_image, write_labels
 from .data.preprocess import Geometry, PreprocessConfig, preprocess
 from .engine import Device
@@ -69,7 +69,7 @@ def evaluate(
     model: UNet, cache: VolumeCache, subjects: Sequence[str], device: Device, *, progress: bool
 ) -> Scores:
     """3D Dice of every labelled scan of the subjects, against the label map as it was stored."""
-    info = DATASETS[cache.dataset]
+    info = cache.info
     scans = [i for s in subjects for i in cache.of_subject(s) if cache.volumes[i].labelled]
     rows = []
     for scan in tqdm(scans, "evaluating", unit="scan", disable=None if progress else True):
@@ -121,10 +121,10 @@ def predict_file(
     model: UNet, about: dict[str, Any], image: Path, target: Path, device: Device
 ) -> None:
     """Segments one NIfTI file and writes the labels with its affine and header."""
-    info = DATASETS[about["dataset"]]
     volume = read_image(image)
     settings = PreprocessConfig(**about["preprocess"])
-    ready = preprocess(volume, None, settings, num_classes=info.num_classes, name=str(image))
+    classes = len(about["class_names"])
+    ready = preprocess(volume, None, settings, num_classes=classes, name=str(image))
     write_labels(target, segment(model, ready.images, ready.geometry, device), volume)
 
 

@@ -24,7 +24,7 @@ from salkernels import align
 
 from .augment import centre_crop
 from .data.cache import VolumeCache
-from .data.datasets import DATASETS, read_scan
+from .data.datasets import read_scan
 from .data.preprocess import for_display
 from .data.sampling import TwoSubjects
 from .engine import Device, step_generator
@@ -214,7 +214,7 @@ def overlays(
     most: int = 4,
 ) -> None:
     """Label and prediction outlines on the middle slice of the first few held-out scans."""
-    info = DATASETS[cache.dataset]
+    info = cache.info
     scans = [i for s in subjects for i in cache.of_subject(s)[:1] if cache.volumes[i].labelled][
         :most
     ]

@@ -14,7 +14,7 @@ from .augment import augment
 from .checkpoint import RunError
 from .config import FinetuneConfig
 from .data.cache import VolumeCache, require_labels
-from .data.datasets import DATASETS
+from .data.manifest import dataset_info
 from .data.sampling import LabelledSlices, Shard, SliceBatch
 from .data.splits import Fold, kfold, labelled_subset
 from .engine import Device, fit
@@ -81,7 +81,7 @@ def finetune(config: FinetuneConfig) -> Scores:
     log.close()
     if best:
         best.restore()
-    about = {**about_model(config, fold, labelled), "pretraining": pretraining}
+    about = {**about_model(config, cache, fold, labelled), "pretraining": pretraining}
     save_unet(config.out / MODEL, model, about)
     exact = device.exact()
     scores = evaluate(model, cache, fold.test, exact, progress=True)
@@ -112,7 +112,8 @@ def initial_model(config: FinetuneConfig) -> tuple[UNet, dict[str, Any] | None]:
     The decoder is the same in both cases: seeded, and drawn after the encoder's random weights.
     """
     torch.manual_seed(config.seed)
-    model = UNet(config.model, DATASETS[config.dataset].num_classes)
+    info = dataset_info(config.dataset, config.data_folder())
+    model = UNet(config.model, info.num_classes)
     about = None
     if config.encoder is not None:
         path = config.encoder / ENCODER if config.encoder.is_dir() else config.encoder
@@ -174,11 +175,13 @@ class BestOnTest:
         self.model.load_state_dict(load_unet(self.path)[0].state_dict())
 
 
-def about_model(config: FinetuneConfig, fold: Fold, labelled: tuple[str, ...]) -> dict[str, Any]:
+def about_model(
+    config: FinetuneConfig, cache: VolumeCache, fold: Fold, labelled: tuple[str, ...]
+) -> dict[str, Any]:
     """What a reader of the model or its results must know."""
     return {
         "dataset": config.dataset,
-        "class_names": list(DATASETS[config.dataset].class_names),
+        "class_names": list(cache.info.class_names),
         "preprocess": asdict(config.preprocess),
         "encoder": str(config.encoder) if config.encoder is not None else None,
         "fold": config.fold,

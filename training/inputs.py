@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .config import RunConfig
 from .data.cache import VolumeCache, open_cache
-from .data.datasets import DATASETS
+from .data.manifest import dataset_info
 from .distributed import first
 
 
@@ -13,9 +13,8 @@ def open_dataset(config: RunConfig) -> VolumeCache:
 
     Of many processes the first preprocesses; then all open what it wrote.
     """
-    info = DATASETS[config.dataset]
-
     def opened() -> VolumeCache:
+        info = dataset_info(config.dataset, config.data_folder())
         scans = info.find(config.data_folder(), cine=config.cine)
         return open_cache(scans, config.preprocess, info, config.cache_folder)
 

@@ -38,7 +38,7 @@ def test_content(data, tmp_path):
     assert (cache.images.dtype, cache.labels.dtype) == (np.float32, np.uint8)
     assert cache.subjects == ["patient001", "patient002", "patient003"]
     assert cache.size == 48
-    assert cache.class_names == ACDC.class_names
+    assert cache.info.class_names == ACDC.class_names
     assert cache.config == CONFIG
     assert [v.name for v in cache.volumes] == [s.name for s in scans]
     for index, (entry, scan) in enumerate(zip(cache.volumes, scans, strict=True)):

@@ -65,7 +65,7 @@ def test_damaged_caches_are_built_again(data, tmp_path, what):
     spoil(good.folder, what)
     if what != "another key":
         with pytest.raises(DataError, match=str(good.folder)):
-            VolumeCache(good.folder)
+            VolumeCache(good.folder, ACDC)
     again = open_cache(scans, CONFIG, ACDC, tmp_path / "cache")
     np.testing.assert_array_equal(again.images, expected)
     assert again.key == good.key
@@ -102,7 +102,7 @@ def test_an_interrupted_build_leaves_nothing(data, tmp_path, monkeypatch):
 def test_the_name_appears_last_and_at_once(data, tmp_path, monkeypatch):
     def killed(source, target):
         assert not target.exists()
-        VolumeCache(source)  # complete before it is named
+        VolumeCache(source, ACDC)  # complete before it is named
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "rename", killed)

@@ -103,7 +103,7 @@ def test_prediction_has_the_grid_and_header_of_the_image(pretrain_config, tmp_pa
     config = pretrain_config()
     cache = open_dataset(config)
     entry = cache.volumes[0]
-    about = {"dataset": "acdc", "preprocess": vars(config.preprocess)}
+    about = {"class_names": ACDC.class_names, "preprocess": vars(config.preprocess)}
     target = tmp_path / "pred.nii.gz"
     predict_file(Oracle(cache), about, entry.image, target, CPU)
     image, predicted = nib.load(entry.image), nib.load(target)
@@ -138,7 +138,8 @@ def test_prediction_lies_on_the_structure_whatever_the_axes(codes, orientation, 
     source, target = tmp_path / "scan.nii.gz", tmp_path / "out" / "scan_pred.nii.gz"
     image.to_filename(source)
     settings = PreprocessConfig(spacing=2.0, size=48, orientation=orientation)
-    predict_file(Bright(), {"dataset": "acdc", "preprocess": asdict(settings)}, source, target, CPU)
+    about = {"class_names": ["background", "ball"], "preprocess": asdict(settings)}
+    predict_file(Bright(), about, source, target, CPU)
     predicted = nib.load(target)
     assert nib.aff2axcodes(predicted.affine) == nib.aff2axcodes(nib.load(source).affine)
     np.testing.assert_array_equal(predicted.affine, nib.load(source).affine)

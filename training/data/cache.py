@@ -66,21 +66,23 @@ class VolumeEntry(Scan):
 class VolumeCache:
     """A built cache, opened for reading; may be pickled to DataLoader workers.
 
+    info: the data set that it was built from.
     images: (slices, size, size) float32 and labels: the same in uint8, IGNORE where unlabelled;
         read-only memory maps, so copy before torch.from_numpy.
     volumes: VolumeEntry in the order of the slices. subjects: sorted, each once.
-    Raises DataError when the folder holds no complete cache of this version.
+    Raises DataError when the folder holds no complete cache of this version and data set.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, info: DatasetInfo) -> None:
         self.folder = Path(folder)
+        self.info = info
         try:
             index = json.loads((self.folder / "index.json").read_text(encoding="utf-8"))
             if index["version"] != CACHE_VERSION:
                 raise ValueError(f"version {index['version']}, expected {CACHE_VERSION}")
+            if (index["dataset"], tuple(index["class_names"])) != (info.name, info.class_names):
+                raise ValueError(f"of {index['dataset']}, expected {info.name} and its classes")
             self.key: str = index["key"]
-            self.dataset: str = index["dataset"]
-            self.class_names: tuple[str, ...] = tuple(index["class_names"])
             self.config = PreprocessConfig(**index["settings"])
             self.volumes = [VolumeEntry.from_dict(values) for values in index["volumes"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -156,11 +158,11 @@ def open_cache(
     key = cache_key(scans, config, info)
     folder = Path(cache_dir).expanduser() / key[:16]
     try:
-        cache = _opened(folder, key, scans)
+        cache = _opened(folder, key, scans, info)
         if cache is None:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with _locked(folder.with_name(f".{folder.name}.lock")) as alone:
-                cache = _opened(folder, key, scans)  # another process may have built it meanwhile
+                cache = _opened(folder, key, scans, info)  # another process may have built it
                 if cache is None:
                     # Holding the lock: whatever lies here is of a build that died.
                     for dead in folder.parent.glob(f".{folder.name}.*.tmp") if alone else ():
@@ -168,9 +170,10 @@ def open_cache(
                     shutil.rmtree(folder, ignore_errors=True)
                     shown = tqdm(scans, "preprocessing", disable=None if progress else True)
                     _build(folder, key, shown, config, info)
-                    cache = VolumeCache(folder)
+                    cache = VolumeCache(folder, info)
     except OSError as error:
-        cache = _opened(folder, key, scans)  # without locks, another process may have been faster
+        # Without locks, another process may have been faster.
+        cache = _opened(folder, key, scans, info)
         if cache is None:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             why = "the disk is full; free space or choose another cache folder" if full else error
@@ -205,10 +208,10 @@ def require_labels(cache: VolumeCache, subjects: Sequence[str]) -> None:
     raise_problems(f"scans without labels cannot be learnt from or scored; {remedy}:", missing)
 
 
-def _opened(folder: Path, key: str, scans: Sequence[Scan]) -> VolumeCache | None:
+def _opened(folder: Path, key: str, scans: Sequence[Scan], info: DatasetInfo) -> VolumeCache | None:
     """The complete cache of this key, or None; its paths are where the data lie now."""
     with suppress(DataError):
-        cache = VolumeCache(folder)
+        cache = VolumeCache(folder, info)
         if cache.key == key:
             pairs = zip(cache.volumes, scans, strict=True)
             cache.volumes = [replace(v, image=s.image, label=s.label) for v, s in pairs]

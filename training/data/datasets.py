@@ -84,8 +84,6 @@ class DatasetInfo:
             DataError: no scan, a subject twice, or missing files; all of them in one message.
         """
         root = Path(root).expanduser()
-        if not root.is_dir():
-            raise DataError(f"{root}: expected the folder of {self.name}, found no folder there")
         try:
             return self.finder(root, cine)
         except OSError as error:
@@ -168,6 +166,7 @@ def read_info(path: Path) -> PatientInfo:
 
 def find_acdc(root: Path, cine: bool) -> list[Scan]:
     """Scans of patientXXX folders at or below `root` (`training`, `testing`, or their parent)."""
+    _require_folder(root, "acdc")
     folders = [f for f in _folders(root) if _PATIENT.fullmatch(f.name)]
     if not folders:
         raise DataError(
@@ -219,6 +218,7 @@ def _acdc_patient(folder: Path, cine: bool) -> list[Scan]:
 def find_chd(root: Path, cine: bool) -> list[Scan]:
     """Scans ct_XXXX_image.nii.gz anywhere below `root`, with ct_XXXX_label.nii.gz or without."""
     del cine  # a CT has one frame
+    _require_folder(root, "chd")
     found: dict[str, dict[str, Path]] = {"image": {}, "label": {}}
     problems: list[str] = []
     for folder in _folders(root):
@@ -239,6 +239,11 @@ def find_chd(root: Path, cine: bool) -> list[Scan]:
             f"a label; found {_contents(root)}"
         )
     return [Scan(s, "ct", "", images[s], labels.get(s)) for s in sorted(images)]
+
+
+def _require_folder(root: Path, name: str) -> None:
+    if not root.is_dir():
+        raise DataError(f"{root}: expected the folder of {name}, found no folder there")
 
 
 def _folders(root: Path, depth: int = _SEARCH_DEPTH) -> Iterator[Path]:

@@ -1,0 +1,336 @@
+"""Any data set: a manifest names its scans, and a command writes one from patterns of file names.
+
+manifest.json, in the folder of the data:
+
+    {"name": "prostate",
+     "classes": ["background", "transition zone", "peripheral zone"],
+     "scans": [{"subject": "p01", "image": "p01/t2.nii.gz", "label": "p01/t2_seg.nii.gz"},
+               {"subject": "p02", "image": "p02/t2.nii.gz"}]}
+
+`scans` may be the name of a CSV file beside the manifest whose header has the same keys.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import glob
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from ..files import write_atomically
+from .datasets import DATASETS, DatasetInfo, Scan
+from .nifti import DataError, raise_problems
+
+MANIFEST = "manifest"  # what --dataset is called for it
+FILE = "manifest.json"
+DATASET_NAMES = (*DATASETS, MANIFEST)
+KEYS = {"name", "classes", "above_max", "root", "scans"}
+SCAN_KEYS = {"subject", "scan", "image", "label", "time_index", "group"}
+MAX_CLASSES = 254  # labels are bytes, and 255 means unlabelled
+_NAME = re.compile(r"[^\s/\\]+")  # subjects and scans: columns of tables, parts of messages
+_FIELD = re.compile(r"\{(\w*)\}")
+
+
+def dataset_info(name: str, data: str | Path) -> DatasetInfo:
+    """The data set of that name; a manifest itself says what is in it.
+
+    data: the folder of the data, or the manifest's own file.
+
+    Raises:
+        DataError: no such name, or a manifest that cannot be used; all problems in one message.
+    """
+    if name == MANIFEST:
+        return read_manifest(data)
+    if name not in DATASETS:
+        raise DataError(f"unknown data set {name!r}; expected one of {', '.join(DATASET_NAMES)}")
+    return DATASETS[name]
+
+
+def read_manifest(data: str | Path) -> DatasetInfo:
+    """Read `data`/manifest.json, or the JSON file `data`, and check all but the images themselves.
+
+    Keys: `scans` (needed); `classes`, by label value, background first (needed where there are
+    labels); `name`; `above_max`, "error" or "background": what a label above the last class is;
+    `root`, the folder that paths are relative to, by default the manifest's own.
+    Keys of a scan: `subject`, `image` (needed); `label`; `scan`, its name where a subject has
+    several; `time_index`, from 0, if the image is 4D; `group`.
+
+    Raises:
+        DataError: as dataset_info.
+    """
+    path = Path(data).expanduser()
+    path = path / FILE if path.is_dir() else path
+    content = _object(_json(path), str(path), KEYS)
+    root = path.parent / Path(_text(content, "root", str(path), default=".")).expanduser()
+    if not root.is_dir():
+        raise DataError(f"{path}: root: no such folder: {root}")
+    above = _text(content, "above_max", str(path), default="error")
+    if above not in ("error", "background"):
+        raise DataError(f"{path}: above_max: expected 'error' or 'background', got {above!r}")
+    scans = _scans(_rows(content.get("scans"), path), root, path)
+    classes = _classes(content.get("classes"), path, any(scan.label for scan in scans))
+    return DatasetInfo(
+        name=_text(content, "name", str(path), default=MANIFEST),
+        class_names=classes,
+        orientation="native",
+        above_max="error" if above == "error" else "background",
+        clip=(0.5, 99.5),
+        finder=partial(_found, scans),
+    )
+
+
+def write_manifest(
+    data: str | Path,
+    images: str,
+    labels: str | None = None,
+    classes: Sequence[str] = (),
+    name: str | None = None,
+) -> list[Scan]:
+    """Write `data`/manifest.json for the files that match a pattern, and return its scans.
+
+    images: pattern of paths below `data`, such as "imagesTr/{subject}_0000.nii.gz" or
+        "{subject}/{scan}.nii.gz"; a field, and *, stand for any characters but a slash.
+    labels: the same for label maps, with the same fields; a scan without one stays unlabelled.
+
+    Raises:
+        DataError: nothing matches, a field is unknown, or there is a manifest already.
+    """
+    root = Path(data).expanduser()
+    target = root / FILE
+    if target.exists():
+        raise DataError(f"{target}: already there; delete it to have it written again")
+    found = _matching(root, images)
+    if not found:
+        raise DataError(f"{root}: no file matches {images!r}")
+    labelled = {} if labels is None else _matching(root, labels)
+    lost = [f"{p}: label without an image" for key, p in labelled.items() if key not in found]
+    raise_problems(f"{root}: labels that match no image; check both patterns:", lost)
+    rows = []
+    for key, image in sorted(found.items()):
+        row = {**dict(key), "image": image}
+        if key in labelled:
+            row["label"] = labelled[key]
+        rows.append(row)
+    content: dict[str, Any] = {"name": name or root.resolve().name}
+    content |= {"classes": list(classes)} if classes else {}
+    content["scans"] = rows
+    _classes(content.get("classes"), target, bool(labelled))
+    scans = _scans([(str(n), row) for n, row in enumerate(rows)], root, target)
+    write_atomically(target, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    return scans
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m salkernels.training.data.manifest DIR --images PATTERN ...`"""
+    parser = argparse.ArgumentParser(
+        prog="python -m salkernels.training.data.manifest",
+        description="Write DIR/manifest.json for the NIfTI files that match a pattern.",
+    )
+    parser.add_argument("data", type=Path, metavar="DIR", help="folder of the data")
+    parser.add_argument(
+        "--images", required=True, metavar="PATTERN", help='such as "{subject}/{scan}.nii.gz"'
+    )
+    parser.add_argument("--labels", metavar="PATTERN", help="with the same fields")
+    parser.add_argument(
+        "--classes", nargs="+", default=[], metavar="CLASS", help="by label value, background first"
+    )
+    parser.add_argument("--name", help="of the data set; by default that of the folder")
+    arguments = parser.parse_args(argv)
+    try:
+        scans = write_manifest(**vars(arguments))
+    except DataError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    subjects = len({scan.subject for scan in scans})
+    labelled = sum(scan.label is not None for scan in scans)
+    path = arguments.data / FILE
+    print(f"{path}: {len(scans)} scans of {subjects} subjects, {labelled} with a label map")
+    return 0
+
+
+def _found(scans: list[Scan], root: Path, cine: bool) -> list[Scan]:
+    """The finder of a manifest: all is known by now, and time frames stand in it by name."""
+    del root, cine
+    return list(scans)
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path}: no such file; write it by hand or with "
+            f"`python -m salkernels.training.data.manifest`"
+        ) from error
+    except (OSError, ValueError) as error:  # UnicodeDecodeError and JSONDecodeError are the latter
+        raise DataError(f"{path}: not readable as JSON: {error}") from error
+
+
+def _rows(value: Any, path: Path) -> list[tuple[str, Any]]:
+    """Where each scan stands, for messages, and what is said of it."""
+    if isinstance(value, str):
+        table = _inside(path.parent, value)
+        try:
+            text = table.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{table}: cannot be read: {error}") from error
+        reader = csv.DictReader(
+            io.StringIO(text), restkey="cells beyond the header", skipinitialspace=True, strict=True
+        )
+        try:
+            # An empty cell is a key that is not there.
+            rows = [
+                (f"{table.name} line {reader.line_num}", {k: v for k, v in row.items() if v})
+                for row in reader
+            ]
+        except csv.Error as error:
+            raise DataError(f"{table}: line {reader.line_num}: {error}") from error
+    elif isinstance(value, list):
+        rows = [(f"scans[{number}]", row) for number, row in enumerate(value)]
+    else:
+        raise DataError(f"{path}: scans: expected a list, or the name of a CSV file, got {value!r}")
+    if not rows:
+        raise DataError(f"{path}: scans: expected at least one")
+    return rows
+
+
+def _scans(rows: Sequence[tuple[str, Any]], root: Path, path: Path) -> list[Scan]:
+    scans: dict[str, Scan] = {}
+    problems = []
+    for where, row in rows:
+        try:
+            scan = _scan(row, root, where)
+            if scan.name in scans:
+                raise DataError(f"{where}: {scan.name} is there twice; tell scans apart by 'scan'")
+            scans[scan.name] = scan
+        except DataError as error:
+            problems.append(str(error))
+    raise_problems(f"{path} cannot be used as it is:", problems)
+    return [scans[name] for name in sorted(scans)]
+
+
+def _scan(row: Any, root: Path, where: str) -> Scan:
+    row = _object(row, where, SCAN_KEYS)
+    subject, scan = _text(row, "subject", where), _text(row, "scan", where, default="scan")
+    for key, value in (("subject", subject), ("scan", scan)):
+        if not _NAME.fullmatch(value):
+            raise DataError(f"{where}: {key}: expected no blank or slash, got {value!r}")
+    image = _file(row, "image", root, where)
+    label = _file(row, "label", root, where) if row.get("label") is not None else None
+    if label == image:
+        raise DataError(f"{where}: image and label are one file")
+    group = _text(row, "group", where) if row.get("group") is not None else None
+    return Scan(subject, scan, "", image, label, _time_index(row, where), group)
+
+
+def _time_index(row: Mapping[str, Any], where: str) -> int | None:
+    value = row.get("time_index")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not re.fullmatch(r"\d{1,6}", str(value)):
+        raise DataError(f"{where}: time_index: expected a frame number from 0, got {value!r}")
+    return int(value)
+
+
+def _file(row: Mapping[str, Any], key: str, root: Path, where: str) -> Path:
+    try:
+        path = _inside(root, _text(row, key, where))
+    except DataError as error:
+        raise DataError(f"{where}: {key}: {error}") from error
+    if not path.is_file():
+        raise DataError(f"{where}: {key}: no such file: {path}")
+    return path
+
+
+def _inside(root: Path, text: str) -> Path:
+    """A path below `root`. A manifest may come from anyone: it must not name other files."""
+    if PurePosixPath(text).is_absolute() or PureWindowsPath(text).drive or "\\" in text:
+        raise DataError(f"expected a path relative to {root}, with '/', got {text!r}")
+    path = root / text
+    if ".." in PurePosixPath(text).parts or not path.resolve().is_relative_to(root.resolve()):
+        raise DataError(
+            f"{text!r} leaves {root}; copy the file there, or name its folder as 'root'"
+        )
+    return path
+
+
+def _classes(value: Any, path: Path, needed: bool) -> tuple[str, ...]:
+    if value is None and not needed:
+        return ("background",)
+    texts = isinstance(value, list) and all(isinstance(v, str) and v.strip() for v in value)
+    if not texts or len(set(value)) < len(value) or not 2 <= len(value) <= MAX_CLASSES:
+        raise DataError(
+            f"{path}: classes: expected 2 to {MAX_CLASSES} different names by label value, "
+            f"background first, got {value!r}"
+        )
+    return tuple(value)
+
+
+def _object(value: Any, where: str, keys: set[str]) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: expected an object with keys, got {value!r}")
+    if unknown := [str(key) for key in value if key not in keys]:
+        raise DataError(
+            f"{where}: unknown {', '.join(sorted(unknown))}; expected {', '.join(sorted(keys))}"
+        )
+    return value
+
+
+def _text(row: Mapping[str, Any], key: str, where: str, default: str | None = None) -> str:
+    value = row.get(key, default)
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"{where}: {key}: expected text, got {value!r}")
+    return value.strip()
+
+
+def _matching(root: Path, pattern: str) -> dict[tuple[tuple[str, str], ...], str]:
+    """Files below `root` by what stands for the fields of the pattern."""
+    _inside(root, pattern)
+    names = _FIELD.findall(pattern)
+    if "subject" not in names or set(names) - {"subject", "scan", "group"}:
+        raise DataError(f"expected fields {{subject}}, {{scan}} or {{group}} in {pattern!r}")
+    seen: set[str] = set()
+
+    def field(match: re.Match[str]) -> str:
+        name = match[1]
+        again = name in seen
+        seen.add(name)
+        return f"(?P={name})" if again else f"(?P<{name}>[^/]+?)"
+
+    expression = re.compile(
+        _replaced(pattern, field, lambda text: re.escape(text).replace(r"\*", "[^/]*"))
+    )
+    wildcards = _replaced(pattern, lambda _: "*", lambda t: glob.escape(t).replace("[*]", "*"))
+    wildcards = re.sub(r"\*+", "*", wildcards)  # two in a row would look into folders below
+    files: dict[tuple[tuple[str, str], ...], str] = {}
+    for path in sorted(root.glob(wildcards)):
+        text = path.relative_to(root).as_posix()
+        match = expression.fullmatch(text)
+        if match is None or not path.is_file():
+            continue
+        key = tuple(sorted(match.groupdict().items()))
+        if key in files:
+            raise DataError(f"{root}: {files[key]} and {text} are one scan by {pattern!r}")
+        files[key] = text
+    return files
+
+
+def _replaced(
+    pattern: str, field: Callable[[re.Match[str]], str], literal: Callable[[str], str]
+) -> str:
+    parts, last = [], 0
+    for match in _FIELD.finditer(pattern):
+        parts += [literal(pattern[last : match.start()]), field(match)]
+        last = match.end()
+    return "".join([*parts, literal(pattern[last:])])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
