@@ -71,6 +71,7 @@ def test_a_table_of_scans_and_a_root_elsewhere(tmp_path):
         "../secret.nii.gz",
         "inside/../../secret.nii.gz",
         "{outside}/secret.nii.gz",
+        "{data}/s1.nii.gz",  # in it, but only on this machine
         "link/secret.nii.gz",
         "link.nii.gz",
         "C:/secret.nii.gz",
@@ -85,7 +86,7 @@ def test_paths_do_not_leave_the_data_folder(tmp_path, path, key):
     touch(tmp_path, "secret.nii.gz")
     (data / "link").symlink_to(outside)
     (data / "link.nii.gz").symlink_to(outside / "secret.nii.gz")
-    scan = {**row(), key: path.format(outside=outside)}
+    scan = {**row(), key: path.format(data=data, outside=outside)}
     with pytest.raises(DataError, match=rf"scans\[0\]: {key}: .*(leaves|relative to)") as caught:
         read_manifest(describe(data, [scan], classes=CLASSES))
     assert str(data) in str(caught.value)
