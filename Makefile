@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 SOURCES := pyproject.toml setup.py $(shell find csrc buildtools -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench lint types format clean
+.PHONY: help install demo test bench docs lint types format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -36,6 +36,9 @@ bench: $(STAMP)  ## time the loss against its peers (about 15 minutes on a quiet
 	$(BIN)/python -m benchmarks overhead
 	$(BIN)/python -m benchmarks training
 
+docs: $(STAMP)  ## build the documentation into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 lint: $(STAMP)  ## check format and style
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -48,4 +51,4 @@ format: $(STAMP)  ## format the code
 	$(BIN)/ruff check --fix .
 
 clean:  ## remove the virtual environment and what the tools left behind
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -119,7 +119,7 @@ def wla_set_loss(
 
     Raises:
         ValueError, TypeError, RuntimeError: as `wla_loss`, and for `pairs` of a wrong shape or
-        dtype, or with a negative weight.
+            dtype, or with a negative weight.
     """
     features = check_features("features", features)
     pairs = check_pairs(pairs, features.shape[0])
@@ -264,7 +264,7 @@ def sal_loss(
 
     Raises:
         ValueError, TypeError, RuntimeError: as `gp_loss`, `wla_set_loss` and `slice_pairs`, and
-        for a negative `lambda_`.
+            for a negative `lambda_`.
     """
     check_finite_number("lambda_", lambda_, above=0.0, inclusive=True)
     pairs = slice_pairs(volume, index, num_slices, t)

@@ -1,0 +1,124 @@
+"""Puts figures from `benchmarks/results` into the pages while the site is built.
+
+`<!-- results: NAME -->` becomes a table of cpu.csv: no number of a benchmark is written by hand.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+OURS, PEER = "salkernels-cpu", "gram"
+DESK = {"samples": "32", "channels": "128", "height": "24", "window": "2"}
+Row = dict[str, str]
+
+_PLACE = re.compile(r"^<!-- results: ([\w-]+) -->$", re.MULTILINE)
+
+
+def on_files(files: Files, *, config: Any) -> Files:
+    """MkDocs calls this with the files of the site: the plots join them as benchmarks/*.png."""
+    for path in sorted(RESULTS.glob("*.png")):
+        place = f"benchmarks/{path.name}"
+        files.append(File.generated(config, place, abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """MkDocs calls this with the text of each page; an unknown name is a KeyError."""
+    return _PLACE.sub(lambda match: TABLES[match[1]](), markdown)
+
+
+def providers() -> str:
+    """Every provider that ran at the paper's shape, fastest first."""
+    rows = [row for row in _rows() if row["suite"] == "paper" and row["layout"] == "channels_last"]
+    rows.sort(key=lambda row: float(row["median_ms"]))
+    ours = next(row for row in rows if row["provider"] == OURS)
+    lines = ["| provider | ms (20 to 80 %) | against ours | memory beyond features and gradient |"]
+    lines.append("| --- | ---: | ---: | ---: |")
+    for row in rows:
+        times = _ratio(row, ours, "median_ms")
+        lines.append(f"| {row['provider']} | {_time(row)} | {times} | {_memory(row)} |")
+    return "\n".join([*lines, "", _conditions(ours)])
+
+
+def layout() -> str:
+    """The paper's shape in both memory layouts."""
+    return _sweep("layout", lambda row: row["suite"] == "paper")
+
+
+def sweep(column: str) -> Callable[[], str]:
+    """The desk shape with one extent varied."""
+    fixed = {key: value for key, value in DESK.items() if key != column}
+
+    def wanted(row: Row) -> bool:
+        desk = row["suite"] == "desk" or row["suite"].startswith("sweep")
+        return desk and all(row[key] == value for key, value in fixed.items())
+
+    return lambda: _sweep(column, wanted)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "providers": providers,
+    "layout": layout,
+    "window": sweep("window"),
+    "samples": sweep("samples"),
+    "channels": sweep("channels"),
+    "size": sweep("height"),
+}
+
+
+def _rows() -> list[Row]:
+    """Forward + backward of every provider that has a time."""
+    with (RESULTS / "cpu.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if row["pass"] == "both" and row["status"] == "ok"]
+
+
+def _sweep(column: str, wanted: Callable[[Row], bool]) -> str:
+    rows = [row for row in _rows() if wanted(row)]
+    peers = {row[column]: row for row in rows if row["provider"] == PEER}
+    ours = {row[column]: row for row in rows if row["provider"] == OURS}
+    order = sorted(ours, key=lambda value: (len(value), value))
+    lines = [
+        f"| {column} | pairs | ours, ms (20 to 80 %) | window-wise Gram, ms | ratio | memory |"
+    ]
+    lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
+    for value in order:
+        row, peer = ours[value], peers.get(value)
+        against = (
+            "| – | –" if peer is None else f"| {_time(peer)} | {_ratio(peer, row, 'median_ms')}"
+        )
+        lines.append(f"| {value} | {row['pairs']} | {_time(row)} {against} | {_memory(row)} |")
+    return "\n".join([*lines, "", _conditions(ours[order[0]])])
+
+
+def _time(row: Row) -> str:
+    return f"{_short(row['median_ms'])} ({_short(row['p20_ms'])} to {_short(row['p80_ms'])})"
+
+
+def _memory(row: Row) -> str:
+    share = float(row["peak_mb"]) / float(row["features_mb"])
+    return f"{_short(row['peak_mb'])} MB ({share:.2f} × the features)"
+
+
+def _ratio(row: Row, base: Row, column: str) -> str:
+    return f"{_short(str(float(row[column]) / float(base[column])))} ×"
+
+
+def _short(number: str) -> str:
+    """Three digits, whole above a thousand."""
+    value = float(number)
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _conditions(row: Row) -> str:
+    return (
+        f"*Forward + backward, {row['dtype']}, {row['threads']} threads of {row['processor']}; "
+        f"torch {row['torch']}, commit {row['commit']}, {row['date']}.*"
+    )

@@ -1,0 +1,79 @@
+"""The examples of the documentation run, and are what its pages show."""
+
+from __future__ import annotations
+
+import math
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("nibabel", reason="the training extra is not installed")
+
+DOCS = Path(__file__).parents[2] / "docs"
+EXAMPLES = DOCS / "examples"
+
+
+@pytest.fixture(autouse=True)
+def beside_the_examples(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    torch.manual_seed(0)
+
+
+def test_five_lines():
+    names = runpy.run_path(str(EXAMPLES / "five_lines.py"))
+    assert names["features"].grad.abs().sum() > 0
+    assert names["pairs"].sum() > 0
+
+
+def test_batches_are_halves_of_two_scans(tmp_path):
+    from slices import Slices, TwoScans, phantom_files
+
+    data = Slices(phantom_files(tmp_path / "phantom"))
+    for batch in TwoScans(data, n=6, steps=3):
+        volumes = [data[item]["volume"] for item in batch]
+        assert len(set(volumes)) == 2
+        assert volumes == [volumes[0]] * 3 + [volumes[3]] * 3
+
+
+def test_plain_pytorch():
+    from plain_pytorch import main
+
+    losses = main(steps=3)
+    assert len(losses) == 3
+    assert all(math.isfinite(loss) for loss in losses)
+
+
+def test_lightning(tmp_path, monkeypatch):
+    pytest.importorskip("lightning", reason="lightning is not installed (the interop extra)")
+    from lightning_module import main
+
+    monkeypatch.chdir(tmp_path)
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    trainer = main(steps=2, accelerator="cpu", enable_checkpointing=False, **quiet)
+    assert trainer.global_step == 2
+    assert set(trainer.logged_metrics) >= {"gp", "la"}
+
+
+def test_monai():
+    pytest.importorskip("monai", reason="monai is not installed")
+    from monai_unet import main
+
+    before = torch.random.get_rng_state()
+    unet = main(steps=1)
+    torch.random.set_rng_state(before)
+    fresh = main(steps=0)
+    moved = [
+        name
+        for (name, one), other in zip(unet.named_parameters(), fresh.parameters(), strict=True)
+        if not torch.equal(one, other)
+    ]
+    assert any(name.startswith("conv_0") for name in moved)
+    assert not any(name.startswith(("upcat", "final")) for name in moved)
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_every_example_is_shown_on_a_page(path):
+    pages = "".join(page.read_text() for page in DOCS.rglob("*.md"))
+    assert f'--8<-- "docs/examples/{path.name}' in pages

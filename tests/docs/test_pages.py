@@ -1,0 +1,76 @@
+"""The documentation against the code: names, variables, pictures, figures of the benchmarks."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import salkernels
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+SOURCES = ("salkernels", "training", "benchmarks", "buildtools", "csrc", "scripts", "tests")
+# An environment variable as a string: macros of the C++ code stand without quotes.
+VARIABLE = re.compile(r"""(?<=["'`])SALKERNELS_[A-Z_]*[A-Z](?==?["'`\s])""")
+# The build composes these, from the name of a library: SALKERNELS_BUILD_{library}.
+COMPOSED = {"SALKERNELS_BUILD_CPU", "SALKERNELS_BUILD_CUDA"}
+
+
+def test_every_environment_variable_is_documented():
+    read = {
+        name
+        for folder in SOURCES
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in {".py", ".cpp", ".h", ".cu", ".cuh", ".sh"}
+        for name in VARIABLE.findall(path.read_text())
+    }
+    assert {"SALKERNELS_CPU_ISA", "SALKERNELS_TORCH_DIR", "SALKERNELS_TRITON_TILES"} <= read
+    documented = set(re.findall(r"`(SALKERNELS_\w+)`", (DOCS / "environment.md").read_text()))
+    assert read | COMPOSED == documented
+
+
+def test_every_public_name_is_in_the_reference():
+    shown = set(re.findall(r"^::: salkernels\.(\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE))
+    assert shown == set(salkernels.__all__) - {"__version__"}
+
+
+def test_every_equation_of_a_docstring_can_be_shown():
+    pytest.importorskip("latex2mathml", reason="the docs extra is not installed")
+    from latex2mathml.converter import convert
+
+    texts = [page.read_text() for page in DOCS.rglob("*.md")]
+    equations = [math for text in texts for math in re.findall(r"\$\$(.+?)\$\$", text, re.DOTALL)]
+    assert len(equations) > 5
+    for equation in equations:
+        assert r"\begin{aligned}" not in equation, "it would be shown as text"
+        assert "merror" not in convert(equation.strip())
+
+
+def test_the_pictures_are_drawn_again(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="the training extra is not installed")
+    pytest.importorskip("nibabel", reason="the training extra is not installed")
+    monkeypatch.syspath_prepend(str(DOCS))
+    from draw import main
+
+    drawn = main(tmp_path)
+    pages = "".join(page.read_text() for page in DOCS.rglob("*.md"))
+    for path in drawn:
+        assert path.stat().st_size > 10_000
+        assert (DOCS / "images" / path.name).is_file(), "run python docs/draw.py and commit"
+        assert f"images/{path.name}" in pages
+
+
+def test_tables_come_from_the_results(monkeypatch):
+    pytest.importorskip("mkdocs", reason="the docs extra is not installed")
+    monkeypatch.syspath_prepend(str(DOCS / "hooks"))
+    sys.modules.pop("results", None)
+    import results
+
+    for name in results.TABLES:
+        rows = results.on_page_markdown(f"<!-- results: {name} -->").splitlines()
+        assert sum(row.startswith("|") for row in rows) >= 4, name  # two rows and their header
+    with pytest.raises(KeyError):
+        results.on_page_markdown("<!-- results: nothing -->")
