@@ -169,9 +169,9 @@ def align(
         backend: as in `wla_loss`.
 
     Returns:
-        max_sim: (B, H, W), the cosine similarity with the match.
-        argmax: (B, H, W) int64, the match's offset in its window: `offset // columns` rows and
-            `offset % columns` columns from the window's first pixel. Neither carries gradient.
+        `max_sim` (B, H, W), the cosine similarity with the match; and `argmax` (B, H, W) int64,
+        the offset of the match in its window, `offset // columns` rows and `offset % columns`
+        columns from the window's first pixel. Neither carries gradient.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `wla_loss`.

@@ -104,11 +104,11 @@ def _time(row: Row) -> str:
 
 def _memory(row: Row) -> str:
     share = float(row["peak_mb"]) / float(row["features_mb"])
-    return f"{_short(row['peak_mb'])} MB ({share:.2f} × the features)"
+    return f"{_short(row['peak_mb'])} MB ({share:.2f}\N{NO-BREAK SPACE}× the features)"
 
 
 def _ratio(row: Row, base: Row, column: str) -> str:
-    return f"{_short(str(float(row[column]) / float(base[column])))} ×"
+    return f"{_short(str(float(row[column]) / float(base[column])))}\N{NO-BREAK SPACE}×"
 
 
 def _short(number: str) -> str:

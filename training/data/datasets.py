@@ -22,12 +22,14 @@ _CT = re.compile(r"(ct_\d+)_(image|label)\.nii(?:\.gz)?")
 class Scan:
     """One volume on disk.
 
-    subject: "patient001" or "ct_1001"; splits go by it.
-    frame: "frame01" or "ct".
-    role: "ED", "ES", "cine" (another time frame, never labelled) or "".
-    label: its label map, None when there is none.
-    time_index: frame of a 4D file, from 0; None when the file is the volume.
-    group: diagnosis, where the dataset has one.
+    Attributes:
+        subject: "patient001" or "ct_1001"; splits go by it.
+        frame: "frame01" or "ct".
+        role: "ED", "ES", "cine" (another time frame, never labelled) or "".
+        image: the NIfTI file.
+        label: its label map, None when there is none.
+        time_index: frame of a 4D file, from 0; None when the file is the volume.
+        group: diagnosis, where the dataset has one.
     """
 
     subject: str
@@ -48,11 +50,13 @@ class Scan:
 class DatasetInfo:
     """What the rest of the package must know about a dataset.
 
-    class_names: by label value, background first.
-    orientation: how slices are taken by default, see PreprocessConfig.
-    above_max: what a label above the last class is, see nifti.read_labels.
-    clip: default intensity percentiles, low and high.
-    finder: (root, cine) -> scans in a fixed order; use `find`.
+    Attributes:
+        name: what --dataset calls it.
+        class_names: by label value, background first.
+        orientation: how slices are taken by default, see PreprocessConfig.
+        above_max: what a label above the last class is, see nifti.read_labels.
+        clip: default intensity percentiles, low and high.
+        finder: (root, cine) -> scans in a fixed order; use `find`.
     """
 
     name: str
