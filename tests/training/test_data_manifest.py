@@ -163,6 +163,7 @@ def test_a_file_that_is_no_manifest(tmp_path, text):
           "labelsTr/p1.nii.gz"]),
         ("{subject}/anat/{subject}_T2.nii", "masks/{subject}_*.nii",
          ["p1/anat/p1_T2.nii", "p2/anat/p2_T2.nii", "p2/anat/p1_T2.nii", "masks/p1_prostate.nii"]),
+        ("{subject}.nii.gz", "{subject}_gt.nii.gz", ["p1.nii.gz", "p1_gt.nii.gz", "p2.nii.gz"]),
     ],
 )  # fmt: skip
 def test_patterns_find_pairs(tmp_path, images, labels, files):
@@ -190,7 +191,7 @@ def test_several_scans_of_a_subject_and_the_command(tmp_path, capsys):
     [
         ("{patient}.nii.gz", None, "expected fields"),
         ("*.nii.gz", None, "expected fields"),
-        ("x{subject}.nii.gz", None, "no file matches"),
+        ("x{subject}.nii.gz", None, "no image matches"),
         ("{subject}*.nii.gz", None, "are one scan"),
         ("{subject}_t2.nii.gz", "{subject}_seg.nii.gz", "p2_seg.nii.gz: label without an image"),
     ],
@@ -214,11 +215,10 @@ def test_scans_without_any_label_serve_pretraining(phantom, pretrain_config, tmp
 
 
 def test_finetune_and_evaluate_on_a_manifest(phantom, finetune_config, tmp_path, capsys):
-    data = shutil.copytree(phantom, tmp_path / "data")
-    (data / "labels").mkdir()
-    for path in data.glob("patient*/*_gt.nii.gz"):  # the pattern of images would take them too
-        path.rename(data / "labels" / path.name)
-    images, labels = "{subject}/{subject}_{scan}.nii.gz", "labels/{subject}_{scan}_gt.nii.gz"
+    data = tmp_path / "data"
+    for number in (1, 2, 3):
+        shutil.copytree(phantom / f"patient00{number}", data / f"patient00{number}")
+    images, labels = "{subject}/{subject}_{scan}.nii.gz", "{subject}/{subject}_{scan}_gt.nii.gz"
     assert manifest([str(data), "--images", images, "--labels", labels, "--classes", *CLASSES]) == 0
     config = finetune_config(dataset="manifest", data=data, optim=OptimConfig(steps=1))
     finetune(config)

@@ -106,10 +106,11 @@ def write_manifest(
     target = root / FILE
     if target.exists():
         raise DataError(f"{target}: already there; delete it to have it written again")
-    found = _matching(root, images)
-    if not found:
-        raise DataError(f"{root}: no file matches {images!r}")
     labelled = {} if labels is None else _matching(root, labels)
+    # A label map beside its image often matches the image's pattern too.
+    found = {k: p for k, p in _matching(root, images).items() if p not in labelled.values()}
+    if not found:
+        raise DataError(f"{root}: no image matches {images!r}")
     lost = [f"{p}: label without an image" for key, p in labelled.items() if key not in found]
     raise_problems(f"{root}: labels that match no image; check both patterns:", lost)
     rows = []
