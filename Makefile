@@ -36,8 +36,9 @@ bench: $(STAMP)  ## time the loss against its peers (about 15 minutes on a quiet
 	$(BIN)/python -m benchmarks overhead
 	$(BIN)/python -m benchmarks training
 
+# Not --quiet: what is not logged is not counted as a warning either.
 docs: $(STAMP)  ## build the documentation into site/; a warning is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(STAMP)  ## check format and style
 	$(BIN)/ruff format --check .
