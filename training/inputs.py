@@ -13,6 +13,7 @@ def open_dataset(config: RunConfig) -> VolumeCache:
 
     Of many processes the first preprocesses; then all open what it wrote.
     """
+
     def opened() -> VolumeCache:
         info = dataset_info(config.dataset, config.data_folder())
         scans = info.find(config.data_folder(), cine=config.cine)
