@@ -271,9 +271,11 @@ def test_compile():
     assert torch.equal(eager, graphed)
 
 
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("window", [(2, 2), (3, 3), (30, 32)])
-def test_the_same_bits_whatever_the_number_of_threads(window):
-    features, mask = torch.randn(1, 6, 48, 30, 32), torch.rand(1, 6, 6) < 0.6
+def test_the_same_bits_whatever_the_number_of_threads(window, layout):
+    features = _maps((1, 6, 48, 30, 32), torch.float32, layout)
+    mask = torch.rand(1, 6, 6) < 0.6
     grad = torch.randn(1, 6, 6)
     results = []
     for threads in (1, 2, 3):
@@ -284,6 +286,24 @@ def test_the_same_bits_whatever_the_number_of_threads(window):
     for other in results[1:]:
         for ours, theirs in zip(results[0], other, strict=True):
             assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize(("extent", "window"), SHAPES)
+def test_both_layouts_have_the_same_bits(extent, window, dtype):
+    """Channels-last, gradients go to the map a window at a time; in NCHW, a tile at a time."""
+    last = _maps((1, 4, 37, *extent), dtype, "channels_last")
+    plain, grad = last.contiguous(), torch.randn(1, 4, 4)
+    results = []
+    for features in (last, plain):
+        forward = cpu.pair_losses_forward(features, None, None, window, EPS, 16)
+        grads, _ = cpu.pair_losses_backward(
+            grad, features, None, None, forward[1], forward[2], window, EPS
+        )
+        assert grads.stride() == features.stride()
+        results.append((*forward, grads))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_masks_and_neighbours_do_not_change_a_pair():

@@ -108,10 +108,11 @@ struct TermLists {
   }
 };
 
-// dx = (V − (x̂·V) x̂) / ‖x‖ of `Registers` registers of one row.
-template <class T, int Registers>
+// dx = (V − (x̂·V) x̂) / ‖x‖ of `Registers` registers of one row; a single one may be the last, of
+// which only `count` channels exist.
+template <class T, class Out, int Registers>
 static inline void gradient_row(const Term<T>* terms, const Term<T>* end, const T* unit,
-                                const T* self, T along, T inv_norm, T* out) {
+                                const T* self, T along, T inv_norm, Out* out, int64_t count) {
   constexpr int W = kLanes<T>;
   Vec<T> sum[Registers] = {};
   for (; terms != end; ++terms) {
@@ -120,17 +121,67 @@ static inline void gradient_row(const Term<T>* terms, const Term<T>* end, const 
     for (int k = 0; k < Registers; ++k) sum[k] += weight * load<T>(partner + k * W);
   }
   for (int k = 0; k < Registers; ++k) {
-    store<T>(out + k * W, (sum[k] - along * load<T>(self + k * W)) * inv_norm);
+    sum[k] = (sum[k] - along * load<T>(self + k * W)) * inv_norm;
+  }
+  if (Registers == 1 && count < W) {
+    store_part<T, Out>(out, sum[0], count);
+  } else {
+    for (int k = 0; k < Registers; ++k) Convert<T, Out>::store_vec(out + k * W, sum[k]);
   }
 }
 
-template <class T, int Registers>
-static void gradient_columns(const TermLists<T>& lists, int64_t rows, int64_t stride,
-                             const T* unit, const T* inv_norm, T* out) {
-  for (int64_t r = 0; r < rows; ++r) {
-    gradient_row<T, Registers>(lists.terms + lists.begin[r], lists.terms + lists.begin[r + 1],
-                               unit, unit + r * stride, lists.along[r], inv_norm[r],
-                               out + r * stride);
+// The gradients of a packed window, to wherever its rows are to go.
+template <class T, class Out>
+struct GradientRows {
+  Out** out;  // (rows)
+  int64_t rows, stride, channels;
+
+  template <int Registers>
+  void columns(const TermLists<T>& lists, const T* unit, const T* inv_norm, int64_t c,
+               Ahead& ahead) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      const Term<T>*terms = lists.terms + lists.begin[r], *end = lists.terms + lists.begin[r + 1];
+      gradient_row<T, Out, Registers>(terms, end, unit + c, unit + r * stride + c, lists.along[r],
+                                      inv_norm[r], out[r] + c, channels - c);
+      ahead.step();
+    }
+  }
+
+  // A few channels of all rows at a time: they stay in the first-level cache.
+  void all(const TermLists<T>& lists, const T* unit, const T* inv_norm, Ahead& ahead) const {
+    constexpr int W = kLanes<T>;
+    int64_t c = 0;
+    for (; c + 4 * W <= channels; c += 4 * W) columns<4>(lists, unit, inv_norm, c, ahead);
+    for (; c < channels; c += W) columns<1>(lists, unit, inv_norm, c, ahead);
+  }
+};
+
+// Rows of the map itself, in the order of packed rows.
+template <class Out>
+static void rows_of_map(const TileShape& shape, const Window& window, Out** out) {
+  for (int64_t s = 0; s < shape.component->num_nodes; ++s) {
+    const MapStrides& strides = shape.nodes[s].grad_strides;
+    Out* map = static_cast<Out*>(shape.nodes[s].grad);
+    for (int64_t row = window.row; row < window.row + window.rows; ++row) {
+      for (int64_t column = window.column; column < window.column + window.columns; ++column) {
+        *out++ = map + row * strides.row + column * strides.column;
+      }
+    }
+  }
+}
+
+// NaN reaches the gradient of a row in a pair; a row in none has no gradient, and is no partner.
+template <class T>
+static void apply_poison(TermLists<T>& lists, const TileShape& shape, const T* poison, T* unit,
+                         T* inv_norm) {
+  for (int64_t r = 0; r < shape.rows; ++r) {
+    if (lists.begin[r + 1] > lists.begin[r]) {
+      lists.along[r] += poison[r];
+    } else if (poison[r] != 0) {
+      T* row = unit + r * shape.stride;
+      for (int64_t c = 0; c < shape.stride; ++c) row[c] = 0;
+      inv_norm[r] = 0;
+    }
   }
 }
 
@@ -143,6 +194,7 @@ static int64_t gradient_tile(const Problem& problem, const Tile* tile, char* scr
   T* pack = arena.take<T>((problem.work.max_tile_rows + problem.work.max_window_rows) * row_stride);
   T* inv_norm = arena.take<T>(problem.work.max_tile_rows);
   T* poison = arena.take<T>(problem.work.max_tile_rows);
+  void** out = arena.take<void*>(problem.work.max_window_rows);
   TermLists<T> lists = TermLists<T>::allocate(arena, problem.work.max_window_rows,
                                               problem.work.max_window_matches);
   if (scratch == nullptr) return arena.used;
@@ -151,36 +203,32 @@ static int64_t gradient_tile(const Problem& problem, const Tile* tile, char* scr
   const int64_t window_size = shape.rows * shape.stride;
   const int64_t rows = shape.num_windows * shape.rows;
   const T eps = T(problem.eps);
-  // A window's gradients take the place of the window before it, which nothing needs any more.
+  // Channels-last, gradients go straight to the map. Else a window's take the place of the window
+  // before it, which nothing needs any more, and then all go to the map together.
   T* unit = pack + window_size;
   pack_tile<T, In>(problem, shape, unit, column_offset, inv_norm, poison);
   for (int64_t r = 0; r < rows; ++r) inv_norm[r] = inverse_for_gradient<T>(inv_norm[r], eps);
+  const int64_t blocks = (shape.width / kLanes<T> + 3) / 4;
+  Ahead ahead = Ahead::of<T, In>(problem, tile, rows * blocks);
+  const bool direct = shape.component->grads_channels_last;
 
-  constexpr int W = kLanes<T>;
   for (int64_t t = 0; t < shape.num_windows; ++t) {
-    const T* from = unit + t * window_size;
-    T* to = pack + t * window_size;
-    T* inv = inv_norm + t * shape.rows;
+    T *from = unit + t * window_size, *inv = inv_norm + t * shape.rows;
     lists.build(problem, shape, shape.window_at(t));
-    for (int64_t r = 0; r < shape.rows; ++r) {
-      const T lost = poison[t * shape.rows + r];
-      if (lists.begin[r + 1] > lists.begin[r]) {
-        lists.along[r] += lost;
-      } else if (lost != 0) {  // no pair touches this NaN: it has no gradient, and no partner
-        T* row = unit + t * window_size + r * shape.stride;
-        for (int64_t c = 0; c < shape.stride; ++c) row[c] = 0;
-        inv[r] = 0;
-      }
-    }
-    // A few channels of all rows at a time: they stay in the first-level cache.
-    int64_t c = 0;
-    for (; c + 4 * W <= shape.width; c += 4 * W) {
-      gradient_columns<T, 4>(lists, shape.rows, shape.stride, from + c, inv, to + c);
-    }
-    for (; c < shape.width; c += W) {
-      gradient_columns<T, 1>(lists, shape.rows, shape.stride, from + c, inv, to + c);
+    apply_poison<T>(lists, shape, poison + t * shape.rows, from, inv);
+    if (direct) {
+      In** to = reinterpret_cast<In**>(out);
+      rows_of_map<In>(shape, shape.window_at(t), to);
+      const GradientRows<T, In> gradients{to, shape.rows, shape.stride, problem.channels};
+      gradients.all(lists, from, inv, ahead);
+    } else {
+      T** to = reinterpret_cast<T**>(out);
+      for (int64_t r = 0; r < shape.rows; ++r) to[r] = pack + t * window_size + r * shape.stride;
+      const GradientRows<T, T> gradients{to, shape.rows, shape.stride, shape.width};
+      gradients.all(lists, from, inv, ahead);
     }
   }
+  if (direct) return arena.used;
   const PackedPlace place = shape.place(column_offset);
   const Patch patch = shape.patch(problem.channels);
   for (int64_t s = 0; s < shape.component->num_nodes; ++s) {

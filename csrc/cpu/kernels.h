@@ -6,6 +6,7 @@ namespace SALKERNELS_ISA {
 
 #include "simd.h"
 #include "pack.h"
+#include "ahead.h"
 #include "match.h"
 #include "gradient.h"
 

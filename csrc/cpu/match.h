@@ -56,6 +56,7 @@ struct SimBlock {
   const T* key[kBlock + kKeyColumns];
   int64_t forward_place[kBlock + kKeyColumns];  // where a key row's products go in `forward`
   int64_t columns;
+  Ahead ahead;
 
   // Lists the rows of `samples` key samples; `pitch` is the padded number of query pixels.
   void add_key(const T* rows, int64_t count, int64_t stride, int64_t first_lane) {
@@ -80,6 +81,7 @@ struct SimBlock {
       for (int i = 0; i < Rows; ++i) q[i] = query + least(p + i, rows - 1) * stride;
       for (int64_t n = 0; n < columns; n += kKeyColumns) {
         dot_block<T, Rows>(q, key + n, width, out);
+        ahead.step();
         for (int i = 0; i < Rows; ++i) {
           for (int j = 0; j < kKeyColumns; ++j) {
             forward[forward_place[n + j] + p + i] = out[i * kKeyColumns + j];
@@ -288,6 +290,9 @@ static int64_t match_tile(const Problem& problem, const Tile* tile, char* scratc
 
   const TileShape shape = TileShape::of<T>(problem, *tile);
   pack_tile<T, In>(problem, shape, pack, column_offset, nullptr, nullptr);
+  const int64_t products =
+      shape.num_windows * shape.component->num_edges * shape.pixels * shape.pixels;
+  sims.ahead = Ahead::of<T, In>(problem, tile, products / (4 * kKeyColumns));
   const Edge* edges = &problem.plan.edges[shape.component->first_edge];
   for (int64_t t = 0; t < shape.num_windows; ++t) {
     const T* rows = pack + t * shape.rows * shape.stride;

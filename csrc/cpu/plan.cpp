@@ -64,6 +64,9 @@ void add_edges(Plan& plan, const PairSet& pairs, const std::vector<int32_t>& sam
 // tile should span whole rows of the map: at 16 samples of "paper" a tile of a whole strip took a
 // third less time than one that fits the second-level cache (1 MB) but reads 56 bytes at a time.
 constexpr int64_t kTileBytes = 2400 << 10;
+// Channels-last a pixel is read whole in any case, and a tile need only be large enough to be worth
+// its set-up: it, the next one on its way and the matches then share the second level.
+constexpr int64_t kChannelsLastTileBytes = 128 << 10;
 // A window larger than this is streamed; so is a large one if there are too few to share out.
 constexpr int64_t kWindowBytes = 5 << 19;
 constexpr int64_t kFewTiles = 8, kManyPixels = 256;
@@ -74,8 +77,9 @@ void add_tiles(Work& work, const Problem& problem, int32_t index, int64_t row_by
   const Component& component = problem.plan.components[index];
   const Grid& grid = problem.grid;
   const int64_t window_pixels = grid.window_rows * grid.window_columns;
+  const int64_t tile_bytes = component.channels_last ? kChannelsLastTileBytes : kTileBytes;
   const int64_t fitting =
-      std::max<int64_t>(1, kTileBytes / (component.num_nodes * window_pixels * row_bytes));
+      std::max<int64_t>(1, tile_bytes / (component.num_nodes * window_pixels * row_bytes));
   const int64_t whole = grid.whole_across();
   // Even pieces, not full ones and a rest.
   const int64_t pieces = (whole + fitting - 1) / fitting;
@@ -160,12 +164,15 @@ Plan make_plan(const PairSet& pairs, const Maps& query, const Maps& key, bool ke
       add_edges(plan, pairs, by_root[root], slots);
       const int32_t num_edges = int32_t(plan.edges.size()) - first_edge;
       if (num_edges == 0 && !keep_isolated) continue;
-      plan.components.push_back({int32_t(plan.nodes.size()), int32_t(by_root[root].size()),
-                                 first_edge, num_edges});
+      Component component{int32_t(plan.nodes.size()), int32_t(by_root[root].size()), first_edge,
+                          num_edges, true, true};
       for (const int32_t s : by_root[root]) {
         plan.nodes.push_back(s < pairs.queries ? node_of(query, g, s)
                                                : node_of(key, g, s - pairs.queries));
+        component.channels_last &= plan.nodes.back().strides.channel == 1;
+        component.grads_channels_last &= plan.nodes.back().grad_strides.channel == 1;
       }
+      plan.components.push_back(component);
     }
   }
   return plan;

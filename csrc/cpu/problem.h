@@ -37,6 +37,8 @@ struct Edge {
 struct Component {
   int32_t first_node, num_nodes;
   int32_t first_edge, num_edges;
+  // Whether a pixel's channels are contiguous in all its maps, or gradients: they may differ.
+  bool channels_last, grads_channels_last;
 };
 
 // A run of windows of one strip, all of the same extent, for one component: one unit of work.
