@@ -1,7 +1,7 @@
 // Asks for the features of the next tile while this one is computed, a few cache lines at a time,
 // so that neither memory nor arithmetic waits for the other. Together with tiles small enough for
 // the second-level cache this took a third off both passes at "paper". Channels-last only: in NCHW,
-// which needs tiles that fill the cache, it cost 5 to 14 %.
+// which needs tiles that fill the cache, it cost 14 % of the forward and 2 to 15 % of the backward.
 class Ahead {
  public:
   // `steps`: about how often `step` will be called until this tile is done.
