@@ -147,3 +147,24 @@ def test_too_little_capacity_is_an_error(backend):
     mask = torch.ones(1, 2, 2, dtype=torch.bool)
     with pytest.raises((ValueError, RuntimeError), match="capacity is 3"):
         torch.ops.salkernels.pair_losses(X[None], None, mask, [2, 2], 1e-12, 3, backend)
+
+
+@pytest.mark.parametrize("axis", [2, 3, 4])
+def test_the_operator_itself_refuses_maps_without_a_channel_or_a_pixel(axis, backend, device):
+    """The public functions do, too; it must not come to a division by zero below them."""
+    x = torch.randn(1, 2, 3, 4, 5, device=device)
+    skip_unless_runs(backend, x[0], None, (1, 1))
+    loss, *kept = torch.ops.salkernels.pair_losses(x, None, None, [1, 1], 1e-12, 4, backend)
+    empty = x.narrow(axis, 0, 0)
+    message = "at least one channel and one pixel"
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        torch.ops.salkernels.pair_losses(empty, None, None, [1, 1], 1e-12, 4, backend)
+    with pytest.raises(ValueError, match=message):
+        torch.ops.salkernels.pair_losses(
+            empty.to("meta"), None, None, [1, 1], 1e-12, 4, "reference"
+        )
+    if backend in ("cpu", "cuda", "reference"):
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            torch.ops.salkernels.pair_losses_backward(
+                loss, empty, None, None, *kept, [1, 1], 1e-12, backend
+            )

@@ -6,6 +6,10 @@ A backend is a module of this package with
     status() -> str | None                          the same question without an input
     pair_losses_forward(...), pair_losses_backward(...)    as in `salkernels.reference`
 
+and, if it takes tensors of some types of device only,
+
+    DEVICES                                         their names: None does not even ask on others
+
 and, if it keeps more for the backward than the matches, or in another memory layout,
 
     outputs(query, key, window, capacity)           loss, argmax, max_sim and norm, uninitialised
@@ -99,7 +103,10 @@ def select(name: str | None, query: Tensor, key: Tensor | None, window: tuple[in
                 f"use backend=None to take the first that can (salkernels.explain lists them)"
             )
         return name
+    device = query.device.type
     for candidate, backend in BACKENDS.items():
+        if device not in getattr(backend, "DEVICES", (device,)):
+            continue  # without asking torch or a driver what is there: most calls end here
         if getattr(backend, "BY_NAME_ONLY", False):
             continue  # it is there for tests
         if backend.can_run(query, key, window) is None:
