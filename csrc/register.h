@@ -2,10 +2,12 @@
 // Below them, kernels trust what they are given.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 
 namespace salkernels {
@@ -34,6 +36,17 @@ inline int64_t element_size(const Tensor& features) {
     case ScalarType::Float: return 4;
     default: return 2;
   }
+}
+
+// Uninitialised, on the device of `like`. torch::stable::new_empty finds the operator by its name at
+// each call, which takes longer than the allocation.
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
+  int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle result = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), shape.begin(),
+                                                          int64_t(shape.size()), &type, nullptr,
+                                                          nullptr, 0, nullptr, &result));
+  return Tensor(result);
 }
 
 inline void check_arguments(const Tensor& query, const std::optional<Tensor>& key,

@@ -26,6 +26,7 @@ namespace {
 using salkernels::accumulate_type;
 using salkernels::DType;
 using salkernels::element_size;
+using salkernels::empty;
 using salkernels::Kernels;
 using salkernels::Problem;
 using salkernels::ScalarType;
@@ -169,12 +170,10 @@ std::tuple<Tensor, Tensor, Tensor> pair_losses(const Tensor& query, std::optiona
   STD_TORCH_CHECK(num_pairs <= capacity, "the mask holds ", num_pairs,
                   " pairs, but capacity is ", capacity);
 
-  const int64_t plane[3] = {capacity, problem.grid.height, problem.grid.width};
-  const int64_t table[3] = {pairs.groups, pairs.queries, pairs.keys};
-  Tensor loss = torch::stable::new_empty(query, Sizes(table, 3), wide);
-  Tensor argmax =
-      torch::stable::new_empty(query, Sizes(plane, 3), salkernels::index_type(window));
-  Tensor max_sim = torch::stable::new_empty(query, Sizes(plane, 3), wide);
+  const int64_t height = problem.grid.height, width = problem.grid.width;
+  Tensor loss = empty(query, {pairs.groups, pairs.queries, pairs.keys}, wide);
+  Tensor argmax = empty(query, {capacity, height, width}, salkernels::index_type(window));
+  Tensor max_sim = empty(query, {capacity, height, width}, wide);
   problem.argmax = argmax.mutable_data_ptr();
   problem.max_sim = max_sim.mutable_data_ptr();
   const int64_t used = num_pairs * problem.grid.pixels();

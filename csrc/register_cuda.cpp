@@ -21,6 +21,7 @@ namespace {
 
 using salkernels::accumulate_type;
 using salkernels::element_size;
+using salkernels::empty;
 using salkernels::ScalarType;
 using salkernels::Sizes;
 using salkernels::Tensor;
@@ -36,10 +37,6 @@ salkernels::cuda::DType dtype_of(const Tensor& x) {
     case ScalarType::Half: return salkernels::cuda::kFloat16;
     default: STD_TORCH_CHECK(false, "features must be float32, float64, bfloat16 or float16");
   }
-}
-
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, Sizes(shape.begin(), shape.size()), dtype);
 }
 
 // Whether the channels of a pixel are contiguous, and start at addresses that are multiples of 16

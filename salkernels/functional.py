@@ -285,7 +285,7 @@ def backends() -> tuple[BackendStatus, ...]:
 def explain(
     x: Tensor, y: Tensor | None = None, window_size: WindowSize = 1
 ) -> tuple[BackendStatus, ...]:
-    """Every backend in the order of preference, and why one cannot run this input.
+    """Every backend in the order of preference for this input, and why one cannot run it.
 
     Args:
         x: (B, C, H, W) feature maps, as given to a loss.
