@@ -80,10 +80,10 @@ def architectures() -> list[Architecture]:
     machine code of an earlier minor version, or where PTX is wanted, PTX of whatever is earlier.
     """
     wanted, source = _wanted()
-    known = [key for key in _known() if key >= MINIMUM]
+    candidates = [key for key in known() if key >= MINIMUM]
     usable: dict[tuple[int, int], Architecture] = {}
     for a in wanted:
-        earlier = [key for key in known if key <= (a.major, a.minor)]
+        earlier = [key for key in candidates if key <= (a.major, a.minor)]
         fitting = [key for key in earlier if key[0] == a.major]
         if a.ptx and not fitting:
             fitting = [key for key in earlier if key in usable] or earlier
@@ -100,7 +100,7 @@ def architectures() -> list[Architecture]:
     return list(usable.values())
 
 
-def _known() -> list[tuple[int, int]]:
+def known() -> list[tuple[int, int]]:
     """The architectures that this nvcc compiles for."""
     listed = re.findall(r"compute_(\d+)(\d)\b", _output(nvcc() or "nvcc", "--list-gpu-arch"))
     return [(int(major), int(minor)) for major, minor in listed]
@@ -110,13 +110,14 @@ def _wanted() -> tuple[list[Architecture], str]:
     """The list, and where it comes from."""
     named = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
     if named:
-        return _parse(named), "TORCH_CUDA_ARCH_LIST"
+        return parse(named), "TORCH_CUDA_ARCH_LIST"
     if visible := _visible():
-        return _parse(";".join(visible)), "the visible GPU"
-    return _parse(DEFAULT), "the default list"
+        return parse(";".join(visible)), "the visible GPU"
+    return parse(DEFAULT), "the default list"
 
 
-def _parse(text: str) -> list[Architecture]:
+def parse(text: str) -> list[Architecture]:
+    """The architectures of a list as TORCH_CUDA_ARCH_LIST holds it."""
     result: dict[tuple[int, int], Architecture] = {}
     for word in filter(None, re.split(r"[;,\s]+", text)):
         found = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", word)
