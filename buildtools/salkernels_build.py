@@ -82,6 +82,12 @@ def compiler() -> list[str] | None:
     return [found] if found else None
 
 
+def program_of(command: list[str]) -> str:
+    """The compiler itself: "g++" of `ccache g++ -m64`."""
+    words = [word for word in command if not word.startswith("-") and shutil.which(word)]
+    return words[-1] if words else command[0]
+
+
 def torch_dir() -> Path | None:
     """A torch package with headers that are new enough.
 
@@ -138,20 +144,20 @@ def setup_arguments() -> dict[str, Any]:
     """What setup.py adds to pyproject.toml."""
     arguments: dict[str, Any] = {"cmdclass": {"build_py": BuildPy, "build_ext": BuildExt}}
     extensions = []
+    # "abi3" in the name and tag: the library has no Python symbol, so it fits every Python but the
+    # free-threaded ones, which do not take that name.
+    abi3 = not sysconfig.get_config_var("Py_GIL_DISABLED")
     for library, sources in LIBRARIES.items():
         reason = obstacle(library) or (missing_torch() if torch_dir() is None else None)
         if reason is None:
-            # "abi3" in the name and tag: the library has no Python symbol, so it fits every Python.
-            extensions.append(
-                Extension(
-                    f"salkernels._C_{library}", [*sources], py_limited_api=True, optional=True
-                )
-            )
+            name = f"salkernels._C_{library}"
+            extensions.append(Extension(name, [*sources], py_limited_api=abi3, optional=True))
         elif switch(library.upper()) == "1" and not _only_metadata():
             raise SystemExit(f"SALKERNELS_BUILD_{library.upper()}=1, but {reason}")
     if extensions:
         arguments["ext_modules"] = extensions
-        arguments["options"] = {"bdist_wheel": {"py_limited_api": "cp310"}}
+        if abi3:
+            arguments["options"] = {"bdist_wheel": {"py_limited_api": "cp310"}}
     return arguments
 
 
@@ -215,6 +221,8 @@ class BuildExt(build_ext):
             for stale in (ROOT / "salkernels").glob("_C_*.so"):
                 stale.unlink()
         super().run()
+        package = ROOT / "salkernels" if self.into_source else Path(self.build_lib) / "salkernels"
+        write_info(package, self.failures)
 
     def build_extension(self, ext: Extension) -> None:
         library = ext.name.rpartition("_")[2]
@@ -231,8 +239,6 @@ class BuildExt(build_ext):
                 print(output, file=sys.stderr)
                 raise SystemExit(f"SALKERNELS_BUILD_{library.upper()}=1, but {reason}") from None
         self.failures[library] = reason
-        package = ROOT / "salkernels" if self.into_source else Path(self.build_lib) / "salkernels"
-        write_info(package, self.failures)
 
     def _compile(self, ext: Extension, library: str) -> None:
         command, torch = compiler(), torch_dir()
@@ -258,7 +264,7 @@ class BuildExt(build_ext):
             compiled = list(pool.map(compile_one, ext.sources))
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        # No run path: torch is imported, and with it libtorch_cpu loaded, before the library is.
+        # No run path: torch is imported, and with it its own libraries, before this one is loaded.
         libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu"]
         if library == "cuda":
             libraries += self._cuda_libraries(command, objects)
@@ -286,7 +292,7 @@ class BuildExt(build_ext):
 def nvcc_command(host_compiler: list[str]) -> list[str]:
     """nvcc with all flags but source and output."""
     targets = [flag for a in nvcc.architectures() for flag in a.flags()]
-    return [str(nvcc.nvcc()), *nvcc.FLAGS, *targets, "-ccbin", host_compiler[0]]
+    return [str(nvcc.nvcc()), *nvcc.FLAGS, *targets, "-ccbin", program_of(host_compiler)]
 
 
 # ---- PEP 517 and 660 -----------------------------------------------------------------------------

@@ -74,32 +74,52 @@ def version() -> str:
 
 
 def architectures() -> list[Architecture]:
-    """What is compiled for: of those wanted, what this nvcc knows and the kernels can run on."""
+    """What is compiled for: of those wanted, what this nvcc knows and the kernels can run on.
+
+    In place of one that this nvcc is too old for stands the latest one whose code runs there:
+    machine code of an earlier minor version, or where PTX is wanted, PTX of whatever is earlier.
+    """
     wanted, source = _wanted()
-    known = set(re.findall(r"compute_(\d+)", _output(nvcc() or "nvcc", "--list-gpu-arch")))
-    usable = [a for a in wanted if a.digits in known and (a.major, a.minor) >= MINIMUM]
+    candidates = [key for key in known() if key >= MINIMUM]
+    usable: dict[tuple[int, int], Architecture] = {}
+    for a in wanted:
+        earlier = [key for key in candidates if key <= (a.major, a.minor)]
+        fitting = [key for key in earlier if key[0] == a.major]
+        if a.ptx and not fitting:
+            fitting = [key for key in earlier if key in usable] or earlier
+        if fitting:
+            best = max(fitting)
+            ptx = a.ptx or (best in usable and usable[best].ptx)
+            usable[best] = Architecture(*best, ptx)
     if not usable:
         listed = ", ".join(map(str, wanted)) or "nothing"
         raise ValueError(
             f"{source} names {listed}, of which nvcc {version()} and the kernels (compute "
             f"capability {MINIMUM[0]}.{MINIMUM[1]} or later) support none"
         )
-    return usable
+    return list(usable.values())
+
+
+def known() -> list[tuple[int, int]]:
+    """The architectures that this nvcc compiles for."""
+    listed = re.findall(r"compute_(\d+)(\d)\b", _output(nvcc() or "nvcc", "--list-gpu-arch"))
+    return [(int(major), int(minor)) for major, minor in listed]
 
 
 def _wanted() -> tuple[list[Architecture], str]:
     """The list, and where it comes from."""
     named = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
     if named:
-        return _parse(named), "TORCH_CUDA_ARCH_LIST"
+        return parse(named), "TORCH_CUDA_ARCH_LIST"
     if visible := _visible():
-        return _parse(";".join(visible)), "the visible GPU"
-    return _parse(DEFAULT), "the default list"
+        return parse(";".join(visible)), "the visible GPU"
+    return parse(DEFAULT), "the default list"
 
 
-def _parse(text: str) -> list[Architecture]:
+def parse(text: str) -> list[Architecture]:
+    """The architectures of a list as TORCH_CUDA_ARCH_LIST holds it."""
     result: dict[tuple[int, int], Architecture] = {}
-    for word in re.split(r"[;,\s]+", text):
+    for word in filter(None, re.split(r"[;,\s]+", text)):
         found = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", word)
         if found is None:
             raise ValueError(

@@ -1,5 +1,5 @@
 // The CPU operators as torch sees them, through the stable ABI: one binary serves torch 2.10 and
-// later, and every Python. Schemas and argument errors are Python's: salkernels/backends/cpu.py.
+// later, and every Python. The schemas stand in salkernels/backends/cpu.py.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -19,15 +19,19 @@
 #endif
 
 #include "cpu/plan.h"
+#include "register.h"
 
 namespace {
 
+using salkernels::accumulate_type;
 using salkernels::DType;
+using salkernels::element_size;
+using salkernels::empty;
 using salkernels::Kernels;
 using salkernels::Problem;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+using salkernels::ScalarType;
+using salkernels::Sizes;
+using salkernels::Tensor;
 
 // The best instruction set of this machine, or the one named by SALKERNELS_CPU_ISA if it can run.
 const Kernels& choose_kernels() {
@@ -58,18 +62,10 @@ DType dtype_of(const Tensor& x) {
   }
 }
 
-int64_t element_size(DType dtype) {
-  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-}
-
-ScalarType accumulate_type(DType dtype) {
-  return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
-}
-
-salkernels::Maps maps_of(const Tensor& x, DType dtype, const Tensor* grad) {
+salkernels::Maps maps_of(const Tensor& x, const Tensor* grad) {
   salkernels::Maps maps{};
   maps.data = x.const_data_ptr();
-  maps.element_size = element_size(dtype);
+  maps.element_size = element_size(x);
   for (int i = 0; i < 5; ++i) maps.strides[i] = x.strides()[i];
   if (grad != nullptr) {
     maps.grad = grad->mutable_data_ptr();
@@ -82,32 +78,6 @@ template <class T>
 salkernels::PairTable<T> table_of(const Tensor& x) {
   const auto strides = x.strides();
   return {x.const_data_ptr<T>(), {strides[0], strides[1], strides[2]}};
-}
-
-void check_shapes(const Tensor& query, const std::optional<Tensor>& key,
-                  const std::optional<Tensor>& mask, Sizes window) {
-  STD_TORCH_CHECK(query.dim() == 5, "query must be (G, N, C, H, W), got ", query.dim(), " axes");
-  STD_TORCH_CHECK(window.size() == 2, "window must be (rows, columns)");
-  const auto sizes = query.sizes();
-  for (int i = 0; i < 2; ++i) {
-    STD_TORCH_CHECK(window[i] >= 1 && (window[i] <= sizes[3 + i] || query.numel() == 0),
-                    "window must lie between 1 and the map's extent");
-  }
-  if (key.has_value()) {
-    const auto other = key->sizes();
-    STD_TORCH_CHECK(key->dim() == 5, "key must be (G, M, C, H, W)");
-    STD_TORCH_CHECK(other[0] == sizes[0] && other[2] == sizes[2] && other[3] == sizes[3] &&
-                        other[4] == sizes[4],
-                    "query and key must agree in all but the number of samples");
-    STD_TORCH_CHECK(key->scalar_type() == query.scalar_type(), "query and key must share a dtype");
-  }
-  if (mask.has_value()) {
-    const int64_t keys = key.has_value() ? key->sizes()[1] : sizes[1];
-    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "mask must be bool");
-    STD_TORCH_CHECK(mask->dim() == 3 && mask->sizes()[0] == sizes[0] &&
-                        mask->sizes()[1] == sizes[1] && mask->sizes()[2] == keys,
-                    "mask must be (G, N, M)");
-  }
 }
 
 salkernels::PairSet pairs_of(const Tensor& query, const std::optional<Tensor>& key,
@@ -128,7 +98,7 @@ Problem problem_of(const Tensor& query, Sizes window, double eps, DType dtype) {
   problem.channels = sizes[2];
   problem.eps = eps;
   problem.dtype = dtype;
-  problem.wide_index = window[0] * window[1] > 256;
+  problem.wide_index = salkernels::wide_index(window);
   return problem;
 }
 
@@ -188,24 +158,22 @@ void reduce_losses(Problem& problem, Tensor& loss, bool serial) {
 std::tuple<Tensor, Tensor, Tensor> pair_losses(const Tensor& query, std::optional<Tensor> key,
                                                std::optional<Tensor> mask, Sizes window,
                                                double eps, int64_t capacity) {
-  check_shapes(query, key, mask, window);
+  salkernels::check_arguments(query, key, mask, window);
   const DType dtype = dtype_of(query);
-  const ScalarType wide = accumulate_type(dtype);
+  const ScalarType wide = accumulate_type(query);
   Problem problem = problem_of(query, window, eps, dtype);
   const salkernels::PairSet pairs = pairs_of(query, key, mask);
-  const salkernels::Maps queries = maps_of(query, dtype, nullptr);
+  const salkernels::Maps queries = maps_of(query, nullptr);
   problem.plan = salkernels::make_plan(
-      pairs, queries, key.has_value() ? maps_of(*key, dtype, nullptr) : queries, false);
+      pairs, queries, key.has_value() ? maps_of(*key, nullptr) : queries, false);
   const int64_t num_pairs = int64_t(problem.plan.flat.size());
   STD_TORCH_CHECK(num_pairs <= capacity, "the mask holds ", num_pairs,
                   " pairs, but capacity is ", capacity);
 
-  const int64_t plane[3] = {capacity, problem.grid.height, problem.grid.width};
-  const int64_t table[3] = {pairs.groups, pairs.queries, pairs.keys};
-  Tensor loss = torch::stable::new_empty(query, Sizes(table, 3), wide);
-  Tensor argmax = torch::stable::new_empty(
-      query, Sizes(plane, 3), problem.wide_index ? ScalarType::Int : ScalarType::Byte);
-  Tensor max_sim = torch::stable::new_empty(query, Sizes(plane, 3), wide);
+  const int64_t height = problem.grid.height, width = problem.grid.width;
+  Tensor loss = empty(query, {pairs.groups, pairs.queries, pairs.keys}, wide);
+  Tensor argmax = empty(query, {capacity, height, width}, salkernels::index_type(window));
+  Tensor max_sim = empty(query, {capacity, height, width}, wide);
   problem.argmax = argmax.mutable_data_ptr();
   problem.max_sim = max_sim.mutable_data_ptr();
   const int64_t used = num_pairs * problem.grid.pixels();
@@ -230,32 +198,15 @@ std::tuple<Tensor, Tensor, Tensor> pair_losses(const Tensor& query, std::optiona
   return {loss, argmax, max_sim};
 }
 
-void check_saved(const Problem& problem, const Tensor& argmax, const Tensor& max_sim,
-                 const Tensor& grad_loss, const salkernels::PairSet& pairs, ScalarType wide) {
-  const int64_t needed = int64_t(problem.plan.flat.size()) * problem.grid.pixels();
-  STD_TORCH_CHECK(argmax.is_contiguous() && max_sim.is_contiguous(),
-                  "argmax and max_sim must be contiguous");
-  STD_TORCH_CHECK(argmax.numel() >= needed && max_sim.numel() >= needed,
-                  "argmax and max_sim must hold every pair of the mask");
-  STD_TORCH_CHECK(
-      argmax.scalar_type() == (problem.wide_index ? ScalarType::Int : ScalarType::Byte),
-      "argmax must be uint8 for windows of at most 256 pixels, else int32");
-  STD_TORCH_CHECK(max_sim.scalar_type() == wide && grad_loss.scalar_type() == wide,
-                  "max_sim and grad_loss must be float32, or float64 for float64 features");
-  STD_TORCH_CHECK(grad_loss.dim() == 3 && grad_loss.sizes()[0] == pairs.groups &&
-                      grad_loss.sizes()[1] == pairs.queries && grad_loss.sizes()[2] == pairs.keys,
-                  "grad_loss must be (G, N, M)");
-}
-
 // Tens of thousands of page faults are most of the time of a large gradient that is written for the
 // first time: large pages are asked for where the system leaves it to the program.
-Tensor empty_gradient(const Tensor& like, int64_t element) {
+Tensor empty_gradient(const Tensor& like) {
   Tensor grad = torch::stable::empty_like(like);
 #ifdef __linux__
   constexpr uintptr_t kHuge = 2 << 20;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(grad.mutable_data_ptr());
   const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t last = (begin + uintptr_t(grad.numel() * element)) / kHuge * kHuge;
+  const uintptr_t last = (begin + uintptr_t(grad.numel() * element_size(like))) / kHuge * kHuge;
   // Only a hint: whether it was heard makes no difference to the result.
   if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
@@ -266,17 +217,19 @@ std::tuple<Tensor, std::optional<Tensor>> pair_losses_backward(
     const Tensor& grad_loss, const Tensor& query, std::optional<Tensor> key,
     std::optional<Tensor> mask, const Tensor& argmax, const Tensor& max_sim, Sizes window,
     double eps) {
-  check_shapes(query, key, mask, window);
+  salkernels::check_arguments(query, key, mask, window);
+  salkernels::check_saved(query, key, window, argmax, max_sim, grad_loss);
   const DType dtype = dtype_of(query);
   Problem problem = problem_of(query, window, eps, dtype);
   const salkernels::PairSet pairs = pairs_of(query, key, mask);
-  const Tensor grad_query = empty_gradient(query, element_size(dtype));
+  const Tensor grad_query = empty_gradient(query);
   std::optional<Tensor> grad_key;
-  if (key.has_value()) grad_key = empty_gradient(*key, element_size(dtype));
-  const salkernels::Maps queries = maps_of(query, dtype, &grad_query);
+  if (key.has_value()) grad_key = empty_gradient(*key);
+  const salkernels::Maps queries = maps_of(query, &grad_query);
   problem.plan = salkernels::make_plan(
-      pairs, queries, key.has_value() ? maps_of(*key, dtype, &*grad_key) : queries, true);
-  check_saved(problem, argmax, max_sim, grad_loss, pairs, accumulate_type(dtype));
+      pairs, queries, key.has_value() ? maps_of(*key, &*grad_key) : queries, true);
+  STD_TORCH_CHECK(argmax.sizes()[0] >= int64_t(problem.plan.flat.size()),
+                  "argmax and max_sim must hold every pair of the mask");
   if (problem.plan.flat.empty()) {
     torch::stable::zero_(const_cast<Tensor&>(grad_query));
     if (grad_key.has_value()) torch::stable::zero_(*grad_key);

@@ -1,6 +1,6 @@
 // The CUDA operators as torch sees them, through the stable ABI. A C++ compiler suffices for this
 // file: kernels are behind cuda/launch.h. Nothing waits for the device, and memory is torch's, so
-// that a CUDA graph can hold a call. Schemas and argument errors: salkernels/backends/cuda.py.
+// that a CUDA graph can hold a call. The schemas stand in salkernels/backends/cuda.py.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -15,15 +15,19 @@
 #include <tuple>
 
 #include "cuda/launch.h"
+#include "register.h"
 
 namespace {
 
+using salkernels::accumulate_type;
+using salkernels::element_size;
+using salkernels::empty;
+using salkernels::ScalarType;
+using salkernels::Sizes;
+using salkernels::Tensor;
 using salkernels::cuda::Maps;
 using salkernels::cuda::Problem;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using torch::stable::accelerator::DeviceGuard;
-using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
 salkernels::cuda::DType dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -35,21 +39,10 @@ salkernels::cuda::DType dtype_of(const Tensor& x) {
   }
 }
 
-int64_t element_size(int64_t dtype) {
-  return dtype == salkernels::cuda::kFloat64 ? 8 : dtype == salkernels::cuda::kFloat32 ? 4 : 2;
-}
-
-ScalarType accumulate_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, Sizes(shape.begin(), shape.size()), dtype);
-}
-
 // Whether the channels of a pixel are contiguous, and start at addresses that are multiples of 16
 // bytes and end there.
-bool is_vector(const Tensor& x, int64_t element) {
+bool is_vector(const Tensor& x) {
+  const int64_t element = element_size(x);
   const auto sizes = x.sizes(), strides = x.strides();
   bool aligned = strides[2] == 1 && sizes[2] * element % 16 == 0 &&
                  reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
@@ -57,47 +50,25 @@ bool is_vector(const Tensor& x, int64_t element) {
   return aligned;
 }
 
-void set_maps(Maps& maps, const Tensor& x, int64_t element) {
+void set_maps(Maps& maps, const Tensor& x) {
   maps.data = x.const_data_ptr();
   maps.samples = x.sizes()[1];
-  maps.vector = is_vector(x, element);
+  maps.vector = is_vector(x);
   std::copy_n(x.strides().begin(), 5, maps.strides);
 }
 
-void set_grad(Maps& maps, const Tensor& grad, int64_t element) {
+void set_grad(Maps& maps, const Tensor& grad) {
   maps.grad = grad.mutable_data_ptr();
-  maps.grad_vector = is_vector(grad, element);
+  maps.grad_vector = is_vector(grad);
   std::copy_n(grad.strides().begin(), 5, maps.grad_strides);
 }
 
-void check_arguments(const Tensor& query, const std::optional<Tensor>& key,
-                     const std::optional<Tensor>& mask, Sizes window) {
-  STD_TORCH_CHECK(query.dim() == 5, "query must be (G, N, C, H, W), got ", query.dim(), " axes");
-  STD_TORCH_CHECK(window.size() == 2, "window must be (rows, columns)");
+// Kernels count the pixels of a map, and pairs, in 32 bits.
+void check_counts(const Tensor& query, const std::optional<Tensor>& key) {
   const auto sizes = query.sizes();
-  for (int i = 0; i < 2; ++i) {
-    STD_TORCH_CHECK(window[i] >= 1 && (window[i] <= sizes[3 + i] || query.numel() == 0),
-                    "window must lie between 1 and the map's extent");
-  }
   STD_TORCH_CHECK(sizes[3] * sizes[4] <= INT_MAX, "a map must have fewer than 2^31 pixels");
-  if (key.has_value()) {
-    const auto other = key->sizes();
-    STD_TORCH_CHECK(key->dim() == 5, "key must be (G, M, C, H, W)");
-    STD_TORCH_CHECK(other[0] == sizes[0] && other[2] == sizes[2] && other[3] == sizes[3] &&
-                        other[4] == sizes[4],
-                    "query and key must agree in all but the number of samples");
-    STD_TORCH_CHECK(key->scalar_type() == query.scalar_type(), "query and key must share a dtype");
-    STD_TORCH_CHECK(key->device() == query.device(), "query and key must be on one device");
-  }
   const int64_t keys = key.has_value() ? key->sizes()[1] : sizes[1];
   STD_TORCH_CHECK(sizes[0] * sizes[1] * keys < INT_MAX, "there must be fewer than 2^31 pairs");
-  if (mask.has_value()) {
-    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "mask must be bool");
-    STD_TORCH_CHECK(mask->device() == query.device(), "mask must be on the device of query");
-    STD_TORCH_CHECK(mask->dim() == 3 && mask->sizes()[0] == sizes[0] &&
-                        mask->sizes()[1] == sizes[1] && mask->sizes()[2] == keys,
-                    "mask must be (G, N, M)");
-  }
 }
 
 // The tensors of a call that are nobody's but its own: torch's allocator frees them in the order
@@ -119,9 +90,9 @@ Problem problem_of(const Tensor& query, const std::optional<Tensor>& key,
   problem.eps = eps;
   problem.allow_tf32 = allow_tf32;
   problem.set_form = !key.has_value();
-  problem.wide_index = window[0] * window[1] > 256;
-  set_maps(problem.maps[0], query, element_size(problem.dtype));
-  set_maps(problem.maps[1], key.has_value() ? *key : query, element_size(problem.dtype));
+  problem.wide_index = salkernels::wide_index(window);
+  set_maps(problem.maps[0], query);
+  set_maps(problem.maps[1], key.has_value() ? *key : query);
   if (mask.has_value()) {
     problem.mask = reinterpret_cast<const uint8_t*>(mask->const_data_ptr());
     std::copy_n(mask->strides().begin(), 3, problem.mask_strides);
@@ -156,7 +127,8 @@ void* current_stream(const Tensor& x) {
 std::tuple<Tensor, Tensor, Tensor> pair_losses(const Tensor& query, std::optional<Tensor> key,
                                                std::optional<Tensor> mask, Sizes window,
                                                double eps, int64_t capacity, bool allow_tf32) {
-  check_arguments(query, key, mask, window);
+  salkernels::check_arguments(query, key, mask, window);
+  check_counts(query, key);
   const DeviceGuard guard(query.get_device_index());
   Scratch scratch;
   Problem problem = problem_of(query, key, mask, window, eps, capacity, allow_tf32, scratch);
@@ -164,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor> pair_losses(const Tensor& query, std::optiona
   const ScalarType wide = accumulate_type(query);
   Tensor loss = empty(query, {problem.groups, queries, keys}, wide);
   Tensor argmax = empty(query, {capacity, problem.grid.height, problem.grid.width},
-                        problem.wide_index ? ScalarType::Int : ScalarType::Byte);
+                        salkernels::index_type(window));
   Tensor max_sim = empty(query, {capacity, problem.grid.height, problem.grid.width}, wide);
   if (problem.table() == 0) {
     torch::stable::zero_(argmax);
@@ -180,39 +152,17 @@ std::tuple<Tensor, Tensor, Tensor> pair_losses(const Tensor& query, std::optiona
   return {loss, argmax, max_sim};
 }
 
-void check_saved(const Problem& problem, const Tensor& query, const Tensor& argmax,
-                 const Tensor& max_sim, const Tensor& grad_loss) {
-  const ScalarType wide = accumulate_type(query);
-  STD_TORCH_CHECK(argmax.is_contiguous() && max_sim.is_contiguous(),
-                  "argmax and max_sim must be contiguous");
-  STD_TORCH_CHECK(max_sim.numel() == argmax.numel() &&
-                      argmax.numel() == problem.capacity * problem.grid.pixels(),
-                  "argmax and max_sim must be (pairs, H, W)");
-  STD_TORCH_CHECK(
-      argmax.scalar_type() == (problem.wide_index ? ScalarType::Int : ScalarType::Byte),
-      "argmax must be uint8 for windows of at most 256 pixels, else int32");
-  STD_TORCH_CHECK(max_sim.scalar_type() == wide && grad_loss.scalar_type() == wide,
-                  "max_sim and grad_loss must be float32, or float64 for float64 features");
-  STD_TORCH_CHECK(grad_loss.dim() == 3 && grad_loss.sizes()[0] == problem.groups &&
-                      grad_loss.sizes()[1] == problem.maps[0].samples &&
-                      grad_loss.sizes()[2] == problem.maps[1].samples,
-                  "grad_loss must be (G, N, M)");
-  for (const Tensor* x : {&argmax, &max_sim, &grad_loss}) {
-    STD_TORCH_CHECK(x->device() == query.device(), "all tensors must be on one device");
-  }
-}
-
 std::tuple<Tensor, std::optional<Tensor>> pair_losses_backward(
     const Tensor& grad_loss, const Tensor& query, std::optional<Tensor> key,
     std::optional<Tensor> mask, const Tensor& argmax, const Tensor& max_sim, Sizes window,
     double eps, bool allow_tf32) {
-  check_arguments(query, key, mask, window);
+  salkernels::check_arguments(query, key, mask, window);
+  check_counts(query, key);
+  salkernels::check_saved(query, key, window, argmax, max_sim, grad_loss);
   const DeviceGuard guard(query.get_device_index());
   Scratch scratch;
   Problem problem = problem_of(query, key, mask, window, eps, argmax.sizes()[0], allow_tf32,
                                scratch);
-  check_saved(problem, query, argmax, max_sim, grad_loss);
-  const int64_t element = element_size(problem.dtype);
   Tensor grad_query = torch::stable::empty_like(query);
   std::optional<Tensor> grad_key;
   if (key.has_value()) grad_key = torch::stable::empty_like(*key);
@@ -221,8 +171,8 @@ std::tuple<Tensor, std::optional<Tensor>> pair_losses_backward(
     if (grad_key.has_value()) torch::stable::zero_(*grad_key);
     return {grad_query, grad_key};
   }
-  set_grad(problem.maps[0], grad_query, element);
-  set_grad(problem.maps[1], grad_key.has_value() ? *grad_key : grad_query, element);
+  set_grad(problem.maps[0], grad_query);
+  set_grad(problem.maps[1], grad_key.has_value() ? *grad_key : grad_query);
   problem.grad_loss = grad_loss.const_data_ptr();
   std::copy_n(grad_loss.strides().begin(), 3, problem.grad_loss_strides);
   problem.argmax = const_cast<void*>(argmax.const_data_ptr());
@@ -239,9 +189,16 @@ std::tuple<Tensor, std::optional<Tensor>> pair_losses_backward(
   return {grad_query, grad_key};
 }
 
+// The latest CUDA that the driver supports, as 1000 major + 10 minor; 0 without a driver.
+int64_t driver_version() { return salkernels::cuda::driver_version(); }
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(salkernels_cuda, CUDA, m) {
   m.impl("pair_losses", TORCH_BOX(&pair_losses));
   m.impl("pair_losses_backward", TORCH_BOX(&pair_losses_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(salkernels_cuda, CompositeExplicitAutograd, m) {
+  m.impl("driver_version", TORCH_BOX(&driver_version));
 }

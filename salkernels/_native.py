@@ -7,6 +7,7 @@ all they need, whichever Python and whichever later torch is running.
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ def load(name: str) -> str | None:
     return None
 
 
+@cache
 def build_info() -> dict[str, dict[str, Any]]:
     """What the build recorded, by library: `built`, and `reason` where it was not."""
     try:

@@ -66,10 +66,12 @@ def wla_loss(
         RuntimeError: the named backend cannot run this input.
     """
     x, y = _check_pairwise(x, y)
-    window = check_window(window_size, *x.shape[-2:])
+    window = check_window(window_size, x.shape[2], x.shape[3])
     check_reduction(reduction)
     loss, _, _ = _pairwise(x, y, window, eps, backend)
-    return loss if reduction == "none" else _mean(loss)
+    if reduction == "none":
+        return loss.reshape(-1)
+    return loss.mean() if loss.shape[0] > 0 else loss.sum()
 
 
 def la_loss(
@@ -123,7 +125,7 @@ def wla_set_loss(
     """
     features = check_features("features", features)
     pairs = check_pairs(pairs, features.shape[0])
-    window = check_window(window_size, *features.shape[-2:])
+    window = check_window(window_size, features.shape[2], features.shape[3])
     check_reduction(reduction)
     check_finite_number("eps", eps, above=0.0)
     name = _backends.select(backend, features, None, window)
@@ -137,9 +139,8 @@ def wla_set_loss(
     loss, *_ = pair_losses(
         features.unsqueeze(0), None, mask.unsqueeze(0), window, eps, capacity, name
     )
-    loss = loss.squeeze(0)
     if reduction == "none":
-        return loss
+        return loss.squeeze(0)
     if counted and pairs.dtype == torch.bool:
         return loss.sum() / max(1, capacity)
     # Shares are taken in the weights' own precision: a small weight must not vanish in fp32.
@@ -147,7 +148,7 @@ def wla_set_loss(
     weights = weights.to(torch.promote_types(weights.dtype, loss.dtype))
     total = weights.sum()
     shares = weights / torch.where(total > 0, total, 1)
-    return (shares.to(loss.dtype) * loss).sum()
+    return (shares.to(loss.dtype) * loss.squeeze(0)).sum()
 
 
 @torch.no_grad()
@@ -177,7 +178,7 @@ def align(
         ValueError, TypeError, RuntimeError: as `wla_loss`.
     """
     x, y = _check_pairwise(x, y)
-    window = check_window(window_size, *x.shape[-2:])
+    window = check_window(window_size, x.shape[2], x.shape[3])
     _, argmax, max_sim = _pairwise(x, y, window, eps, backend)
     return max_sim, argmax.long()
 
@@ -284,7 +285,7 @@ def backends() -> tuple[BackendStatus, ...]:
 def explain(
     x: Tensor, y: Tensor | None = None, window_size: WindowSize = 1
 ) -> tuple[BackendStatus, ...]:
-    """Every backend in the order of preference, and why one cannot run this input.
+    """Every backend in the order of preference for this input, and why one cannot run it.
 
     Args:
         x: (B, C, H, W) feature maps, as given to a loss.
@@ -297,7 +298,7 @@ def explain(
     x = check_features("x", x)
     if y is not None:
         x, y = _check_pairwise(x, y)
-    return _backends.statuses_for(x, y, check_window(window_size, *x.shape[-2:]))
+    return _backends.statuses_for(x, y, check_window(window_size, x.shape[2], x.shape[3]))
 
 
 def _check_pairwise(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -310,16 +311,11 @@ def _check_pairwise(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 def _pairwise(
     x: Tensor, y: Tensor, window: tuple[int, int], eps: float, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Each pair is a group of one query and one key: loss (B,), argmax and max_sim (B, H, W)."""
+    """Pairs as groups of one query and one key: loss (B, 1, 1), argmax and max_sim (B, H, W)."""
     check_finite_number("eps", eps, above=0.0)
     name = _backends.select(backend, x, y, window)
     # Views whose gradients are views: indexing would copy into zeros on the way back.
     loss, argmax, max_sim, _ = pair_losses(
         x.unsqueeze(1), y.unsqueeze(1), None, window, eps, x.shape[0], name
     )
-    return loss.reshape(-1), argmax, max_sim
-
-
-def _mean(loss: Tensor) -> Tensor:
-    """The mean, and 0 with zero gradient for none at all."""
-    return loss.sum() / max(1, loss.shape[0])
+    return loss, argmax, max_sim

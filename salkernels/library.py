@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends
-from .reference import accumulate_dtype, index_dtype
+from .reference import accumulate_dtype, check_not_empty, index_dtype
 
 LIBRARY = torch.library.Library("salkernels", "DEF")
 LIBRARY.define(
@@ -82,6 +82,7 @@ def _forward_fake(
     capacity: int,
     backend: str,
 ) -> Outputs:
+    check_not_empty(query)
     outputs = backends.outputs_of(backends.get(backend))
     if outputs is not None:
         return outputs(query, key, (window[0], window[1]), capacity)

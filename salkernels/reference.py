@@ -57,6 +57,7 @@ def pair_losses_forward(
     its window, row · (columns of the nominal window) + column.
     """
     groups, samples, _, height, width = query.shape
+    check_not_empty(query)
     slots, num_pairs = pair_slots(query, key, mask)
     if num_pairs > capacity:
         raise ValueError(f"the mask holds {num_pairs} pairs, but capacity is {capacity}")
@@ -107,6 +108,7 @@ def pair_losses_backward(
     it). Then ∂x = (V − (x̂·V) x̂) / ‖x‖, and 0 where ‖x‖ ≤ eps.
     """
     _, samples, _, height, width = query.shape
+    check_not_empty(query)
     slots, num_pairs = pair_slots(query, key, mask)
     scale = grad_loss[slots >= 0].to(max_sim.dtype)[:, None, None] / (height * width)
     distance = 1 - max_sim[:num_pairs]
@@ -143,6 +145,15 @@ def pair_losses_backward(
         if grad_key is not None:
             _write_windows(grad_key, _through_norm(sum_key, unit_key, inv_norm_key), tile)
     return grad_query, grad_key
+
+
+def check_not_empty(query: Tensor) -> None:
+    """Whether a pixel has channels and a map has pixels: a mean over none is no number."""
+    if 0 in query.shape[2:]:
+        raise ValueError(
+            f"features need at least one channel and one pixel, "
+            f"got (G, N, C, H, W) = {tuple(query.shape)}"
+        )
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from compare import skip_unless_runs
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import salkernels
 from salkernels import reference
@@ -147,3 +148,85 @@ def test_too_little_capacity_is_an_error(backend):
     mask = torch.ones(1, 2, 2, dtype=torch.bool)
     with pytest.raises((ValueError, RuntimeError), match="capacity is 3"):
         torch.ops.salkernels.pair_losses(X[None], None, mask, [2, 2], 1e-12, 3, backend)
+
+
+@pytest.mark.parametrize("axis", [2, 3, 4])
+def test_the_operator_itself_refuses_maps_without_a_channel_or_a_pixel(axis, backend, device):
+    """The public functions do, too; it must not come to a division by zero below them."""
+    x = torch.randn(1, 2, 3, 4, 5, device=device)
+    skip_unless_runs(backend, x[0], None, (1, 1))
+    loss, *kept = torch.ops.salkernels.pair_losses(x, None, None, [1, 1], 1e-12, 4, backend)
+    empty = x.narrow(axis, 0, 0)
+    message = "at least one channel and one pixel"
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        torch.ops.salkernels.pair_losses(empty, None, None, [1, 1], 1e-12, 4, backend)
+    with pytest.raises(ValueError, match=message):
+        torch.ops.salkernels.pair_losses(
+            empty.to("meta"), None, None, [1, 1], 1e-12, 4, "reference"
+        )
+    if backend in ("cpu", "cuda", "reference"):
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            torch.ops.salkernels.pair_losses_backward(
+                loss, empty, None, None, *kept, [1, 1], 1e-12, backend
+            )
+
+
+@pytest.fixture
+def both_on_a_gpu(monkeypatch):
+    """A machine where `cuda` and `triton` can run whatever is on a GPU."""
+    real = backends.BACKENDS
+
+    def standing_for(name):
+        return SimpleNamespace(
+            DEVICES=real[name].DEVICES,
+            status=lambda: None,
+            can_run=lambda query, key, window: (
+                f"no {query.dtype}" if query.dtype not in real[name].DTYPES else None
+            ),
+        )
+
+    fakes = {name: standing_for(name) for name in ("cuda", "triton")}
+    monkeypatch.setattr(backends, "BACKENDS", {**real, **fakes})
+
+
+def on_a_gpu(samples, dtype=torch.float32):
+    with FakeTensorMode():
+        return torch.empty(samples, 8, 12, 12, device="cuda", dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("samples", "pairwise", "window", "dtype", "first"),
+    [
+        (32, False, (2, 2), torch.float32, "cuda"),  # the paper's: 128 rows
+        (33, False, (2, 2), torch.float32, "triton"),
+        (32, False, (3, 3), torch.bfloat16, "triton"),
+        (32, False, (3, 3), torch.float64, "cuda"),  # triton does not take it
+        (32, True, (8, 8), torch.float32, "cuda"),  # two samples a pair
+        (2, True, (12, 12), torch.float32, "triton"),
+    ],
+)
+def test_on_a_gpu_the_order_goes_by_the_rows_of_a_window(
+    samples, pairwise, window, dtype, first, both_on_a_gpu
+):
+    x = on_a_gpu(samples, dtype)
+    y = x if pairwise else None
+    assert backends.select(None, x, y, window) == first
+    order = [status.name for status in salkernels.explain(x, y, window)]
+    assert sorted(order[:2]) == ["cuda", "triton"]
+    assert order[2:] == ["cpu", "reference"]
+    assert next(s.name for s in salkernels.explain(x, y, window) if s.available) == first
+
+
+@pytest.mark.parametrize(("dynamic", "first"), [(False, "triton"), (True, "cuda")])
+def test_compiled_code_orders_by_sizes_that_are_known(dynamic, first, both_on_a_gpu):
+    """A size that is a symbol stays one: nothing is recompiled where it crosses the limit."""
+
+    def chosen(x):
+        return x.new_empty(len(backends.select(None, x, None, (2, 2))))
+
+    torch.compiler.reset()
+    traced = torch.compile(chosen, fullgraph=True, backend="eager", dynamic=dynamic)
+    assert len(traced(on_a_gpu(64))) == len(first)
+    if dynamic:
+        with torch.compiler.set_stance("fail_on_recompile"):
+            assert len(traced(on_a_gpu(16))) == len(first)

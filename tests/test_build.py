@@ -184,6 +184,7 @@ def _architectures(**environment: str) -> list[str] | str:
         ("8.6, 8.0 8.6+PTX", "8.6+PTX 8.0"),
         ("7.5;8.9", "8.9"),  # the kernels need 8.0
         ("9.0a", "9.0"),
+        ("8.0;9.0;", "8.0 9.0"),
     ],
 )
 def test_architectures_are_those_that_are_named(named, expected):
@@ -194,6 +195,85 @@ def test_architectures_are_those_that_are_named(named, expected):
 def test_an_architecture_that_cannot_be_is_an_answer():
     assert "of which nvcc" in _architectures(TORCH_CUDA_ARCH_LIST="7.5")
     assert "must be such as" in _architectures(TORCH_CUDA_ARCH_LIST="Hopper")
+
+
+@pytest.mark.parametrize(
+    ("named", "known", "expected"),
+    [
+        ("", "70 75 80 86 87", "8.0 8.6+PTX"),  # the default list: PTX serves what comes later
+        ("", "80 86 89 90 100 103", "8.0 8.6 9.0 10.0+PTX"),
+        ("8.9", "75 80 86", "8.6"),  # its code runs on a later minor version
+        ("8.0;8.9;9.0", "80 86", "8.0 8.6"),
+        ("9.0", "75 80 86", "error: TORCH_CUDA_ARCH_LIST names 9.0, of which nvcc 11.1"),
+    ],
+)
+def test_in_place_of_what_nvcc_is_too_old_for_stands_what_runs_there(
+    named, known, expected, tmp_path
+):
+    (tmp_path / "bin").mkdir()
+    script = tmp_path / "bin" / "nvcc"
+    lines = "".join(f"echo compute_{a}\n" for a in known.split())
+    script.write_text(f"#!/bin/sh\necho 'release 11.1,'\n{lines}")
+    script.chmod(0o755)
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\nexit 9\n")
+    smi.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    found = _architectures(TORCH_CUDA_ARCH_LIST=named, CUDA_HOME=str(tmp_path), PATH=path)
+    assert found[: len(expected)] == expected
+    assert found.startswith("error") or found == expected
+
+
+@pytest.mark.parametrize(
+    ("command", "program"),
+    [("g++", "g++"), ("env g++", "g++"), ("env g++ -m64", "g++"), ("g++ -arch nonsense", "g++")],
+)
+@needs_compiler
+def test_nvcc_is_given_the_compiler_and_not_what_launches_it(command, program, monkeypatch):
+    monkeypatch.syspath_prepend(TOOLS.parent)
+    build = importlib.import_module("salkernels_build")
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    monkeypatch.setenv("CXX", command)
+    assert build.program_of(build.compiler()) == program
+
+
+@pytest.mark.parametrize("free_threaded", [0, 1])
+@needs_compiler
+def test_a_free_threaded_python_gets_a_library_of_its_own(free_threaded, monkeypatch):
+    """setuptools refuses the limited API there."""
+    monkeypatch.syspath_prepend(TOOLS.parent)
+    build = importlib.import_module("salkernels_build")
+    ask = build.sysconfig.get_config_var
+    monkeypatch.setattr(
+        build.sysconfig,
+        "get_config_var",
+        lambda name: free_threaded if name == "Py_GIL_DISABLED" else ask(name),
+    )
+    monkeypatch.setenv("SALKERNELS_BUILD_CUDA", "0")
+    arguments = build.setup_arguments()
+    assert [e.py_limited_api for e in arguments["ext_modules"]] == [not free_threaded]
+    assert ("options" in arguments) == (not free_threaded)
+
+
+def test_a_library_is_called_missing_only_after_all_were_tried(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(TOOLS.parent)
+    build, setuptools = map(importlib.import_module, ("salkernels_build", "setuptools"))
+    for name in ("obstacle", "_only_metadata"):
+        monkeypatch.setattr(build, name, lambda *_: None)
+    monkeypatch.setattr(build, "torch_dir", lambda: tmp_path)
+    monkeypatch.setattr(build, "torch_version", lambda: "2.14")
+    monkeypatch.setattr(build.nvcc, "architectures", lambda: [build.nvcc.Architecture(8, 0)])
+    monkeypatch.setattr(build.nvcc, "version", lambda: "13.0")
+    command = build.BuildExt(setuptools.Distribution(build.setup_arguments()))
+    monkeypatch.setattr(command, "_compile", lambda ext, library: None)
+    command.build_lib, command.build_temp = str(tmp_path / "lib"), str(tmp_path / "temp")
+    command.ensure_finalized()
+    command.run()
+    assert "will be missing" not in capsys.readouterr().err
+    info = json.loads((tmp_path / "lib" / "salkernels" / "_build_info.json").read_text())
+    assert info["cpu"]["built"]
+    assert info["cuda"]["built"]
 
 
 @needs_nvcc

@@ -59,6 +59,7 @@ BAD = [
     Bad("complex", wset(X.cfloat()), TypeError, ("got torch.complex64", "features.float()")),
     Bad("no channel", wla(X[:, :0], X[:, :0]), ValueError, ("channel", "got shape (2, 0, 4, 5)")),
     Bad("no pixel", wset(X[..., :0]), ValueError, ("pixel", "got shape (2, 3, 4, 0)")),
+    Bad("no row", wla(X[:, :, :0], X[:, :, :0]), ValueError, ("pixel", "got shape (2, 3, 0, 5)")),
     Bad("shapes", wla(y=X[:, :2]), ValueError, ("same shape", "(2, 3, 4, 5)", "(2, 2, 4, 5)")),
     Bad("no broadcasting", wla(y=X[:1]), ValueError, ("same shape", "got", "(1, 3, 4, 5)")),
     Bad("dtypes", wla(y=X.half()), TypeError, ("one dtype", "float32", "float16", ".to(dtype)")),

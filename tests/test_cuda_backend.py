@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import salkernels
 from salkernels import _native
@@ -22,18 +24,18 @@ INFO = {"cuda": {"built": True, "architectures": ["8.0", "9.0"], "ptx": ["9.0"],
 def gpu(monkeypatch):
     """A machine whose library is built and whose GPU has the capability that the test sets."""
 
-    def of(capability, driver=13000):
+    def of(capability, driver=(13, 0)):
         monkeypatch.setattr(cuda, "_MISSING", None)
         monkeypatch.setattr(_native, "build_info", lambda: INFO)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-        monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
-        cuda._unsupported.cache_clear()
+        monkeypatch.setattr(cuda, "_driver_version", lambda: driver)
+        cuda._ask.cache_clear()
         return cuda.status()
 
     yield of
-    cuda._unsupported.cache_clear()
+    cuda._ask.cache_clear()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
@@ -77,8 +79,45 @@ def test_a_gpu_without_code_names_what_was_built_and_what_to_set(gpu, monkeypatc
     assert "and cuda:0 has 10.0" in gpu((10, 0))
 
 
-def test_a_driver_of_an_earlier_cuda_is_named(gpu):
-    assert gpu((9, 0), 12080) == "it was built with CUDA 13.0, and the driver is one for CUDA 12"
+def test_a_driver_of_an_earlier_cuda_is_named(gpu, monkeypatch):
+    assert gpu((9, 0), (12, 8)) == (
+        "it was built with CUDA 13.0, while the driver is one for CUDA 12.8; update the driver, or "
+        "reinstall with an earlier nvcc"
+    )
+    # Of its own generation it runs machine code of any version, but no later PTX.
+    monkeypatch.setitem(INFO["cuda"], "nvcc", "13.2")
+    assert gpu((9, 0), (13, 1)) is None
+    assert gpu((12, 0), (13, 1)).startswith(
+        "cuda:0 has 12.0, for which there is PTX only, and that was built with CUDA 13.2, while"
+    )
+    assert gpu((12, 0), (13, 2)) is None
+    assert gpu((12, 0), (0, 0)) is None, "the driver does not say"
+
+
+@pytest.mark.skipif(cuda._MISSING is not None, reason="the cuda library is not here")
+def test_the_library_tells_the_version_of_the_driver():
+    version = cuda._driver_version()
+    assert (version == (0, 0)) if not torch.cuda.is_available() else (version >= (12, 0)), version
+
+
+def test_compiled_code_knows_a_gpu_that_there_is_no_code_for(gpu, monkeypatch):
+    """The reason is asked for while a graph is traced, and becomes part of it."""
+    with FakeTensorMode():
+        x = torch.empty(2, 8, 4, 4, device="cuda")
+
+    def chosen(x):
+        reason = cuda.can_run(x, None, (2, 2))
+        return x.new_empty(1 if reason is None else len(reason))
+
+    for capability in ((8, 0), (7, 5)):
+        reason = gpu(capability)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # dynamo would use it
+        # The driver is asked by means that no graph can hold, as here.
+        monkeypatch.setattr(cuda, "_driver_version", lambda: (13, len(os.listdir(os.sep)) * 0))
+        cuda._ask.cache_clear()
+        torch.compiler.reset()
+        traced = torch.compile(chosen, fullgraph=True, backend="eager")
+        assert len(traced(x)) == (1 if reason is None else len(reason))
 
 
 def test_inputs_that_it_does_not_take(gpu):

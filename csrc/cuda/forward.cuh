@@ -8,7 +8,7 @@ namespace cuda {
 
 SALKERNELS_FORWARD_KERNELS(SALKERNELS_DEFINE_KERNEL)
 
-inline Plan plan_forward(Problem& p, int64_t) {
+inline Plan plan_forward(Problem& p) {
   Plan plan;
   const int64_t plane = p.grid.pixels(), table = p.table();
   p.tiling = forward_tiling(p);

@@ -1,6 +1,8 @@
 // Backward where all samples of a window fit a tile: V = W X̂, where W holds the weights of matches
-// in both roles of a row, and dx = (V − (x̂·V) x̂) / ‖x‖. Features are read from device memory once
-// and each gradient is written once: by its block, in a fixed order, without atomics.
+// in both roles of a row, and dx = (V − (x̂·V) x̂) / ‖x‖. Features are read twice, for norms and for
+// products, the second time from where the first left them: the last chunks are still in shared
+// memory, the others in the cache, so device memory is read once. Each gradient is written once: by
+// its block, in a fixed order, without atomics.
 //
 // W (rows x rows) lies in shared memory. As a query a row holds one weight for each pair, at its
 // match; as a key, those of the queries that chose it. Either kind alone has at most one weight in

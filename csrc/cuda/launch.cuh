@@ -25,8 +25,10 @@ inline const char* run_plan(const Plan& plan, Problem& problem, void* stream) {
     const void* kernel = reinterpret_cast<const void*>(launch.kernel);
     cudaError_t status = cudaSuccess;
     if (launch.shared_bytes > 48 * 1024) {  // more than every device gives without being asked
+      // Always the limit of the device, never what this launch needs: threads that launch at the
+      // same time would take it from each other.
       status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    int(launch.shared_bytes));
+                                    int(shared_limit()));
     }
     if (status == cudaSuccess) {
       void* arguments[] = {&problem};

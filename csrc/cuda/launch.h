@@ -13,5 +13,8 @@ const char* launch_backward(Problem problem, void* stream);
 // Whether the backward needs norms, chosen_end and chosen_by on the current device.
 bool backward_needs_lists(const Problem& problem);
 
+// The latest CUDA that the driver supports, as 1000 major + 10 minor; 0 without a driver.
+int driver_version();
+
 }  // namespace cuda
 }  // namespace salkernels

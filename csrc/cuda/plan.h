@@ -53,9 +53,9 @@ struct Launch {
   int64_t shared_bytes;
 };
 
-// At most five kernels; `error` names what is too large for a grid.
+// At most four kernels; `error` names what is too large for a grid.
 struct Plan {
-  Launch launches[5];
+  Launch launches[4];
   int count = 0;
   const char* error = nullptr;
 
@@ -103,7 +103,8 @@ inline Tiling forward_tiling(const Problem& p) {
     const int64_t rows = most(t.samples[0], t.samples[1]) * pixels;
     t.units = least(least(kTile / rows, int64_t(kUnits)), p.units());
   }
-  // Either takes the memory that the similarities take afterwards, twice over on 164 KB.
+  // Either number takes about the memory that the similarities take afterwards in the same place,
+  // and leaves room for a second block in the 164 KB of a multiprocessor.
   t.stages = p.set_form && t.tiles[0] == 1 ? 4 : 2;
   return t;
 }

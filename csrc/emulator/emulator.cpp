@@ -377,7 +377,7 @@ struct Recorded {
 const char* emulator_plan(Problem* problem, int backward, int64_t shared_limit, Recorded* launches,
                           int* count) {
   const Plan plan =
-      backward ? plan_backward(*problem, shared_limit) : plan_forward(*problem, shared_limit);
+      backward ? plan_backward(*problem, shared_limit) : plan_forward(*problem);
   *count = plan.count;
   for (int i = 0; i < plan.count; ++i) {
     const Launch& launch = plan.launches[i];
@@ -392,7 +392,7 @@ const char* emulator_plan(Problem* problem, int backward, int64_t shared_limit, 
 
 const char* emulator_run(Problem* problem, int backward, int64_t shared_limit, int64_t order) {
   const Plan plan =
-      backward ? plan_backward(*problem, shared_limit) : plan_forward(*problem, shared_limit);
+      backward ? plan_backward(*problem, shared_limit) : plan_forward(*problem);
   if (plan.error != nullptr) return plan.error;
   for (int i = 0; i < plan.count; ++i) emulator::run(plan.launches[i], *problem, order);
   return nullptr;

@@ -1,10 +1,14 @@
-"""Which implementation runs a call: a fixed order of backends, each of which can say why it cannot.
+"""Which implementation runs a call: an order of backends, each of which can say why it cannot.
 
 A backend is a module of this package with
 
     can_run(query, key, window) -> str | None       None: it can; otherwise the reason why not
     status() -> str | None                          the same question without an input
     pair_losses_forward(...), pair_losses_backward(...)    as in `salkernels.reference`
+
+and, if it takes tensors of some types of device only,
+
+    DEVICES                                         their names: None does not even ask on others
 
 and, if it keeps more for the backward than the matches, or in another memory layout,
 
@@ -17,10 +21,11 @@ An explicit name runs that backend or raises with its reason; `None` takes the f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from . import cpu, cuda, reference, triton
@@ -40,13 +45,15 @@ class Backend(Protocol):
     def pair_losses_backward(self) -> Callable[..., tuple[Tensor, Tensor | None]]: ...
 
 
-# The order of preference. A backend that this version does not contain keeps its place and says so.
+# The order of preference, but see `in_order`. A backend that this version does not contain keeps
+# its place and says so.
 BACKENDS: dict[str, Backend] = {
     "cuda": cuda,
     "triton": triton,
     "cpu": cpu,
     "reference": reference,
 }
+CUDA_TILE = 128  # rows; kTile of csrc/cuda/problem.h
 
 
 @dataclass(frozen=True)
@@ -85,8 +92,39 @@ def statuses_for(
     """Every backend in order of preference, and why it cannot run this input."""
     return tuple(
         BackendStatus(name, backend.can_run(query, key, window))
-        for name, backend in BACKENDS.items()
+        for name, backend in in_order(query, key, window)
     )
+
+
+def in_order(
+    query: Tensor, key: Tensor | None, window: tuple[int, int]
+) -> Iterable[tuple[str, Backend]]:
+    """All backends, the preferred ones for this input first.
+
+    Of the two for GPUs `cuda` comes first where all rows of a window fit a tile of its backward:
+    both passes then read each feature from memory once, with no compilation at the first call.
+    Beyond that both passes of `cuda` together read features 3.1 to 3.8 times, those of `triton` 3.0
+    to 3.2 times, and its backward, the longer of the two, works by tiles and not row by row. This
+    is what benchmarks/results/traffic.md counts; neither was timed, and it is a close call.
+    """
+    if query.device.type != "cuda" or not _beyond_a_tile(query, key, window):
+        return BACKENDS.items()
+    swapped = {"cuda": "triton", "triton": "cuda"}
+    return [(name, BACKENDS[name]) for name in (swapped.get(n, n) for n in BACKENDS)]
+
+
+def _beyond_a_tile(query: Tensor, key: Tensor | None, window: tuple[int, int]) -> bool:
+    """Whether a window of all samples (of two, in the pairwise form) is larger than a tile.
+
+    Of symbolic sizes that is not known, and not asked: the answer would tie a graph to it.
+    """
+    samples = query.shape[0] if key is None else 2
+    beyond = samples * window[0] * window[1] > CUDA_TILE
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return statically_known_true(beyond)
+    return beyond
 
 
 def select(name: str | None, query: Tensor, key: Tensor | None, window: tuple[int, int]) -> str:
@@ -99,7 +137,10 @@ def select(name: str | None, query: Tensor, key: Tensor | None, window: tuple[in
                 f"use backend=None to take the first that can (salkernels.explain lists them)"
             )
         return name
-    for candidate, backend in BACKENDS.items():
+    device = query.device.type
+    for candidate, backend in in_order(query, key, window):
+        if device not in getattr(backend, "DEVICES", (device,)):
+            continue  # without asking torch or a driver what is there: most calls end here
         if getattr(backend, "BY_NAME_ONLY", False):
             continue  # it is there for tests
         if backend.can_run(query, key, window) is None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _native
 
+DEVICES = ("cpu",)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # The schemas live here, the kernels in csrc/register_cpu.cpp: the operators exist without them.

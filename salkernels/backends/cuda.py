@@ -13,9 +13,11 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import _native
 
+DEVICES = ("cuda",)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MINIMUM = (8, 0)  # compute capability
 
@@ -30,6 +32,7 @@ LIBRARY.define(
     "Tensor argmax, Tensor max_sim, int[] window, float eps, bool allow_tf32) "
     "-> (Tensor grad_query, Tensor? grad_key)"
 )
+LIBRARY.define("driver_version() -> int")
 _forward = torch.ops.salkernels_cuda.pair_losses.default
 _backward = torch.ops.salkernels_cuda.pair_losses_backward.default
 
@@ -65,9 +68,7 @@ def can_run(query: Tensor, key: Tensor | None, window: tuple[int, int]) -> str |
         return _absent() or f"it runs on GPUs, and the features are on {query.device}"
     if query.dtype not in DTYPES:
         return f"it takes float32, float64, bfloat16 or float16, got {query.dtype}"
-    if _MISSING is not None or torch.compiler.is_compiling():
-        return _MISSING  # a graph cannot ask the driver; the operator asks when it is run
-    return _unsupported(query.device.index or 0)
+    return _MISSING or _unsupported(query.device.index or 0)
 
 
 def _allow_tf32() -> bool:
@@ -84,38 +85,54 @@ def built_for() -> str | None:
     return f"compute capability {', '.join(info['architectures'])}{ptx} (nvcc {info['nvcc']})"
 
 
-@functools.cache
 def _unsupported(index: int) -> str | None:
     """Why a GPU cannot run what was compiled, or None."""
+    return _ask(index)
+
+
+# Not to be traced but called, when torch.compile comes to it: the answer is a constant of the
+# graph. This is what torch.compiler.assume_constant_result does, without loading the compiler.
+_unsupported._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _ask(index: int) -> str | None:
     info = _native.build_info().get("cuda", {})
     capability = torch.cuda.get_device_capability(index)
     has = f"cuda:{index} has {capability[0]}.{capability[1]}"
     if capability < MINIMUM:
         return f"it needs compute capability {MINIMUM[0]}.{MINIMUM[1]} or later, and {has}"
-    if not _has_code(capability, info.get("architectures", []), info.get("ptx", [])):
+    # Machine code runs on later minor versions of its generation, PTX on everything later.
+    built, ptx = (list(map(_version, info.get(key, []))) for key in ("architectures", "ptx"))
+    by_code = any(a[0] == capability[0] and a <= capability for a in built)
+    if not by_code and not any(a <= capability for a in ptx):
         return (
             f"it was built for {built_for()}, and {has}; "
             f"reinstall with TORCH_CUDA_ARCH_LIST={capability[0]}.{capability[1]}"
         )
-    return _driver_too_old(str(info.get("nvcc", "")))
-
-
-def _has_code(capability: tuple[int, int], architectures: list[str], ptx: list[str]) -> bool:
-    """Machine code runs on later minor versions of its generation, PTX on everything later."""
-    major, minor = capability
-    built = [tuple(map(int, a.split("."))) for a in architectures]
-    if any(a[0] == major and a[1] <= minor for a in built):
-        return True
-    return any(tuple(map(int, a.split("."))) <= capability for a in ptx)
-
-
-def _driver_too_old(toolkit: str) -> str | None:
-    """A driver runs programs of its own generation of CUDA and of earlier ones."""
-    driver = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)() // 1000
-    major = int(toolkit.partition(".")[0]) if toolkit[:1].isdigit() else 0
-    if 0 < driver < major:
-        return f"it was built with CUDA {toolkit}, and the driver is one for CUDA {driver}"
+    # A driver runs machine code of its own generation of CUDA, but PTX of its own version only,
+    # and of earlier ones.
+    toolkit, driver = _version(info.get("nvcc", "")), _driver_version()
+    if driver != (0, 0) and (driver[0] < toolkit[0] or (not by_code and driver < toolkit)):
+        what = "it" if by_code else f"{has}, for which there is PTX only, and that"
+        return (
+            f"{what} was built with CUDA {info['nvcc']}, while the driver is one for CUDA "
+            f"{driver[0]}.{driver[1]}; update the driver, or reinstall with an earlier nvcc"
+        )
     return None
+
+
+def _version(text: str) -> tuple[int, int]:
+    """(13, 0) of "13.0"; (0, 0) of what is no version."""
+    major, _, minor = text.partition(".")
+    return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else (0, 0)
+
+
+def _driver_version() -> tuple[int, int]:
+    """The latest CUDA that the driver supports; (0, 0) if it does not say."""
+    with _disable_current_modes():  # which would take it for an operator on fake tensors
+        number = int(torch.ops.salkernels_cuda.driver_version())
+    return number // 1000, number % 1000 // 10
 
 
 def _require(query: Tensor, key: Tensor | None, window: tuple[int, int]) -> None:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..checks import values_visible
-from ..reference import index_dtype
+from ..reference import check_not_empty, index_dtype
 
+DEVICES = ("cuda",)  # by name in the interpreter: CPU tensors
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_CAPABILITY = (8, 0)  # bf16 and tf32 products
 # As Triton itself reads it, when the kernels are defined.
@@ -95,6 +96,7 @@ def pair_losses_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `salkernels.reference.pair_losses_forward`, and the norms (samples, H, W)."""
     _require(query)
+    check_not_empty(query)
     if mask is not None and values_visible(mask):
         num_pairs = int(mask.count_nonzero())
         if num_pairs > capacity:

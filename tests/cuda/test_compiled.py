@@ -22,7 +22,6 @@ from benchmarks import cuda_emulation, traffic
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "buildtools"))
-ARCHITECTURES = (80, 86, 90, 100, 120)
 FILES = ("forward", "backward")
 # Kernels that must leave room for a second block of 256 threads on a multiprocessor.
 AT_MOST_128_REGISTERS = re.compile("match_(fp32|tf32|bf16|fp16)")
@@ -32,10 +31,8 @@ def _ptxas_log(name: str) -> str:
     """What `ptxas -v` says of one file for every architecture; kept until a source changes."""
     import salkernels_nvcc as nvcc
 
-    known = subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout
-    targets = [
-        f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES if f"compute_{a}" in known
-    ]
+    default = [a._replace(ptx=False) for a in nvcc.parse(nvcc.DEFAULT)]
+    targets = [flag for a in default if (a.major, a.minor) in nvcc.known() for flag in a.flags()]
     cuda = ROOT / "csrc" / "cuda"
     digest = hashlib.sha256(" ".join([nvcc.version(), *nvcc.FLAGS, *targets]).encode())
     for source in sorted([*cuda.iterdir(), ROOT / "csrc" / "geometry.h"]):

@@ -1,0 +1,107 @@
+// What the registrations of all devices share: dtypes, and the checks of an operator's arguments.
+// Below them, kernels trust what they are given.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+
+namespace salkernels {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+
+// Largest window whose offsets are kept as uint8; beyond it they are int32.
+constexpr int64_t kBytePixels = 256;
+
+inline bool wide_index(Sizes window) { return window[0] * window[1] > kBytePixels; }
+
+inline ScalarType index_type(Sizes window) {
+  return wide_index(window) ? ScalarType::Int : ScalarType::Byte;
+}
+
+// Of losses, maxima and sums.
+inline ScalarType accumulate_type(const Tensor& features) {
+  return features.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline int64_t element_size(const Tensor& features) {
+  switch (features.scalar_type()) {
+    case ScalarType::Double: return 8;
+    case ScalarType::Float: return 4;
+    default: return 2;
+  }
+}
+
+// Uninitialised, on the device of `like`. torch::stable::new_empty finds the operator by its name at
+// each call, which takes longer than the allocation.
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
+  int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle result = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), shape.begin(),
+                                                          int64_t(shape.size()), &type, nullptr,
+                                                          nullptr, 0, nullptr, &result));
+  return Tensor(result);
+}
+
+inline void check_arguments(const Tensor& query, const std::optional<Tensor>& key,
+                            const std::optional<Tensor>& mask, Sizes window) {
+  STD_TORCH_CHECK(query.dim() == 5, "query must be (G, N, C, H, W), got ", query.dim(), " axes");
+  STD_TORCH_CHECK(window.size() == 2, "window must be (rows, columns)");
+  const auto sizes = query.sizes();
+  STD_TORCH_CHECK(sizes[2] >= 1 && sizes[3] >= 1 && sizes[4] >= 1,
+                  "features need at least one channel and one pixel, got (G, N, C, H, W) = (",
+                  sizes[0], ", ", sizes[1], ", ", sizes[2], ", ", sizes[3], ", ", sizes[4], ")");
+  for (int i = 0; i < 2; ++i) {
+    STD_TORCH_CHECK(window[i] >= 1 && window[i] <= sizes[3 + i],
+                    "window must lie between 1 and the map's extent");
+  }
+  if (key.has_value()) {
+    STD_TORCH_CHECK(key->dim() == 5, "key must be (G, M, C, H, W)");
+    const auto other = key->sizes();
+    STD_TORCH_CHECK(other[0] == sizes[0] && other[2] == sizes[2] && other[3] == sizes[3] &&
+                        other[4] == sizes[4],
+                    "query and key must agree in all but the number of samples");
+    STD_TORCH_CHECK(key->scalar_type() == query.scalar_type(), "query and key must share a dtype");
+    STD_TORCH_CHECK(key->device() == query.device(), "query and key must be on one device");
+  }
+  if (mask.has_value()) {
+    const int64_t keys = key.has_value() ? key->sizes()[1] : sizes[1];
+    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "mask must be bool");
+    STD_TORCH_CHECK(mask->device() == query.device(), "mask must be on the device of query");
+    STD_TORCH_CHECK(mask->dim() == 3 && mask->sizes()[0] == sizes[0] &&
+                        mask->sizes()[1] == sizes[1] && mask->sizes()[2] == keys,
+                    "mask must be (G, N, M)");
+  }
+}
+
+// What the forward kept, and the gradient of the losses.
+inline void check_saved(const Tensor& query, const std::optional<Tensor>& key, Sizes window,
+                        const Tensor& argmax, const Tensor& max_sim, const Tensor& grad_loss) {
+  const auto sizes = query.sizes();
+  for (const Tensor* x : {&argmax, &max_sim}) {
+    STD_TORCH_CHECK(x->is_contiguous(), "argmax and max_sim must be contiguous");
+    STD_TORCH_CHECK(x->dim() == 3 && x->sizes()[0] == argmax.sizes()[0] &&
+                        x->sizes()[1] == sizes[3] && x->sizes()[2] == sizes[4],
+                    "argmax and max_sim must be (pairs, H, W)");
+  }
+  STD_TORCH_CHECK(argmax.scalar_type() == index_type(window),
+                  "argmax must be uint8 for windows of at most 256 pixels, else int32");
+  const ScalarType wide = accumulate_type(query);
+  STD_TORCH_CHECK(max_sim.scalar_type() == wide && grad_loss.scalar_type() == wide,
+                  "max_sim and grad_loss must be float32, or float64 for float64 features");
+  const int64_t keys = key.has_value() ? key->sizes()[1] : sizes[1];
+  STD_TORCH_CHECK(grad_loss.dim() == 3 && grad_loss.sizes()[0] == sizes[0] &&
+                      grad_loss.sizes()[1] == sizes[1] && grad_loss.sizes()[2] == keys,
+                  "grad_loss must be (G, N, M)");
+  for (const Tensor* x : {&argmax, &max_sim, &grad_loss}) {
+    STD_TORCH_CHECK(x->device() == query.device(), "all tensors must be on one device");
+  }
+}
+
+}  // namespace salkernels
