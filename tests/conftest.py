@@ -21,6 +21,10 @@ from salkernels.backends import triton as triton_backend
 settings.register_profile(
     "salkernels", derandomize=True, deadline=None, max_examples=40, database=None
 )
+# For a long search: --hypothesis-profile=nightly, and --hypothesis-seed=N to repeat one.
+settings.register_profile(
+    "nightly", deadline=None, max_examples=1000, database=None, print_blob=True
+)
 settings.load_profile("salkernels")
 
 
@@ -37,6 +41,20 @@ if triton_backend.INTERPRETED and triton_backend.status() is None:
         return plain_call(self, *args, **kwargs)
 
     InterpretedFunction.__call__ = quick_call
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--nightly", action="store_true", help="also tests that take minutes or gigabytes"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--nightly"):
+        skip = pytest.mark.skip(reason="takes minutes or gigabytes; run with --nightly")
+        for item in items:
+            if item.get_closest_marker("nightly"):
+                item.add_marker(skip)
 
 
 @pytest.fixture(params=list(BACKENDS))
