@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import math
 import os
+import struct
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +19,8 @@ import numpy.typing as npt
 MAX_EXTENT = 4096  # voxels per axis: no scanner reaches it, a corrupt header does
 MAX_VOXELS = 2**31
 GZIP_MAX_RATIO = 1040  # deflate cannot shrink bytes further (1032:1, and some slack)
+MAX_OFFSET = 2**24  # bytes before the voxels: header extensions are a few kB
+MAX_EXTENSIONS = 1000
 SHOWN_PROBLEMS = 20
 
 Spacing = tuple[float, float, float]
@@ -77,6 +81,8 @@ def read_image(path: str | Path, *, ndim: int = 3, time_index: int | None = None
             # A frame alone is cut out of the file; float64 from scl_slope ends at once.
             stored = image.dataobj[..., time_index] if time_index is not None else image.dataobj
             array = np.asarray(stored, dtype=np.float32)
+        if time_index is None:
+            _check_sum(path, array.size * image.get_data_dtype().itemsize)
     except Exception as error:  # zlib, gzip, struct, OS, NumPy: nibabel lets all of them through
         raise _unreadable(path, error) from error
     array = array.reshape(shape[:3] if time_index is not None else shape)
@@ -106,6 +112,7 @@ def read_labels(
     try:
         # Without scl_slope this keeps the stored integer type, small for large CT.
         stored = np.asanyarray(image.dataobj).reshape(shape)
+        _check_sum(path, stored.size * image.get_data_dtype().itemsize)
     except Exception as error:  # as in read_image
         raise _unreadable(path, error) from error
     if stored.dtype.kind == "f":
@@ -172,18 +179,24 @@ def write_labels(path: str | Path, labels: npt.NDArray[Any], like: Volume) -> No
 
 def _open(path: Path, ndim: int) -> tuple[Any, tuple[int, ...]]:
     """Open a file and check its header; no voxel is read."""
-    if not path.is_file():
-        raise DataError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}")
+    try:
+        if not path.is_file():
+            raise DataError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}")
+        size = path.stat().st_size
+    except OSError as error:  # a folder that may not be entered, a name that is too long
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     if not path.name.endswith((".nii", ".nii.gz")):
         raise DataError(f"{path}: expected a NIfTI file, .nii or .nii.gz")
-    size = path.stat().st_size
     if size == 0:
         raise DataError(f"{path}: the file is empty; copy it again")
     try:
+        _check_header(path)
         image: Any = nib.load(path)  # one file object per access: nothing stays open
         shape = tuple(int(extent) for extent in image.shape)
         kind = image.get_data_dtype()
         affine = np.asarray(image.affine, dtype=np.float64)
+    except DataError:
+        raise
     except Exception as error:  # nibabel's own errors share no base, and others pass through
         raise _unreadable(path, error) from error
     if not isinstance(image, nib.Nifti1Image):  # Nifti2Image is one too
@@ -207,9 +220,66 @@ def _open(path: Path, ndim: int) -> tuple[Any, tuple[int, ...]]:
             f"{path}: truncated: the header promises {promised} bytes of voxels, "
             f"the file has {size}; copy it again"
         )
-    if not np.isfinite(affine).all() or not abs(np.linalg.det(affine[:3, :3])) > 0:
+    flat = not np.isfinite(affine).all() or not abs(np.linalg.det(affine[:3, :3])) > 0
+    # Axes that differ by many orders of magnitude are none to nibabel either.
+    if flat or None in nib.aff2axcodes(affine):  # type: ignore[no-untyped-call]
         raise DataError(f"{path}: the affine is not finite or not invertible; repair the header")
     return image, dims
+
+
+def _check_header(path: Path) -> None:
+    """Refuse headers that nibabel repairs by guessing, and extensions that are not before the
+    voxels: it believes their sizes, and from 1 MB of gzip takes gigabytes into memory.
+    """
+    with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file:
+        head = file.read(544)
+        order, length, ndim = next(
+            (
+                (order, length, struct.unpack_from(f"{order}{dim}", head, at)[0])
+                for order in "<>"
+                for length, dim, at in ((348, "h", 40), (540, "q", 16))
+                if len(head) >= length + 4 and head[:4] == struct.pack(f"{order}i", length)
+            ),
+            ("", 0, 0),
+        )
+        if not 1 <= ndim <= 7:
+            raise DataError(
+                f"{path}: not a readable NIfTI file: it does not begin with a header of 348 or 540 "
+                f"bytes and 1 to 7 dimensions"
+            )
+        where = (f"{order}f", 108) if length == 348 else (f"{order}q", 168)
+        offset = struct.unpack_from(where[0], head, where[1])[0]
+        if not 0 <= offset <= MAX_OFFSET:  # NaN too
+            raise DataError(
+                f"{path}: the header puts the voxels at byte {offset}; expected at most "
+                f"{MAX_OFFSET}"
+            )
+        if head[length] == 0:
+            return
+        at, count = length + 4, 0
+        while count == 0 or offset - at >= 16:
+            file.seek(at)
+            described = file.read(4)
+            size = struct.unpack(f"{order}i", described)[0] if len(described) == 4 else 0
+            at, count = at + size, count + 1
+            if size < 8 or at > offset or count > MAX_EXTENSIONS:
+                raise DataError(
+                    f"{path}: damaged: extension {count} of the header has {size} bytes, and the "
+                    f"voxels begin at byte {offset:g}"
+                )
+
+
+def _check_sum(path: Path, end: int) -> None:
+    """Read a gzip file to its checksum, which nibabel never reaches: it stops at the last voxel.
+
+    end: bytes in use; a file that goes on for long after them is not read to its end.
+    """
+    if not path.name.endswith(".gz"):
+        return
+    with gzip.open(path) as file:
+        left = end + MAX_OFFSET
+        while left > 0 and (block := file.read(1 << 20)):
+            left -= len(block)
 
 
 def _volume(path: Path, image: Any, array: npt.NDArray[Any]) -> Volume:
@@ -236,6 +306,8 @@ def _volume(path: Path, image: Any, array: npt.NDArray[Any]) -> Volume:
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
+    if isinstance(error, MemoryError):
+        return DataError(f"{path}: its voxels do not fit in memory: {_one_line(error)}")
     return DataError(f"{path}: not a readable NIfTI file: {_one_line(error)}")
 
 
