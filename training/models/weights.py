@@ -72,21 +72,33 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{path} is not a file; expected weights written by pretrain or finetune")
     try:
         with safe_open(path, framework="pt") as file:
-            description = json.loads((file.metadata() or {}).get(KEY, "{}"))
-        if description.get("format") != FORMAT:
-            raise ValueError(
-                f"{path} was not written by this package: expected format {FORMAT!r} in its "
-                f"header, got {description.get('format')!r}"
-            )
+            description = _description(path, (file.metadata() or {}).get(KEY, "{}"))
         return load_file(path), description
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
 
 
+def _description(path: Path, text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: its description is not JSON: {error}") from error
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        got = found.get("format") if isinstance(found, dict) else found
+        raise ValueError(
+            f"{path} was not written by this package: expected format {FORMAT!r} in its "
+            f"header, got {got!r}"
+        )
+    needed = {"kind", "model", "about"} | ({"classes"} if found.get("kind") == "unet" else set())
+    if missing := sorted(needed - found.keys()):
+        raise ValueError(f"{path} is damaged: its description has no {', '.join(missing)}")
+    return found
+
+
 def _config(path: Path, description: dict[str, Any]) -> UNetConfig:
     try:
         return UNetConfig(**description["model"])
-    except (KeyError, TypeError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path} has no usable model configuration: {error}") from error
 
 
