@@ -149,10 +149,10 @@ def test_yaml_with_python_tags_is_refused(command, text, tmp_path, trace, capsys
 
 def test_a_cache_with_objects_in_its_arrays_is_refused(trace, pretrain_config, tmp_path):
     folder = shutil.copytree(open_dataset(pretrain_config()).folder, tmp_path / "copy")
-    VolumeCache(folder)
+    VolumeCache(folder, DATASETS["acdc"])
     np.save(folder / "images.npy", np.array([Bomb(trace)], dtype=object), allow_pickle=True)
     with pytest.raises(DataError, match=r"images\.npy: damaged"):
-        VolumeCache(folder)
+        VolumeCache(folder, DATASETS["acdc"])
 
 
 @pytest.mark.parametrize("frame", ["../../secret", "/etc/passwd", "1/../..", "01", "1e3", "-1", ""])
