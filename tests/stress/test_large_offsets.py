@@ -5,13 +5,8 @@ Only the stride has to be large, not what is stored: memory that is never touche
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-import mmap
-import os
-=======
 import re
 from pathlib import Path
->>>>>>> trust7
 
 import pytest
 import torch
@@ -29,8 +24,6 @@ def poison():
     """Not here: filling fresh memory would touch all of it."""
 
 
-<<<<<<< HEAD
-=======
 def available_memory() -> float:
     """Bytes that can be had without swapping, the page cache included; 0 where nobody says."""
     try:
@@ -40,7 +33,6 @@ def available_memory() -> float:
     return 1024.0 * int(re.search(r"MemAvailable: +(\d+)", text)[1])
 
 
->>>>>>> trust7
 def device_of(backend: str) -> str:
     on_gpu = backend == "cuda" or (backend == "triton" and not triton.INTERPRETED)
     return "cuda" if on_gpu else "cpu"
@@ -95,11 +87,7 @@ def test_far_from_the_start_of_the_storage(backend):
 def test_more_than_2_to_the_31_elements(layout):
     """2.15e9 bf16 features, nearly all zero: those pixels have loss 1 and no gradient."""
     shape, window, edge = (2, 32, 5800, 5800), 4, 8
-<<<<<<< HEAD
-    free = os.sysconf("SC_AVPHYS_PAGES") * mmap.PAGESIZE
-=======
     free = available_memory()
->>>>>>> trust7
     if free < 12e9:
         pytest.skip(f"needs 12 GB of free memory, {free / 1e9:.1f} GB are free")
     samples, channels, height, width = shape
