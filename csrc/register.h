@@ -43,7 +43,7 @@ inline int64_t element_size(const Tensor& features) {
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
   int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle result = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), shape.begin(),
+  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), shape.begin(),
                                                           int64_t(shape.size()), &type, nullptr,
                                                           nullptr, 0, nullptr, &result));
   return Tensor(result);
