@@ -184,7 +184,7 @@ def results(**changes):
         for fold in range(3):
             mean = 0.5 + 0.05 * fold + gain[fold]
             dice = {"RV": mean - 0.1, "LV": mean + 0.1}
-            scores.append(Score(arm, 2, fold, dice, mean, ("a", "b")))
+            scores.append(Score(arm, 2, fold, dice, mean, ("a", "b"), f"abc{fold}"))
     scores.append(Score("sal", ALL, 0, {"RV": 0.9, "LV": 0.9}, 0.9, ("a", "b", "c")))
     history = {"sal": [{"step": 1, "la_pairs": 0.4, "la_control": 0.5, "cosine_encoder": 0.3}]}
     made = Results(TABLES["table1"], ("random", "sal"), (2, ALL), (0, 1, 2), tuple(scores), history)
@@ -217,6 +217,7 @@ def test_markdown_holds_means_spread_paper_and_gaps():
     assert "| Random | 0.550 (0.050) | not run | 0.588 (0.07) | 0.928 (0.00) |" in text
     assert "| SAL | +0.120 [+0.070, +0.170] |" in text
     assert "    the command" in text
+    assert "the conditions. Runs of revision abc0, abc1, abc2." in text
     assert "## The end of pre-training" in text
 
 

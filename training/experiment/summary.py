@@ -15,7 +15,7 @@ import numpy as np
 from scipy import stats
 
 from ..files import write_atomically
-from ..runlog import read_metrics
+from ..runlog import ENVIRONMENT, read_metrics
 from .cells import Cell
 from .tables import ALL, Table
 
@@ -33,6 +33,7 @@ class Score:
     dice: dict[str, float]  # per class
     mean: float  # over the classes
     subjects: tuple[str, ...]  # whose labels were used
+    commit: str | None = None  # of the code that ran
 
 
 class Summary(NamedTuple):
@@ -121,6 +122,7 @@ def collect(table: Table, cells: Sequence[Cell]) -> Results:
                 {name: _number(value) for name, value in result["dice"].items()},
                 _number(result["mean_dice"]),
                 tuple(result["labelled"]),
+                json.loads((cell.config.out / ENVIRONMENT).read_text()).get("commit"),
             )
         )
     planned = {cell.arm for cell in cells}
@@ -183,7 +185,7 @@ def markdown(results: Results, about: dict[str, Any]) -> str:
     head = [
         f"# {results.table.title}",
         "\n".join(f"    {line}" for line in about["commands"]),
-        about["conditions"],
+        f"{about['conditions']}.{_revisions(results)}",
     ]
     dice = [
         _dice_table(results),
@@ -202,6 +204,12 @@ def markdown(results: Results, about: dict[str, Any]) -> str:
             f"\n\n{_pretraining_table(results)}"
         )
     return "\n\n".join(parts) + "\n"
+
+
+def _revisions(results: Results) -> str:
+    """Which code ran: an experiment that goes on over weeks may have seen several versions."""
+    commits = sorted({score.commit for score in results.scores if score.commit})
+    return f" Runs of revision {', '.join(commits)}." if commits else ""
 
 
 def _dice_table(results: Results) -> str:
