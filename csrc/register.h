@@ -39,13 +39,17 @@ inline int64_t element_size(const Tensor& features) {
 }
 
 // Uninitialised, on the device of `like`. torch::stable::new_empty finds the operator by its name at
-// each call, which takes longer than the allocation.
+// each call, which takes longer than the allocation. The reason of a failure does not come through
+// the C interface of every torch; there is but one that these arguments can have.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
   int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle result = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), shape.begin(),
-                                                          int64_t(shape.size()), &type, nullptr,
-                                                          nullptr, 0, nullptr, &result));
+  const auto status = aoti_torch_aten_new_empty(like.get(), shape.begin(), int64_t(shape.size()),
+                                                &type, nullptr, nullptr, 0, nullptr, &result);
+  int64_t elements = 1;
+  for (int64_t side : shape) elements *= side;
+  STD_TORCH_CHECK(status == AOTI_TORCH_SUCCESS, "out of memory: no room for a result of ", elements,
+                  " elements beside the features");
   return Tensor(result);
 }
 

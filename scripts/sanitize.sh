@@ -7,7 +7,8 @@
 # the register kernels fast enough; leaks are not looked for, since Python itself is full of them.
 set -eu
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python}
+python=$(command -v "${PYTHON:-python}")
+case $python in /*) ;; *) python=$PWD/$python ;; esac # the tests run in another folder
 copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
 cp -r salkernels tests pyproject.toml "$copy"
