@@ -137,7 +137,7 @@ def fit(
     )
     module.train()
     bar = Progress(config.out.name, state.step, optim.steps)
-    with stop_on_signal() as stop, bar, _loaders_explained():
+    with _loaders_explained(), stop_on_signal() as stop, bar:
         for batches in steps_of(dataset, state.step, config):
             optimiser.zero_grad(set_to_none=True)
             result = gradients(batches, lambda: [int(stop.signal is kind) for kind in STOPPING])
@@ -226,16 +226,27 @@ def steps_of(
 
 @contextmanager
 def _loaders_explained() -> Iterator[None]:
-    """A loader that the system killed is reported wherever the loop is just then."""
+    """A loader that the system killed is reported wherever the loop is just then.
+
+    Either the pipe from it breaks under the process that reads, or torch's handler of SIGCHLD
+    raises, between any two lines of Python: also while the first error is on its way out.
+    """
     try:
         yield
-    except RuntimeError as error:
-        if isinstance(error, RunError) or "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if not _of_a_dead_loader(error):
             raise
         raise RunError(
-            f"a process that loads slices ended: {error} The last checkpoint is intact: lower "
-            f"workers if memory is short, and pass --resume"
+            f"a process that loads slices ended: {error or type(error).__name__}. The last "
+            f"checkpoint is intact: lower workers if memory is short, and pass --resume"
         ) from error
+
+
+def _of_a_dead_loader(error: Exception) -> bool:
+    """Not what a living loader raised, which torch hands on as 'Caught ... in DataLoader worker'."""
+    if isinstance(error, RuntimeError):
+        return not isinstance(error, RunError) and "DataLoader worker (pid" in str(error)
+    return not str(error).startswith("Caught ")
 
 
 def _require_finite_loss(result: StepResult, step: int) -> None:

@@ -12,6 +12,7 @@ import pytest
 from salkernels.training import engine, pretrain
 from salkernels.training.checkpoint import LAST, PREVIOUS, RunError, load_checkpoint
 from salkernels.training.config import OptimConfig
+from salkernels.training.data.sampling import TwoSubjects
 
 FIRST = 3  # step of the first checkpoint; the last step is 6
 
@@ -55,9 +56,47 @@ def test_a_killed_loader_is_named_and_the_last_state_kept(pretrain_config, monke
     # Far from the end, so that the dead loader is missed.
     at_step(monkeypatch, 5, kill)
     config = pretrain_config(workers=1, optim=OptimConfig(steps=60))
-    with pytest.raises(RunError, match=r"loads slices ended: DataLoader worker.*--resume"):
+    with pytest.raises(RunError, match=r"(?s)loads slices ended: .*--resume"):
         pretrain.pretrain(config)
     assert load_checkpoint(config.out)["step"] % FIRST == 0
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset by peer"), EOFError()])
+@pytest.mark.parametrize("signalled", [False, True], ids=["pipe", "pipe then signal"])
+def test_the_pipe_from_a_killed_loader_may_break_before_the_signal(
+    error, signalled, pretrain_config, monkeypatch
+):
+    """What the kill above shows depends on who is faster: here are the two other orders."""
+
+    def reading():
+        raise error
+
+    at_step(monkeypatch, 5, reading)
+    if signalled:
+        close = engine.Progress.__exit__
+
+        def handler(*args):
+            close(*args)
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+        monkeypatch.setattr(engine.Progress, "__exit__", handler)
+    config = pretrain_config()
+    with pytest.raises(RunError, match=r"loads slices ended: .*--resume"):
+        pretrain.pretrain(config)
+    assert load_checkpoint(config.out)["step"] == FIRST
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_living_loader_raises_is_not_called_a_killed_process(
+    workers, pretrain_config, monkeypatch
+):
+    def broken(*_):
+        raise RuntimeError("these slices are broken")
+
+    monkeypatch.setattr(TwoSubjects, "__getitem__", broken)
+    with pytest.raises(RuntimeError, match="these slices are broken") as caught:
+        pretrain.pretrain(pretrain_config(workers=workers))
+    assert "loads slices ended" not in str(caught.value)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limits on file sizes")
