@@ -4,14 +4,14 @@ Geometry comes in two ways. `shared`: all views of one scan get the same strong 
 a very small one of its own, so that a window still shows the same anatomy in all of them, which the
 alignment loss needs. `independent`: each view gets a strong transform of its own. In pilots on ACDC
 independent transforms doubled the alignment loss of an untrained network: the windows no longer
-correspond.
+correspond, unless the feature maps are brought back first (`undo`).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,6 +67,14 @@ class AugmentConfig:
             raise ValueError(f"augment.flip is a probability in [0, 1], got {self.flip}")
 
 
+class Augmented(NamedTuple):
+    """Views, their labels, and the way back."""
+
+    views: Tensor  # (B, 1, size, size)
+    labels: Tensor | None  # (B, size, size), under the same geometry
+    frame: Tensor  # (B, 2, 3): where a point of the scan's frame lies in the view, for `undo`
+
+
 def augment(
     images: Tensor,  # (B, 1, H, W), z-scored
     size: int,
@@ -76,13 +84,14 @@ def augment(
     group: Tensor | None = None,  # (B,) int64: slices of one scan share a number
     labels: Tensor | None = None,  # (B, H, W) integers
     centres: Tensor | None = None,  # (B, 2): where views are centred, instead of a random shift
-) -> tuple[Tensor, Tensor | None]:
-    """Random views (B, 1, size, size), and the labels (B, size, size) under the same geometry.
+) -> Augmented:
+    """Random views of images.
 
     Everything random is drawn from `generator`, which lives on the device of the images. Strong
     transforms are shared by the members of a group; without groups each view has its own.
     """
-    grid = sampling_grid(images, size, config, generator, group, centres)
+    theta, bend = placement(images, size, config, generator, group, centres)
+    grid = sampling_grid(theta, bend, size)
     # The border's value goes on outside: background, where zero would be the mean of the volume.
     views = F.grid_sample(images, grid, "bilinear", "border", align_corners=False)
     if labels is not None:
@@ -90,18 +99,51 @@ def augment(
             labels[:, None].float(), grid, "nearest", "border", align_corners=False
         )
         labels = sampled[:, 0].to(labels.dtype)
-    return change_intensity(views, config, generator), labels
+    frame = _inverse(theta, size / images.shape[-1])
+    return Augmented(change_intensity(views, config, generator), labels, frame)
 
 
-def sampling_grid(
+def undo(maps: Tensor, frame: Tensor) -> Tensor:
+    """Feature maps (B, C, h, w) of views, resampled to where the slices lie without augmentation.
+
+    The maps of all views of a scan then correspond pixel by pixel. What a view did not show is 0.
+    Elastic displacements (`AugmentConfig.elastic`) are not undone.
+    """
+    with torch.autocast(maps.device.type, enabled=False):
+        grid = F.affine_grid(frame.float(), list(maps.shape), align_corners=False)
+        back = F.grid_sample(maps.float(), grid, "bilinear", "zeros", align_corners=False)
+    return back.to(maps.dtype, memory_format=torch.channels_last)  # as the losses like it best
+
+
+def _inverse(theta: Tensor, field: float) -> Tensor:
+    """From the frame of the network's field on the canvas to that of the view."""
+    turn = torch.linalg.inv(theta[:, :, :2])
+    return torch.cat((field * turn, -turn @ theta[:, :, 2:]), dim=2)
+
+
+def sampling_grid(theta: Tensor, bend: Tensor | None, size: int) -> Tensor:
+    """Where each output pixel looks in its image: (B, size, size, 2) in [-1, 1], x before y."""
+    grid = F.affine_grid(theta, [len(theta), 1, size, size], align_corners=False)
+    if bend is None:
+        return grid
+    smooth = F.interpolate(bend, size=(size, size), mode="bicubic", align_corners=True)
+    return grid + smooth.permute(0, 2, 3, 1)
+
+
+def placement(
     images: Tensor,
     size: int,
     config: AugmentConfig,
     generator: torch.Generator,
     group: Tensor | None = None,
     centres: Tensor | None = None,
-) -> Tensor:
-    """Where each output pixel looks in its image: (B, size, size, 2) in [-1, 1], x before y."""
+) -> tuple[Tensor, Tensor | None]:
+    """Random places of views on their images, in coordinates of [-1, 1], x before y.
+
+    Returns:
+        (B, 2, 3), the affine map from a view to its image, and (B, 2, 5, 5), a coarse field of
+        displacements on top, or None without elastic ones.
+    """
     batch = len(images)
     if group is None:
         strong, own = torch.arange(batch, device=images.device), 0.0
@@ -121,13 +163,11 @@ def sampling_grid(
     linear = field * log_scale.exp()[:, None, None] * turn * mirror[strong][:, None, :]
     centre = field * shift if centres is None else centres
     theta = torch.cat((linear, centre[:, :, None]), dim=2)
-    grid = F.affine_grid(theta, [batch, 1, size, size], align_corners=False)
-    if config.elastic:
-        coarse = torch.randn(draws, 2, 5, 5, device=images.device, generator=generator)
-        smooth = F.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=True)
-        # 2 · field: the grid spans [-1, 1] over the whole canvas
-        grid = grid + 2 * field * config.elastic * smooth[strong].permute(0, 2, 3, 1)
-    return grid
+    if not config.elastic:
+        return theta, None
+    coarse = torch.randn(draws, 2, 5, 5, device=images.device, generator=generator)
+    # 2 · field: the grid spans [-1, 1] over the whole canvas
+    return theta, 2 * field * config.elastic * coarse[strong]
 
 
 def centre_crop(images: Tensor, size: int) -> Tensor:

@@ -200,6 +200,11 @@ class PretrainConfig(RunConfig):
             )
         if self.method == "pirl":
             piece_side(self.crop, self.model.stride)
+        if self.method == "sal" and self.sal.common_frame and self.augment.elastic:
+            raise ValueError(
+                "sal.common_frame undoes affine transforms only, but augment.elastic is "
+                f"{self.augment.elastic}; set one of them to its default"
+            )
         side = self.crop // 2 ** (self.sal.scale - 1)
         if self.method == "sal" and self.sal.window_size > side:
             raise ValueError(

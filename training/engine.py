@@ -243,7 +243,7 @@ def _loaders_explained() -> Iterator[None]:
 
 
 def _of_a_dead_loader(error: Exception) -> bool:
-    """Not what a living loader raised, which torch hands on as 'Caught ... in DataLoader worker'."""
+    """Not what a living loader raised: torch hands that on as 'Caught ...'."""
     if isinstance(error, RuntimeError):
         return not isinstance(error, RunError) and "DataLoader worker (pid" in str(error)
     return not str(error).startswith("Caught ")

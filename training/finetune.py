@@ -45,7 +45,7 @@ def finetune(config: FinetuneConfig) -> Scores:
     criterion = segmentation_loss()
 
     def prepare(batch: SliceBatch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        images, labels = augment(
+        images, labels, _ = augment(
             batch.images.to(device.device),
             config.crop,
             config.augment,

@@ -178,7 +178,7 @@ def make_views(
         return torch.cat([half[view] for view in (0, 1) for half in halves])
 
     images = both("images").contiguous(memory_format=torch.channels_last)
-    names = ("volume", "slice_index", "num_slices", "sample")
+    names = ("volume", "slice_index", "num_slices", "sample", "frame")
     return Views(images, generator=generator, **{name: both(name) for name in names})
 
 
@@ -205,7 +205,7 @@ def _views_of_pair(
     # Views lie on their slices, or leave them as far as the largest shift brings them.
     field = config.crop / images.shape[-1]
     room = max(1 - field, 2 * field * config.augment.shift)
-    views, _ = augment(
+    augmented = augment(
         images,
         config.crop,
         config.augment,
@@ -213,8 +213,8 @@ def _views_of_pair(
         group=group,
         centres=centres(sample, room, generator) if centres else None,
     )
-    views = views.contiguous(memory_format=torch.channels_last)
-    return Views(views, volume, index, depth, sample, generator)
+    views = augmented.views.contiguous(memory_format=torch.channels_last)
+    return Views(views, volume, index, depth, sample, generator, augmented.frame)
 
 
 class CollapseWatch:

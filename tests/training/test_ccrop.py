@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributions import Beta
 
-from salkernels.training.augment import AugmentConfig, sampling_grid
+from salkernels.training.augment import AugmentConfig, placement, sampling_grid
 from salkernels.training.methods.ccrop import (
     CCrop,
     CCropConfig,
@@ -104,7 +104,8 @@ def test_a_crop_within_the_room_lies_on_its_slice():
     still = AugmentConfig(rotation=0, scale=1, shift=0, jitter=0)
     images, room = torch.zeros(2, 1, 64, 64), 1 - 48 / 64
     centres = torch.tensor([[room, -room], [-room, 0]])
-    grid = sampling_grid(images, 48, still, torch.Generator(), None, centres)
+    theta, bend = placement(images, 48, still, torch.Generator(), None, centres)
+    grid = sampling_grid(theta, bend, 48)
     pixel = 1 / 64  # centres of pixels are half a pixel inside
     assert grid.abs().max() == pytest.approx(1 - pixel, abs=1e-6)
 

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from salkernels import wla_loss
+from salkernels.training.augment import AugmentConfig, augment, undo
 from salkernels.training.methods import SAL, SALConfig, Views
 from salkernels.training.methods.sal import alignment, centred
 from salkernels.training.models import UNetConfig
@@ -132,3 +133,50 @@ def test_orthogonal_embedding_leaves_cosines_alone_unless_it_is_smaller(dim, kee
 def test_no_threshold_is_refused():
     with pytest.raises(ValueError, match=r"sal\.t is 0"):
         SALConfig(t=0)
+
+
+def in_frames(images, geometry, seed=0):
+    """Two views each of slices of two scans, with random geometry."""
+    group = torch.tensor([0, 0, 1, 1]).repeat(2) if geometry == "shared" else None
+    config = AugmentConfig(brightness=0, contrast=1, gamma=1, bias=0, noise=0, flip=0.5)
+    generator = torch.Generator().manual_seed(seed)
+    shown, _, frame = augment(images.repeat(2, 1, 1, 1), 32, config, generator, group=group)
+    return views()._replace(images=shown, frame=frame)
+
+
+def test_a_common_frame_lets_windows_of_independent_views_correspond():
+    coarse = torch.randn(4, 5, 6, 6, generator=torch.Generator().manual_seed(1))
+    maps = F.interpolate(coarse, size=(48, 48), mode="bicubic", align_corners=False)
+    first, second = torch.cat(
+        [in_frames(maps[:, channel, None], "independent").images for channel in range(5)], 1
+    ).chunk(2)  # the same geometry for each channel
+    settings = SALConfig(common_frame=True, window_size=2)
+    method = SAL(MODEL, settings, corpus=None)
+    batch = in_frames(maps[:, :1], "independent")
+    one, two = method.aligned(torch.cat((first, second)), batch).chunk(2)
+    seen = method.aligned(torch.ones(8, 1, 32, 32), batch).squeeze(1) > 0.999
+    both = seen[:4] & seen[4:]
+    same = F.cosine_similarity(one, two)[both]
+    astray = F.cosine_similarity(first, second)[both]
+    assert same.mean() > 0.98 > 0.6 > astray.mean()
+
+
+def test_la_with_a_common_frame_is_that_of_the_maps_brought_back():
+    method = SAL(MODEL, SALConfig(common_frame=True, window_size=3, centre="image"), None).eval()
+    images = torch.randn(4, 1, 48, 48, generator=torch.Generator().manual_seed(2))
+    batch = in_frames(images, "independent")
+    outcome = method(batch)
+    back = undo(centred(outcome.maps["embedding"], "image", 3), batch.frame)
+    i, j = method.pairs(batch).nonzero(as_tuple=True)
+    expected = wla_loss(back[i].double(), back[j].double(), 3)
+    torch.testing.assert_close(outcome.terms["la"].double(), expected, atol=1e-5, rtol=0)
+    assert method.monitor(batch, outcome)["la_pairs"] == pytest.approx(expected.item(), abs=1e-5)
+    outcome.terms["la"].backward()
+    assert method.embedding.layer.weight.grad.abs().sum() > 0
+
+
+def test_what_a_common_frame_cannot_undo_is_an_error(pretrain_config):
+    with pytest.raises(ValueError, match="centre=window centres"):
+        SALConfig(common_frame=True, centre="window")
+    with pytest.raises(ValueError, match="affine transforms only"):
+        pretrain_config(sal=SALConfig(common_frame=True), augment=AugmentConfig(elastic=0.01))

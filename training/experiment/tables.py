@@ -176,6 +176,7 @@ TABLES: dict[str, Table] = {
         (
             _NO_LA,
             _SAL,
+            # A fixed orthogonal E leaves all cosines as they are: the same experiment as no E.
             _sal("sal-noE", "no E", sal__embedding="none"),
             _sal("sal-normE", "E of unit kernels", sal__embedding="normalised"),
             _sal("sal-sg", "keys without gradient", sal__stop_gradient=True),
@@ -190,6 +191,10 @@ TABLES: dict[str, Table] = {
             _sal("sal-independent", "E, independent views", augment__geometry="independent"),
             _sal("sal-noE-independent", "no E, independent views",
                  sal__embedding="none", augment__geometry="independent"),
+            _sal("sal-frame", "E, independent views in one frame",
+                 augment__geometry="independent", sal__common_frame=True),
+            _sal("sal-noE-frame", "no E, independent views in one frame",
+                 sal__embedding="none", augment__geometry="independent", sal__common_frame=True),
             _sal("sal-noE-s3", "no E, s = 3", sal__embedding="none", sal__scale=3),
             _sal("sal-noE-s5", "no E, s = 5", sal__embedding="none", sal__scale=5),
         ),

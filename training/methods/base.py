@@ -26,6 +26,7 @@ class Views(NamedTuple):
     num_slices: Tensor  # (2n,) int64, V of that scan
     sample: Tensor  # (2n,) int64, the slice among all slices of the data set
     generator: torch.Generator  # of the step, for what the method draws itself
+    frame: Tensor | None = None  # (2n, 2, 3), how to undo each view's geometry: `augment.undo`
 
     @property
     def position(self) -> Tensor:

@@ -18,7 +18,7 @@ from salkernels import (
     wla_set_loss,
 )
 
-from ..augment import Geometry
+from ..augment import Geometry, undo
 from ..distributed import gather, share
 from ..models import Embedding, EmbeddingKind, Encoder, Projection, UNetConfig
 from .base import COSINE_LIMIT, Corpus, Method, Outcome, Views, mean_cosine
@@ -47,6 +47,9 @@ class SALConfig:
             cosine, which a direction that all pixels share does not survive; "none" is the paper.
         stop_gradient: let no gradient into the key side of a pair, so that a feature moves towards
             its match and the match stays; the paper moves both.
+        common_frame: undo the geometry of each view on its map before LA, so that windows show
+            the same anatomy also where each view has a strong transform of its own
+            (`augment.geometry=independent`). The paper does not.
         projection_dim: length of the global feature vector.
     """
 
@@ -59,6 +62,7 @@ class SALConfig:
     embedding_dim: int = 0
     centre: Centre = "none"
     stop_gradient: bool = False
+    common_frame: bool = False
     projection_dim: int = 128
 
     def __post_init__(self) -> None:
@@ -71,6 +75,11 @@ class SALConfig:
             )
         if self.t == 0:
             raise ValueError("sal.t is 0: no two slices are near, so there is nothing to learn")
+        if self.common_frame and self.centre == "window":
+            raise ValueError(
+                "sal.centre=window centres the windows of the view, which sal.common_frame moves; "
+                "use sal.centre=image, or only one of the two"
+            )
         # The public losses check ω, λ, t and τ: let them do so before anything is loaded.
         SALLoss(self.window_size, lambda_=self.lambda_, t=self.t, temperature=self.temperature)
 
@@ -106,7 +115,9 @@ class SAL(Method):
         embedded = self.embedding(features)
         if settings.lambda_:
             pairs = self.pairs(views)
-            la = self.align(embedded, pairs) * share(pairs.sum())
+            la = alignment(
+                self.aligned(embedded, views), pairs, settings.window_size, settings.stop_gradient
+            ) * share(pairs.sum())
             loss = gp + settings.lambda_ * la
             outcome = Outcome(loss, {"loss": loss, "gp": gp, "la": la})
         outcome.maps = {"encoder": features.detach(), "embedding": embedded.detach()}
@@ -116,11 +127,13 @@ class SAL(Method):
     def leaves_parameters_out(self) -> bool:
         return self.settings.lambda_ == 0  # E
 
-    def align(self, embedded: Tensor, pairs: Tensor) -> Tensor:
-        """LA of maps (2n, C, H, W) after E over pairs (2n, 2n)."""
-        window = self.settings.window_size
-        features = centred(embedded, self.settings.centre, window)
-        return alignment(features, pairs, window, self.settings.stop_gradient)
+    def aligned(self, embedded: Tensor, views: Views) -> Tensor:
+        """What LA compares: maps (2n, C, H, W) after E, centred and brought into one frame."""
+        features = centred(embedded, self.settings.centre, self.settings.window_size)
+        if not self.settings.common_frame:
+            return features
+        assert views.frame is not None  # all views of this package have one
+        return undo(features, views.frame)
 
     def pairs(self, views: Views) -> Tensor:
         """(2n, 2n) bool, the pairs of LA."""
@@ -133,11 +146,12 @@ class SAL(Method):
         near = positional_positives(views.position, self.settings.t)
         control = near & (volume[:, None] != volume[None, :])
         window = self.settings.window_size
-        features = centred(outcome.maps["embedding"], self.settings.centre, window)
+        embedded = centred(outcome.maps["embedding"], self.settings.centre, window)
+        features = self.aligned(outcome.maps["embedding"], views)
         return {
             "la_pairs": wla_set_loss(features, self.pairs(views), window).item(),
             "la_control": wla_set_loss(features, control, window).item(),
-            "cosine_embedding": mean_cosine(features).item(),
+            "cosine_embedding": mean_cosine(embedded).item(),
             "cosine_encoder": mean_cosine(outcome.maps["encoder"]).item(),
         }
 
