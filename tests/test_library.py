@@ -11,6 +11,7 @@ from compare import is_interpreted, skip_unless_runs
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import salkernels
 
@@ -273,3 +274,40 @@ def test_vmap_without_a_gradient(loss):
         warnings.simplefilter("ignore")  # torch loops over the batch and says so
         batched = torch.vmap(loss)(x)
     torch.testing.assert_close(batched, torch.stack([loss(item) for item in x]))
+
+
+def test_a_dispatch_mode_sees_both_operators():
+    """A call may take a shorter way only where nobody looks."""
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    x = torch.randn(4, 8, 6, 6, requires_grad=True)
+    pairs = ~torch.eye(4, dtype=torch.bool)
+    plain = salkernels.wla_set_loss(x, pairs, 2)
+    (expected,) = torch.autograd.grad(plain, x)
+    with Seen() as mode:
+        mode.names = []
+        loss = salkernels.wla_set_loss(x, pairs, 2)
+        (grad,) = torch.autograd.grad(loss, x)
+        with torch.no_grad():
+            salkernels.wla_set_loss(x, pairs, 2)
+    assert mode.names.count("salkernels.pair_losses.default") == 2
+    assert mode.names.count("salkernels.pair_losses_backward.default") == 1
+    assert loss.equal(plain)
+    assert grad.equal(expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_backward_within_autocast_is_as_exact_as_outside(backend):
+    x = torch.randn(4, 32, 6, 6, requires_grad=True)
+    pairs = ~torch.eye(4, dtype=torch.bool)
+
+    def gradient():
+        return torch.autograd.grad(salkernels.wla_set_loss(x, pairs, 3, backend=backend), x)[0]
+
+    expected = gradient()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert gradient().equal(expected)

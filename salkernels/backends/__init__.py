@@ -139,7 +139,8 @@ def select(name: str | None, query: Tensor, key: Tensor | None, window: tuple[in
         return name
     device = query.device.type
     for candidate, backend in in_order(query, key, window):
-        if device not in getattr(backend, "DEVICES", (device,)):
+        devices = getattr(backend, "DEVICES", None)
+        if devices is not None and device not in devices:
             continue  # without asking torch or a driver what is there: most calls end here
         if getattr(backend, "BY_NAME_ONLY", False):
             continue  # it is there for tests
