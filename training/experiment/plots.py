@@ -9,6 +9,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -70,9 +71,9 @@ def dice_by_labelled(results: Results) -> Figure | None:
     for axes, title in ((ours, "here"), (theirs, "paper (full scale)")):
         axes.set(title=title, xlabel="labelled subjects M", ylabel="3D Dice, mean of the classes")
         axes.set_xticks(list(places), ["all" if m == 0 else str(m) for m in results.labelled])
-        axes.legend(frameon=False, fontsize=8)
     if not theirs.lines:
         theirs.remove()
+    _legend(ours)
     return figure
 
 
@@ -95,7 +96,7 @@ def classes(results: Results) -> Figure | None:
                     axes.plot([x] * len(values), values, ".", color="k", ms=3)
         axes.set_xticks(range(len(names)), names)
         axes.set(title=f"M = {m or 'all'}", ylim=(0, 1), ylabel="3D Dice")
-    panels[-1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    _legend(*panels)
     return figure
 
 
@@ -169,7 +170,7 @@ def collapse(results: Results) -> Figure | None:
         return None
     panels: list[tuple[str, Callable[[dict[str, float]], float | None]]] = [
         ("LA on pairs of one scan", lambda row: row.get("la_pairs")),
-        ("LA, different scans less same scan", _gap),
+        ("LA, same scan / different scans", _share),
         ("mean cosine after E", lambda row: row.get("cosine_embedding")),
         ("mean cosine of the encoder", lambda row: row.get("cosine_encoder")),
     ]
@@ -184,17 +185,31 @@ def collapse(results: Results) -> Figure | None:
                     label=results.table.arm(arm).label,
                 )  # fmt: skip
         axes.set(title=title, xlabel="step", xscale="log")
-        if title.startswith("mean cosine"):
+        if title.startswith("mean cosine") or "/" in title:
             axes.set_ylim(-0.05, 1.05)
-    grid[-1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    _legend(*grid)
     return figure
 
 
-def _gap(row: dict[str, float]) -> float | None:
-    """By how much slices of one scan match better than slices of different scans."""
-    if "la_control" not in row or "la_pairs" not in row:
+def _share(row: dict[str, float]) -> float | None:
+    """LA on slices of one scan as a share of that on slices of different scans.
+
+    Features that all grow alike bring both down: this tells whether the right ones match.
+    """
+    if "la_pairs" not in row or not row.get("la_control"):
         return None
-    return row["la_control"] - row["la_pairs"]
+    return row["la_pairs"] / row["la_control"]
+
+
+def _legend(*panels: Axes) -> None:
+    """To the right of all, with what is in any of them: an arm may not have come to the last."""
+    named: dict[str, Artist] = {}
+    for axes in panels:
+        handles, labels = axes.get_legend_handles_labels()
+        named.update(zip(labels, handles, strict=True))
+    panels[0].figure.legend(
+        list(named.values()), list(named), frameon=False, fontsize=8, loc="outside right upper"
+    )
 
 
 def _axes(

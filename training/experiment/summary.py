@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from .cells import Cell
 from .tables import ALL, Table
 
 CONFIDENCE = 0.95
+LOOKS = 5
 MONITORED = ("gp", "la", "la_pairs", "la_control", "cosine_embedding", "cosine_encoder")
 
 
@@ -33,7 +34,6 @@ class Score:
     dice: dict[str, float]  # per class
     mean: float  # over the classes
     subjects: tuple[str, ...]  # whose labels were used
-    commit: str | None = None  # of the code that ran
 
 
 class Summary(NamedTuple):
@@ -63,6 +63,7 @@ class Results:
     folds: tuple[int, ...]  # planned, done or not
     scores: tuple[Score, ...]
     pretraining: dict[str, list[dict[str, float]]]  # arm -> monitored figures by step
+    commits: tuple[str, ...] = ()  # of the code that ran
 
     def select(self, arm: str, labelled: int) -> list[Score]:
         """By fold."""
@@ -106,10 +107,11 @@ def paired_difference(differences: Sequence[float]) -> Difference:
 
 def collect(table: Table, cells: Sequence[Cell]) -> Results:
     """Reads what is done of the planned runs."""
-    scores, pretraining = [], {}
+    scores, pretraining, commits = [], {}, set()
     for cell in cells:
         if not cell.path.exists():
             continue
+        commits.add(json.loads((cell.config.out / ENVIRONMENT).read_text()).get("commit"))
         if cell.command == "pretrain":
             pretraining[cell.arm] = monitored(cell.config.out)
             continue
@@ -122,14 +124,14 @@ def collect(table: Table, cells: Sequence[Cell]) -> Results:
                 {name: _number(value) for name, value in result["dice"].items()},
                 _number(result["mean_dice"]),
                 tuple(result["labelled"]),
-                json.loads((cell.config.out / ENVIRONMENT).read_text()).get("commit"),
             )
         )
     planned = {cell.arm for cell in cells}
     arms = tuple(arm.name for arm in table.arms if arm.name in planned)
     labelled = tuple(dict.fromkeys(c.labelled for c in cells if c.command == "finetune"))
     folds = tuple(sorted({cell.fold for cell in cells if cell.command == "finetune"}))
-    return Results(table, arms, labelled, folds, tuple(scores), pretraining)
+    known = tuple(sorted(commit for commit in commits if commit))
+    return Results(table, arms, labelled, folds, tuple(scores), pretraining, known)
 
 
 def monitored(run: Path) -> list[dict[str, float]]:
@@ -157,6 +159,7 @@ def write(results: Results, folder: Path, name: str, about: dict[str, Any]) -> N
             for m in results.labelled
             if (gain := results.difference(arm, m, results.table.baseline))
         ],
+        "commits": results.commits,
         "scores": [asdict(score) for score in results.scores],
         "pretraining": results.pretraining,
     }
@@ -198,9 +201,9 @@ def markdown(results: Results, about: dict[str, Any]) -> str:
     parts = head + (dice if results.labelled else [])
     if any("la_pairs" in rows[-1] for rows in results.pretraining.values() if rows):
         parts.append(
-            "## The end of pre-training\n\nGP, mean of the last steps; LA on slices of one scan, "
-            "and as a control of different scans, in the last batch; mean cosine of arbitrary "
-            "pixels (1 is collapse)."
+            "## The end of pre-training\n\nGP; LA on slices of one scan, as a control on slices of "
+            "different scans, and the ratio of the two, which tells whether the right ones match; "
+            f"mean cosine of arbitrary pixels (1 is collapse). Means of the last {LOOKS} looks."
             f"\n\n{_pretraining_table(results)}"
         )
     return "\n\n".join(parts) + "\n"
@@ -208,8 +211,7 @@ def markdown(results: Results, about: dict[str, Any]) -> str:
 
 def _revisions(results: Results) -> str:
     """Which code ran: an experiment that goes on over weeks may have seen several versions."""
-    commits = sorted({score.commit for score in results.scores if score.commit})
-    return f" Runs of revision {', '.join(commits)}." if commits else ""
+    return f" Runs of revision {', '.join(results.commits)}." if results.commits else ""
 
 
 def _dice_table(results: Results) -> str:
@@ -255,12 +257,22 @@ def _pretraining_table(results: Results) -> str:
         "cosine_embedding": "cosine after E",
         "cosine_encoder": "cosine of the encoder",
     }
-    rows = [["", *columns.values()]]
+    names = list(columns.values())
+    rows = [["", *names[:3], "same / different", *names[3:]]]
     for arm, history in results.pretraining.items():
         if history:
-            cells = [f"{history[-1][n]:.3g}" if n in history[-1] else "" for n in columns]
+            ends = [mean_of_end(history, name) for name in columns]
+            same, different = ends[1:3]
+            share = same / different if same is not None and different else None
+            cells = ["" if x is None else f"{x:.3g}" for x in (*ends[:3], share, *ends[3:])]
             rows.append([results.table.arm(arm).label, *cells])
     return _table(rows)
+
+
+def mean_of_end(history: Sequence[Mapping[str, float]], name: str) -> float | None:
+    """Mean of the last looks that have this figure: each is of a single batch."""
+    values = [row[name] for row in history if name in row][-LOOKS:]
+    return float(np.mean(values)) if values else None
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

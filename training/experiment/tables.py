@@ -175,6 +175,7 @@ TABLES: dict[str, Table] = {
         "What keeps the alignment loss from collapsing",
         (
             _NO_LA,
+            Arm("pcl", "PCL: λ = 0, independent views", "pcl"),
             _SAL,
             # A fixed orthogonal E leaves all cosines as they are: the same experiment as no E.
             _sal("sal-noE", "no E", sal__embedding="none"),

@@ -115,9 +115,7 @@ class SAL(Method):
         embedded = self.embedding(features)
         if settings.lambda_:
             pairs = self.pairs(views)
-            la = alignment(
-                self.aligned(embedded, views), pairs, settings.window_size, settings.stop_gradient
-            ) * share(pairs.sum())
+            la = self.align(self.aligned(embedded, views), pairs) * share(pairs.sum())
             loss = gp + settings.lambda_ * la
             outcome = Outcome(loss, {"loss": loss, "gp": gp, "la": la})
         outcome.maps = {"encoder": features.detach(), "embedding": embedded.detach()}
@@ -134,6 +132,10 @@ class SAL(Method):
             return features
         assert views.frame is not None  # all views of this package have one
         return undo(features, views.frame)
+
+    def align(self, features: Tensor, pairs: Tensor) -> Tensor:
+        """LA of comparable maps (2n, C, H, W) over pairs (2n, 2n)."""
+        return alignment(features, pairs, self.settings.window_size, self.settings.stop_gradient)
 
     def pairs(self, views: Views) -> Tensor:
         """(2n, 2n) bool, the pairs of LA."""
