@@ -64,8 +64,7 @@ def run_once(provider: Provider, problem: Problem, mode: str) -> tuple[Tensor, T
         with torch.no_grad():
             return provider.run(problem), None
     loss = provider.run(problem)
-    (grad,) = torch.autograd.grad(loss, problem.features)
-    return loss, grad
+    return loss, problem.gradient(loss)
 
 
 def save_truth(case: Case, settings: Settings, path: str) -> Iterator[float]:
@@ -200,7 +199,7 @@ def timed(provider: Provider, problem: Problem, mode: str) -> dict[str, float]:
     clock.mark()
     loss = provider.run(problem)
     clock.mark()
-    grad = torch.autograd.grad(loss, problem.features)
+    grad = problem.gradient(loss)
     clock.mark()
     forward, backward = clock.seconds()
     del grad

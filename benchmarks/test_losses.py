@@ -87,7 +87,7 @@ def test_backward(benchmark: Any, job: tuple[Provider, Problem], case: Case) -> 
         return (loss,), {}
 
     def run(loss: Tensor) -> None:
-        torch.autograd.grad(loss, problem.features)
+        problem.gradient(loss)
         synchronise(DEVICE)
 
     benchmark.pedantic(run, setup=setup, rounds=ROUNDS)

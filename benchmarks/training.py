@@ -34,11 +34,6 @@ SLICES, CROP, WIDTH = 16, 96, 16  # n, pixels and first level of the preset `des
 EXTRA = ("naive", "gram")  # what the step would cost without this package
 
 
-def align_by(provider: Provider, window: int, embedded: Tensor, pairs: Tensor) -> Tensor:
-    """The alignment term of SAL by any provider."""
-    return provider.run(problem_of(embedded, pairs, window))
-
-
 def problem_of(features: Tensor, pairs: Tensor, window: int) -> Problem:
     query, key = pairs.nonzero(as_tuple=True)
     return Problem(features, pairs.cpu(), query, key, window)
@@ -55,7 +50,13 @@ class Step:
         slices, crop, width = (4, 32, 4) if quick else (SLICES, CROP, WIDTH)
         model = UNetConfig(width=width, depth=4 if quick else 5)
         method = SAL(model, SALConfig(window_size=window, t=THRESHOLD), corpus=None)
-        method.align = functools.partial(align_by, provider, window)
+        self.calls = 0
+
+        def align(features: Tensor, pairs: Tensor) -> Tensor:
+            self.calls += 1
+            return provider.run(problem_of(features, pairs, window))
+
+        method.align = align
         device = torch.device(settings.device)
         self.method = method.to(device, memory_format=torch.channels_last)
         half = torch.arange(slices // 2)
@@ -74,6 +75,7 @@ class Step:
     def __call__(self) -> Tensor:
         self.optimiser.zero_grad()
         loss: Tensor = self.method(self.views).loss
+        assert self.calls, "the step does not take its alignment loss from the provider"
         loss.backward()
         self.optimiser.step()
         return loss.detach()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from salkernels import wla_set_loss
 
-from .cases import Case
+from .cases import FP16_SCALE, Case
 
 
 class Truth(NamedTuple):
@@ -46,6 +46,8 @@ def truth(case: Case, device: str) -> Truth:
     features = problem.features.detach().double().requires_grad_()
     loss = wla_set_loss(features, problem.pairs, problem.window, backend="reference")
     (grad,) = torch.autograd.grad(loss, features)
+    if case.dtype == "float16":
+        grad *= FP16_SCALE
     return Truth(loss.detach(), grad)
 
 
