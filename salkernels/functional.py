@@ -135,7 +135,8 @@ def wla_set_loss(
     capacity = int(mask.count_nonzero()) if counted else mask.numel()
     # Asynchronous to a GPU only: from one, values could be read before they arrive.
     to_gpu = pairs.device.type == "cpu"
-    mask = mask.to(features.device, non_blocking=to_gpu)
+    if mask.device != features.device:
+        mask = mask.to(features.device, non_blocking=to_gpu)
     loss, *_ = pair_losses(
         features.unsqueeze(0), None, mask.unsqueeze(0), window, eps, capacity, name
     )

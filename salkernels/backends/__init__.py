@@ -142,8 +142,6 @@ def select(name: str | None, query: Tensor, key: Tensor | None, window: tuple[in
         devices = getattr(backend, "DEVICES", None)
         if devices is not None and device not in devices:
             continue  # without asking torch or a driver what is there: most calls end here
-        if getattr(backend, "BY_NAME_ONLY", False):
-            continue  # it is there for tests
         if backend.can_run(query, key, window) is None:
             return candidate
     raise RuntimeError("no backend can run this input")

@@ -16,12 +16,11 @@ from torch import Tensor
 from ..checks import values_visible
 from ..reference import check_not_empty, index_dtype
 
-DEVICES = ("cuda",)  # by name in the interpreter: CPU tensors
+DEVICES = ("cuda",)  # CPU tensors in the interpreter, but by name only
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_CAPABILITY = (8, 0)  # bf16 and tf32 products
 # As Triton itself reads it, when the kernels are defined.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
-BY_NAME_ONLY = INTERPRETED
 
 
 @cache
