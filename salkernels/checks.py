@@ -24,8 +24,7 @@ def values_visible(tensor: Tensor) -> bool:
 
     A subclass may have none: fake tensors, for one, stand for shapes alone.
     """
-    plain = type(tensor) is Tensor and tensor.device.type == "cpu"
-    return plain and not torch.compiler.is_compiling()
+    return type(tensor) is Tensor and tensor.is_cpu and not torch.compiler.is_compiling()
 
 
 def check_tensor(name: str, x: object) -> Tensor:

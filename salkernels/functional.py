@@ -134,7 +134,7 @@ def wla_set_loss(
     counted = values_visible(mask)
     capacity = int(mask.count_nonzero()) if counted else mask.numel()
     # Asynchronous to a GPU only: from one, values could be read before they arrive.
-    to_gpu = pairs.device.type == "cpu"
+    to_gpu = pairs.is_cpu
     if mask.device != features.device:
         mask = mask.to(features.device, non_blocking=to_gpu)
     loss, *_ = pair_losses(

@@ -36,7 +36,7 @@ def status() -> str | None:
 
 
 def can_run(query: Tensor, key: Tensor | None, window: tuple[int, int]) -> str | None:
-    if query.device.type != "cpu":
+    if not query.is_cpu:
         return f"it runs on CPUs, and the features are on {query.device}"
     if query.dtype not in DTYPES:
         return f"it takes float32, float64, bfloat16 or float16, got {query.dtype}"
