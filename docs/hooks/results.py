@@ -13,7 +13,9 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+EXPERIMENTS = ROOT / "training" / "results"
 OURS, PEER = "salkernels-cpu", "gram"
 DESK = {"samples": "32", "channels": "128", "height": "24", "window": "2"}
 Row = dict[str, str]
@@ -22,9 +24,14 @@ _PLACE = re.compile(r"^<!-- results: ([\w-]+) -->$", re.MULTILINE)
 
 
 def on_files(files: Files, *, config: Any) -> Files:
-    """MkDocs calls this with the files of the site: the plots join them as benchmarks/*.png."""
-    for path in sorted(RESULTS.glob("*.png")):
-        place = f"benchmarks/{path.name}"
+    """MkDocs calls this with the files of the site: plots join them.
+
+    Those of benchmarks as benchmarks/*.png, those of experiments as experiments/FOLDER/*.png.
+    """
+    places = {path: f"benchmarks/{path.name}" for path in sorted(RESULTS.glob("*.png"))}
+    for path in sorted(EXPERIMENTS.glob("*/*.png")):
+        places[path] = f"experiments/{path.parent.name}/{path.name}"
+    for path, place in places.items():
         files.append(File.generated(config, place, abs_src_path=str(path)))
     return files
 

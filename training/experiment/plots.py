@@ -13,7 +13,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .summary import Results
+from .summary import LOOKS, Results
 
 # Ten strong colours, then ten pale ones.
 COLOURS = [
@@ -170,7 +170,7 @@ def collapse(results: Results) -> Figure | None:
         return None
     panels: list[tuple[str, Callable[[dict[str, float]], float | None]]] = [
         ("LA on pairs of one scan", lambda row: row.get("la_pairs")),
-        ("LA, same scan / different scans", _share),
+        (f"LA, same / different scans, mean of {LOOKS}", _share),
         ("mean cosine after E", lambda row: row.get("cosine_embedding")),
         ("mean cosine of the encoder", lambda row: row.get("cosine_encoder")),
     ]
@@ -178,6 +178,11 @@ def collapse(results: Results) -> Figure | None:
     for axes, (title, value) in zip(grid, panels, strict=True):
         for number, (arm, rows) in enumerate(shown.items()):
             points = [(row["step"], v) for row in rows if (v := value(row)) is not None]
+            if value is _share:  # of single batches, it is all noise
+                points = [
+                    (step, float(np.mean([v for _, v in points[max(0, i + 1 - LOOKS) : i + 1]])))
+                    for i, (step, _) in enumerate(points)
+                ]
             style = "-" if number < len(COLOURS) // 2 else "--"
             if points:
                 axes.plot(
