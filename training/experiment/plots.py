@@ -27,7 +27,7 @@ def draw(results: Results, folder: Path, name: str, conditions: str) -> list[Pat
 
     def save(kind: str, figure: Figure | None) -> None:
         if figure is not None:
-            columns = int(16 * figure.get_figwidth())
+            columns = int(13 * figure.get_figwidth())
             below = "\n".join(textwrap.wrap(conditions, columns))
             figure.suptitle(f"{results.table.title}\n{below}", fontsize=9)
             path = folder / f"{name}-{kind}.png"
