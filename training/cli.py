@@ -20,7 +20,7 @@ from .checkpoint import RunError
 from .config import FinetuneConfig, Precision, PretrainConfig, RunConfig
 from .data.nifti import DataError
 from .experiment.tables import TABLES
-from .presets import FINETUNE, PRETRAIN, PresetName
+from .presets import BEST, FINETUNE, PRETRAIN, PresetName
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -88,9 +88,15 @@ def make_parser(arguments: Sequence[str]) -> ArgumentParser:
     demo.add_argument("--finetune_steps", type=int, default=0, help="0: the phantom preset's")
     commands.add_subcommand("demo", demo, help="run everything on a generated phantom")
 
-    for name, config, presets, text in (
-        ("pretrain", PretrainConfig, PRETRAIN, "pre-train an encoder on scans without labels"),
-        ("finetune", FinetuneConfig, FINETUNE, "fine-tune on few labelled subjects, evaluate"),
+    pretraining = {**PRETRAIN[preset], **BEST.get(preset, {})}
+    for name, config, settings, text in (
+        ("pretrain", PretrainConfig, pretraining, "pre-train an encoder on scans without labels"),
+        (
+            "finetune",
+            FinetuneConfig,
+            FINETUNE[preset],
+            "fine-tune on few labelled subjects, evaluate",
+        ),
     ):
         sub = ArgumentParser(description=text[0].upper() + text[1:] + ".")
         sub.add_argument("--config", action="config", help="YAML file of settings")
@@ -101,7 +107,7 @@ def make_parser(arguments: Sequence[str]) -> ArgumentParser:
             help="named settings to start from",
         )
         sub.add_class_arguments(config)
-        sub.set_defaults(presets[preset])
+        sub.set_defaults(settings)
         commands.add_subcommand(name, sub, help=text)
 
     evaluate = ArgumentParser(description="Dice of a fine-tuned model on labelled scans.")

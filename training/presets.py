@@ -71,6 +71,16 @@ PRETRAIN: dict[PresetName, dict[str, Any]] = {
     },
 }
 
+# What `pretrain` starts from beyond the paper's own settings, where a comparison says so
+# (docs/training/collapse.md). Experiments do not: their arms name what they change.
+BEST: dict[PresetName, dict[str, Any]] = {
+    "desk": {
+        "sal.embedding": "none",
+        "sal.common_frame": True,
+        "augment.geometry": "independent",
+    },
+}
+
 # Fine-tuning moves each slice by itself, and adapts pre-trained weights with a small rate.
 _FINETUNE = {
     "augment.elastic": 0.02,

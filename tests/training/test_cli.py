@@ -216,6 +216,24 @@ def test_presets_are_valid(name):
         assert config.crop % config.model.stride == 0
 
 
+def test_desk_pretrains_with_what_did_best_and_experiments_with_what_the_arms_say(tmp_path):
+    from salkernels.training.cli import _build, make_parser
+
+    def sal(*more):
+        arguments = ["pretrain", *more]
+        config = _build(PretrainConfig, make_parser(arguments).parse_args(arguments)["pretrain"])
+        return config.sal.embedding, config.sal.common_frame, config.augment.geometry
+
+    assert sal() == sal("--preset=desk") == ("none", True, "independent")
+    assert sal("--preset=acdc") == ("linear", False, "auto")
+    paper = ("--sal.embedding=linear", "--sal.common_frame=false", "--augment.geometry=shared")
+    assert sal(*paper) == ("linear", False, "shared")
+    arguments = ["experiment", "table1", f"--data={tmp_path}", f"--out={tmp_path}"]
+    start = make_parser(arguments).parse_args(arguments).experiment.pretrain
+    assert start.sal.embedding == "linear"
+    assert start.augment.geometry == "auto"
+
+
 @pytest.mark.slow
 def test_demo_as_a_script_without_arguments_that_matter(tmp_path):
     command = [sys.executable, str(ROOT / "training" / "run.py"), "demo"]
