@@ -108,7 +108,8 @@ def differences(results: Results) -> Figure | None:
     ]
     if not arms:
         return None
-    figure, panels = _axes(len(results.labelled), width=4.4, height=1.4 + 0.32 * len(arms))
+    width = max(4.4, 7 / len(results.labelled))
+    figure, panels = _axes(len(results.labelled), width=width, height=1.4 + 0.32 * len(arms))
     for axes, m in zip(panels, results.labelled, strict=True):
         theirs = {score.fold: score.mean for score in results.select(baseline, m)}
         for row, arm in enumerate(arms):
