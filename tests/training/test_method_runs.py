@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from salkernels.training import engine
-from salkernels.training.augment import AugmentConfig
+from salkernels.training.augment import AugmentConfig, Augmented
 from salkernels.training.checkpoint import load_checkpoint
 from salkernels.training.config import OptimConfig, PretrainConfig
 from salkernels.training.data.preprocess import PreprocessConfig
@@ -148,7 +148,9 @@ def test_views_are_shared_where_the_method_wants_windows_to_correspond(config_of
     seen = []
     monkeypatch.setattr(
         "salkernels.training.pretrain.augment",
-        lambda images, *_, group, centres: seen.append((group, centres)) or (images, None),
+        lambda images, *_, group, centres: (
+            seen.append((group, centres)) or Augmented(images, None, torch.zeros(len(images), 2, 3))
+        ),
     )
     for method in TRAINED:
         for geometry in ("auto", "shared", "independent"):
