@@ -6,8 +6,8 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -137,8 +137,9 @@ def fit(
     )
     module.train()
     bar = Progress(config.out.name, state.step, optim.steps)
-    with _loaders_explained(), stop_on_signal() as stop, bar:
-        for batches in steps_of(dataset, state.step, config):
+    steps = closing(steps_of(dataset, state.step, config))
+    with _loaders_explained(), stop_on_signal() as stop, bar, steps as all_batches:
+        for batches in all_batches:
             optimiser.zero_grad(set_to_none=True)
             result = gradients(batches, lambda: [int(stop.signal is kind) for kind in STOPPING])
             _require_finite_loss(result, state.step)
@@ -216,12 +217,18 @@ class RunState:
 
 def steps_of(
     dataset: Dataset[SliceBatch], start: int, config: RunConfig
-) -> Iterator[list[SliceBatch]]:
+) -> Generator[list[SliceBatch], None, None]:
     """This process's batches of each step from `start` on."""
     count = config.optim.accumulate
     loader = iter(batches(dataset, start * count, config.optim.steps * count, config.workers))
-    while batch := next(loader, None):
-        yield [batch, *itertools.islice(loader, count - 1)]
+    try:
+        while batch := next(loader, None):
+            yield [batch, *itertools.islice(loader, count - 1)]
+    finally:
+        # Not left to the garbage collector: a traceback keeps the loader, and at the end of Python
+        # processes that ignore SIGTERM would be waited for without end.
+        if config.workers:
+            loader._shutdown_workers()  # type: ignore[attr-defined]
 
 
 @contextmanager

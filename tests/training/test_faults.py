@@ -97,6 +97,20 @@ def test_what_a_living_loader_raises_is_not_called_a_killed_process(
     with pytest.raises(RuntimeError, match="these slices are broken") as caught:
         pretrain.pretrain(pretrain_config(workers=workers))
     assert "loads slices ended" not in str(caught.value)
+    assert not multiprocessing.active_children()  # though `caught` holds the traceback
+
+
+def test_loaders_end_with_a_loop_that_fails(pretrain_config, monkeypatch):
+    """They ignore SIGTERM: one that is left would be waited for when Python ends."""
+
+    def fail():
+        raise ValueError("in the loop")
+
+    at_step(monkeypatch, 5, fail)
+    with pytest.raises(ValueError, match="in the loop") as caught:
+        pretrain.pretrain(pretrain_config(workers=1, optim=OptimConfig(steps=60)))
+    assert not multiprocessing.active_children()
+    del caught
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limits on file sizes")
