@@ -16,8 +16,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
-// Largest window whose offsets are kept as uint8; beyond it they are int32.
-constexpr int64_t kBytePixels = 256;
+// Largest window whose offsets are kept as uint8, 255 standing for no match; beyond it they are
+// int32, and -1 does.
+constexpr int64_t kBytePixels = 255;
 
 inline bool wide_index(Sizes window) { return window[0] * window[1] > kBytePixels; }
 
@@ -53,8 +54,15 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, Sc
   return Tensor(result);
 }
 
-inline void check_arguments(const Tensor& query, const std::optional<Tensor>& key,
-                            const std::optional<Tensor>& mask, Sizes window) {
+// P: how many pairs the outputs have room for.
+inline int64_t count_pairs(const Tensor& query, const std::optional<Tensor>& key,
+                           const std::optional<Tensor>& pairs) {
+  if (pairs.has_value()) return pairs->numel();
+  const auto sizes = query.sizes();
+  return sizes[0] * sizes[1] * (key.has_value() ? key->sizes()[1] : sizes[1]);
+}
+
+inline void check_features(const Tensor& query, const std::optional<Tensor>& key, Sizes window) {
   STD_TORCH_CHECK(query.dim() == 5, "query must be (G, N, C, H, W), got ", query.dim(), " axes");
   STD_TORCH_CHECK(window.size() == 2, "window must be (rows, columns)");
   const auto sizes = query.sizes();
@@ -65,47 +73,57 @@ inline void check_arguments(const Tensor& query, const std::optional<Tensor>& ke
     STD_TORCH_CHECK(window[i] >= 1 && window[i] <= sizes[3 + i],
                     "window must lie between 1 and the map's extent");
   }
-  if (key.has_value()) {
-    STD_TORCH_CHECK(key->dim() == 5, "key must be (G, M, C, H, W)");
-    const auto other = key->sizes();
-    STD_TORCH_CHECK(other[0] == sizes[0] && other[2] == sizes[2] && other[3] == sizes[3] &&
-                        other[4] == sizes[4],
-                    "query and key must agree in all but the number of samples");
-    STD_TORCH_CHECK(key->scalar_type() == query.scalar_type(), "query and key must share a dtype");
-    STD_TORCH_CHECK(key->device() == query.device(), "query and key must be on one device");
+  if (!key.has_value()) return;
+  STD_TORCH_CHECK(key->dim() == 5, "key must be (G, M, C, H, W)");
+  const auto other = key->sizes();
+  STD_TORCH_CHECK(other[0] == sizes[0] && other[2] == sizes[2] && other[3] == sizes[3] &&
+                      other[4] == sizes[4],
+                  "query and key must agree in all but the number of samples");
+  STD_TORCH_CHECK(key->scalar_type() == query.scalar_type(), "query and key must share a dtype");
+  STD_TORCH_CHECK(key->device() == query.device(), "query and key must be on one device");
+}
+
+inline void check_arguments(const Tensor& query, const std::optional<Tensor>& key,
+                            const std::optional<Tensor>& pairs, const std::optional<Tensor>& valid,
+                            Sizes window) {
+  check_features(query, key, window);
+  if (pairs.has_value()) {
+    STD_TORCH_CHECK(pairs->scalar_type() == ScalarType::Long && pairs->dim() == 1 &&
+                        pairs->is_contiguous(),
+                    "pairs must be (P,) int64 and contiguous");
+    STD_TORCH_CHECK(pairs->device() == query.device(), "pairs must be on the device of query");
   }
-  if (mask.has_value()) {
-    const int64_t keys = key.has_value() ? key->sizes()[1] : sizes[1];
-    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "mask must be bool");
-    STD_TORCH_CHECK(mask->device() == query.device(), "mask must be on the device of query");
-    STD_TORCH_CHECK(mask->dim() == 3 && mask->sizes()[0] == sizes[0] &&
-                        mask->sizes()[1] == sizes[1] && mask->sizes()[2] == keys,
-                    "mask must be (G, N, M)");
+  if (valid.has_value()) {
+    const auto sizes = query.sizes();
+    const int64_t samples = sizes[1] + (key.has_value() ? key->sizes()[1] : 0);
+    STD_TORCH_CHECK(valid->scalar_type() == ScalarType::Bool && valid->is_contiguous(),
+                    "valid must be bool and contiguous");
+    STD_TORCH_CHECK(valid->device() == query.device(), "valid must be on the device of query");
+    STD_TORCH_CHECK(valid->dim() == 4 && valid->sizes()[0] == sizes[0] &&
+                        valid->sizes()[1] == samples && valid->sizes()[2] == sizes[3] &&
+                        valid->sizes()[3] == sizes[4],
+                    "valid must be (G, samples, H, W): queries, then keys that are not the queries");
   }
 }
 
-// What the forward kept, and the gradient of the losses.
-inline void check_saved(const Tensor& query, const std::optional<Tensor>& key, Sizes window,
-                        const Tensor& argmax, const Tensor& max_sim, const Tensor& grad_loss) {
+// What the forward kept, and the gradient of the maxima.
+inline void check_saved(const Tensor& query, const std::optional<Tensor>& key,
+                        const std::optional<Tensor>& pairs, Sizes window, const Tensor& max_sim,
+                        const Tensor& argmax, const Tensor& grad_sim) {
   const auto sizes = query.sizes();
-  for (const Tensor* x : {&argmax, &max_sim}) {
-    STD_TORCH_CHECK(x->is_contiguous(), "argmax and max_sim must be contiguous");
-    STD_TORCH_CHECK(x->dim() == 3 && x->sizes()[0] == argmax.sizes()[0] &&
-                        x->sizes()[1] == sizes[3] && x->sizes()[2] == sizes[4],
-                    "argmax and max_sim must be (pairs, H, W)");
-  }
-  STD_TORCH_CHECK(argmax.scalar_type() == index_type(window),
-                  "argmax must be uint8 for windows of at most 256 pixels, else int32");
-  const ScalarType wide = accumulate_type(query);
-  STD_TORCH_CHECK(max_sim.scalar_type() == wide && grad_loss.scalar_type() == wide,
-                  "max_sim and grad_loss must be float32, or float64 for float64 features");
-  const int64_t keys = key.has_value() ? key->sizes()[1] : sizes[1];
-  STD_TORCH_CHECK(grad_loss.dim() == 3 && grad_loss.sizes()[0] == sizes[0] &&
-                      grad_loss.sizes()[1] == sizes[1] && grad_loss.sizes()[2] == keys,
-                  "grad_loss must be (G, N, M)");
-  for (const Tensor* x : {&argmax, &max_sim, &grad_loss}) {
+  const int64_t count = count_pairs(query, key, pairs);
+  for (const Tensor* x : {&max_sim, &argmax, &grad_sim}) {
+    STD_TORCH_CHECK(x->is_contiguous(), "max_sim, argmax and grad_sim must be contiguous");
+    STD_TORCH_CHECK(x->dim() == 3 && x->sizes()[0] == count && x->sizes()[1] == sizes[3] &&
+                        x->sizes()[2] == sizes[4],
+                    "max_sim, argmax and grad_sim must be (pairs, H, W)");
     STD_TORCH_CHECK(x->device() == query.device(), "all tensors must be on one device");
   }
+  STD_TORCH_CHECK(argmax.scalar_type() == index_type(window),
+                  "argmax must be uint8 for windows of at most 255 pixels, else int32");
+  const ScalarType wide = accumulate_type(query);
+  STD_TORCH_CHECK(max_sim.scalar_type() == wide && grad_sim.scalar_type() == wide,
+                  "max_sim and grad_sim must be float32, or float64 for float64 features");
 }
 
 }  // namespace salkernels

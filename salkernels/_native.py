@@ -6,6 +6,7 @@ all they need, whichever Python and whichever later torch is running.
 
 from __future__ import annotations
 
+import ctypes
 import json
 from functools import cache
 from pathlib import Path
@@ -13,13 +14,15 @@ from typing import Any
 
 import torch
 
+from . import schema  # noqa: F401  (the operators must be there before their implementations)
+
 HERE = Path(__file__).parent
 BUILD_INFO = "_build_info.json"  # written by the build: what was built, and why the rest was not
 
 
 def load(name: str) -> str | None:
     """Loads `_C_<name>`; None if that worked, else the reason."""
-    path = next(iter(sorted(HERE.glob(f"_C_{name}.*"))), None)
+    path = _path(name)
     if path is None:
         reason = build_info().get(name, {}).get("reason")
         return reason or "its compiled library is missing: this copy of salkernels was not built"
@@ -29,6 +32,18 @@ def load(name: str) -> str | None:
         # load_library wraps the loader's own words, which name the missing symbol or file.
         return f"{path.name} cannot be loaded: {error.__cause__ or error}"
     return None
+
+
+def number(name: str, function: str) -> int:
+    """What `salkernels_<function>()` of a loaded library says.
+
+    Not an operator: modes that look at every operator (fake tensors) would answer in its place.
+    """
+    return int(getattr(ctypes.CDLL(str(_path(name))), f"salkernels_{function}")())
+
+
+def _path(name: str) -> Path | None:
+    return next(iter(sorted(HERE.glob(f"_C_{name}.*"))), None)
 
 
 @cache

@@ -2,14 +2,21 @@ r"""The definition of the operator, in plain torch, and the fallback on every de
 
     x̂ = x / max(‖x‖₂, eps)                       along channels
     sim[q,k,p,l] = x̂[q,p] · ŷ[k,l]               p, l pixels of one window
-    m[q,k,p] = max over l of sim[q,k,p,l]        ties: the lowest l
-    loss[q,k] = mean over p of |1 − m[q,k,p]|    paper, Eq. (1), window by window (Sec. 2.2)
+    max_sim[q,k,p] = max over l of sim[q,k,p,l]  over the valid l; ties: the lowest
+    loss[q,k] = Σ_p |1 − max_sim[q,k,p]| / (H·W) paper, Eq. (1), window by window (Sec. 2.2)
+
+A query pixel that is not valid, or has no valid key pixel in its window, takes no part: its
+max_sim is 1, so that no penalty of 1 − max_sim counts it, and its argmax is `no_match`.
+
+A vector whose squared norm is no finite number (NaN, Inf, or beyond the range of the accumulation
+type) is NaN as a unit vector, and NaN reaches every match that it is part of.
 
 It works window by window, never pair by pair: the features of one window of all samples form a
 small matrix whose Gram product holds every pair at once, so no feature map is gathered once per
 pair. Work is cut so that a Gram block has at most `GRAM_BUDGET` elements, whatever the window.
 
-Letters: G groups, N query and M key samples, P pairs, T windows of a tile, L pixels of a window.
+Letters: G groups, N query and M key samples, V = N (set form) or N + M samples of a group, P pairs,
+T windows of a tile, L pixels of a window.
 """
 
 from __future__ import annotations
@@ -21,6 +28,16 @@ import torch
 from torch import Tensor
 
 GRAM_BUDGET = 1 << 21  # elements of one Gram block: 8 MB in fp32 stays near the cache
+BYTE_PIXELS = 255  # of the largest window whose offsets are bytes; 255 itself is `no_match`
+
+
+class Outputs(NamedTuple):
+    """What the forward gives: the loss of each pair, and its matches, kept for the backward."""
+
+    loss: Tensor  # (P,)
+    max_sim: Tensor  # (P, H, W)
+    argmax: Tensor  # (P, H, W)
+    norm: Tensor  # whatever a backend keeps of the norms; empty if it keeps none
 
 
 class Tile(NamedTuple):
@@ -43,81 +60,90 @@ class Chunk(NamedTuple):
     keys: Tensor  # (K,) int64
 
 
-def pair_losses_forward(
+def match(
     query: Tensor,  # (G, N, C, H, W)
     key: Tensor | None,  # (G, M, C, H, W); None: the queries themselves (set form)
-    mask: Tensor | None,  # (G, N, M) bool; None: every pair
+    pairs: Tensor | None,  # (P,) int64; None: every pair
+    valid: Tensor | None,  # (G, V, H, W) bool, queries then keys; None: every pixel
     window: tuple[int, int],
     eps: float,
-    capacity: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss (G, N, M), zero where masked out; argmax and max_sim (capacity, H, W), one row per pair.
+) -> Outputs:
+    """Loss (P,), max_sim and argmax (P, H, W) of each pair.
 
-    Pairs are numbered in the row-major order of the mask. `argmax` is the offset of the match in
-    its window, row · (columns of the nominal window) + column.
+    `pairs` holds, in ascending order, where each pair stands in (G, N, M), row-major; −1 marks room
+    that is left over, whose matches take no part. `argmax` is the offset of the match in its
+    window, row · (columns of the nominal window) + column.
     """
-    groups, samples, _, height, width = query.shape
+    samples, height, width = query.shape[1], *query.shape[3:]
     check_not_empty(query)
-    slots, num_pairs = pair_slots(query, key, mask)
-    if num_pairs > capacity:
-        raise ValueError(f"the mask holds {num_pairs} pairs, but capacity is {capacity}")
-    dtype = accumulate_dtype(query.dtype)
-    max_sim = query.new_zeros((capacity, height, width), dtype=dtype)
-    argmax = query.new_zeros((capacity, height, width), dtype=index_dtype(window))
-    pair_loss = query.new_zeros(num_pairs, dtype=dtype)
+    slots, num_pairs = pair_slots(query, key, pairs)
+    found = outputs(query, key, pairs, window)
+    found.max_sim.fill_(1)
+    found.argmax.fill_(no_match(found.argmax.dtype))
 
     for tile in tiles(query, key, window):
         unit_query, _ = unit_windows(query, tile, eps)  # (G, T, N, L, C)
         unit_key = unit_query if key is None else unit_windows(key, tile, eps)[0]
-        count = unit_query.shape[1]
-        tile_max = max_sim.new_zeros((num_pairs, count, tile.pixels))
-        tile_arg = argmax.new_zeros((num_pairs, count, tile.pixels), dtype=torch.int64)
-        for chunk in chunks(slots, samples, count, tile.pixels):
+        query_valid, key_valid = _valid_windows(valid, tile, samples, key)
+        shape = (num_pairs, unit_query.shape[1], tile.pixels)
+        tile_max = found.max_sim.new_ones(shape)
+        tile_arg = found.argmax.new_full(shape, -1, dtype=torch.int64)
+        for chunk in chunks(slots, samples, shape[1], tile.pixels):
             rows = unit_query[:, :, chunk.queries, chunk.pixels]
             sim = _gram(rows, unit_key[:, :, chunk.keys])  # (G, T, n, p, K, L)
+            if key_valid is not None:
+                sim = sim.masked_fill(~key_valid[:, :, None, None, chunk.keys], -torch.inf)
             best, where = sim.max(dim=-1)  # torch takes the first of equals, and NaN as the largest
+            if query_valid is not None:
+                present = query_valid[:, :, chunk.queries, chunk.pixels, None] & (best != -torch.inf)
+                best, where = torch.where(present, best, 1), torch.where(present, where, -1)
             chosen = slots[:, chunk.queries][:, :, chunk.keys]  # (G, n, K)
-            pairs = chosen[chosen >= 0]
-            tile_max[pairs, :, chunk.pixels] = best.permute(0, 2, 4, 1, 3)[chosen >= 0]
-            tile_arg[pairs, :, chunk.pixels] = where.permute(0, 2, 4, 1, 3)[chosen >= 0]
-        pair_loss += (1 - tile_max).abs().sum(dim=(1, 2))
+            numbers = chosen[chosen >= 0]
+            tile_max[numbers, :, chunk.pixels] = best.permute(0, 2, 4, 1, 3)[chosen >= 0]
+            tile_arg[numbers, :, chunk.pixels] = where.permute(0, 2, 4, 1, 3)[chosen >= 0]
         columns = tile.window[1]
         offset = tile_arg.div(columns, rounding_mode="floor") * window[1] + tile_arg % columns
-        max_sim[:num_pairs, tile.rows, tile.columns] = _to_plane(tile_max, tile)
-        argmax[:num_pairs, tile.rows, tile.columns] = _to_plane(offset, tile).to(argmax.dtype)
+        offset = torch.where(tile_arg < 0, no_match(found.argmax.dtype), offset)
+        found.max_sim[:num_pairs, tile.rows, tile.columns] = _to_plane(tile_max, tile)
+        found.argmax[:num_pairs, tile.rows, tile.columns] = _to_plane(offset, tile).to(
+            found.argmax.dtype
+        )
 
-    loss = pair_loss.new_zeros(slots.shape)
-    loss[slots >= 0] = pair_loss / (height * width)
-    return loss, argmax, max_sim
+    # Summed by torch, pairwise: a plain fp32 sum over a large map would lose digits.
+    torch.sum((1 - found.max_sim).abs_(), dim=(1, 2), out=found.loss).div_(height * width)
+    return found
 
 
-def pair_losses_backward(
-    grad_loss: Tensor,  # (G, N, M)
+def match_backward(
+    grad_sim: Tensor,  # (P, H, W), any strides
     query: Tensor,
     key: Tensor | None,
-    mask: Tensor | None,
-    argmax: Tensor,  # (P, H, W)
+    pairs: Tensor | None,
+    valid: Tensor | None,
     max_sim: Tensor,  # (P, H, W)
+    argmax: Tensor,  # (P, H, W)
+    norm: Tensor,
     window: tuple[int, int],
     eps: float,
 ) -> tuple[Tensor, Tensor | None]:
     r"""Gradients of query and key (None in the set form, where one gradient holds both roles).
 
-    With g[q,k,p] = −sign(1 − m)·grad[q,k]/(H·W), V of a row is the sum of g times the partner's
-    unit vector over both its roles: as a query (its match) and as a key (the queries that chose
-    it). Then ∂x = (V − (x̂·V) x̂) / ‖x‖, and 0 where ‖x‖ ≤ eps.
+    With g = ∂L/∂max_sim, V of a row is the sum of g times the partner's unit vector over both its
+    roles: as a query (its match) and as a key (the queries that chose it). Then
+    ∂x = (V − (x̂·V) x̂) / ‖x‖, and 0 where ‖x‖ ≤ eps. A pixel without a match is no term of any sum,
+    whatever its g; where max_sim is NaN, so is the term.
     """
-    _, samples, _, height, width = query.shape
+    samples = query.shape[1]
     check_not_empty(query)
-    slots, num_pairs = pair_slots(query, key, mask)
-    scale = grad_loss[slots >= 0].to(max_sim.dtype)[:, None, None] / (height * width)
-    distance = 1 - max_sim[:num_pairs]
-    sign = torch.sign(distance) + 0 * distance  # torch.sign alone gives 0 for NaN
-    pixel_grad = -sign * scale  # ∂L/∂m, (P, H, W)
+    slots, num_pairs = pair_slots(query, key, pairs)
     grad_query = torch.zeros_like(query)
     grad_key = None if key is None else torch.zeros_like(key)
     if num_pairs == 0:
         return grad_query, grad_key
+    absent = argmax[:num_pairs] == no_match(argmax.dtype)
+    pixel_grad = torch.where(max_sim.isnan(), max_sim, grad_sim.to(max_sim.dtype))[:num_pairs]
+    pixel_grad = torch.where(absent, 0, pixel_grad)
+    argmax = torch.where(absent, 0, argmax[:num_pairs])
 
     for tile in tiles(query, key, window):
         unit_query, inv_norm_query = unit_windows(query, tile, eps)
@@ -132,10 +158,10 @@ def pair_losses_backward(
         sum_query = torch.zeros_like(unit_query)  # V, (G, T, N, L, C)
         sum_key = sum_query if key is None else torch.zeros_like(unit_key)
         weight = _to_windows(pixel_grad[:, tile.rows, tile.columns], tile)  # (P, T, L)
-        offset = _to_windows(argmax[:num_pairs, tile.rows, tile.columns].long(), tile)
-        match = offset.div(window[1], rounding_mode="floor") * tile.window[1] + offset % window[1]
+        offset = _to_windows(argmax[:, tile.rows, tile.columns].long(), tile)
+        index = offset.div(window[1], rounding_mode="floor") * tile.window[1] + offset % window[1]
         for chunk in chunks(slots, samples, unit_query.shape[1], tile.pixels):
-            selection = _selection(weight, match, slots, chunk, tile.pixels)
+            selection = _selection(weight, index, slots, chunk, tile.pixels)
             rows = finite_query[:, :, chunk.queries, chunk.pixels]
             sum_query[:, :, chunk.queries, chunk.pixels] += torch.einsum(
                 "gtnpkl,gtklc->gtnpc", selection, finite_key[:, :, chunk.keys]
@@ -145,6 +171,27 @@ def pair_losses_backward(
         if grad_key is not None:
             _write_windows(grad_key, _through_norm(sum_key, unit_key, inv_norm_key), tile)
     return grad_query, grad_key
+
+
+def outputs(
+    query: Tensor, key: Tensor | None, pairs: Tensor | None, window: tuple[int, int]
+) -> Outputs:
+    """The outputs of the forward, uninitialised: plain contiguous tensors, no norms."""
+    dtype = accumulate_dtype(query.dtype)
+    plane = (count_pairs(query, key, pairs), *query.shape[3:])
+    return Outputs(
+        query.new_empty(plane[0], dtype=dtype),
+        query.new_empty(plane, dtype=dtype),
+        query.new_empty(plane, dtype=index_dtype(window)),
+        query.new_empty(0, dtype=dtype),
+    )
+
+
+def count_pairs(query: Tensor, key: Tensor | None, pairs: Tensor | None) -> int:
+    """P, room that is left over included."""
+    if pairs is not None:
+        return pairs.shape[0]
+    return query.shape[0] * query.shape[1] * (query if key is None else key).shape[1]
 
 
 def check_not_empty(query: Tensor) -> None:
@@ -161,19 +208,26 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def index_dtype(window: tuple[int, int]) -> torch.dtype:
-    """Smallest dtype that holds an offset in the window."""
-    return torch.uint8 if window[0] * window[1] <= 256 else torch.int32
+    """Smallest dtype that holds an offset in the window, and `no_match`."""
+    return torch.uint8 if window[0] * window[1] <= BYTE_PIXELS else torch.int32
 
 
-def pair_slots(query: Tensor, key: Tensor | None, mask: Tensor | None) -> tuple[Tensor, int]:
-    """(G, N, M) int64: the number of each pair in row-major order, −1 where masked out."""
+def no_match(dtype: torch.dtype) -> int:
+    """The argmax of a pixel that takes no part: −1, which is 255 as a byte."""
+    return 255 if dtype == torch.uint8 else -1
+
+
+def pair_slots(query: Tensor, key: Tensor | None, pairs: Tensor | None) -> tuple[Tensor, int]:
+    """(G, N, M) int64: the number of each pair, −1 where there is none; and how many there are."""
     shape = (query.shape[0], query.shape[1], (query if key is None else key).shape[1])
-    if mask is None:
-        count = shape[0] * shape[1] * shape[2]
-        return torch.arange(count, device=query.device).view(shape), count
-    flat = mask.reshape(-1)
-    slots = torch.where(flat, flat.cumsum(0) - 1, -1)
-    return slots.view(shape), int(flat.sum())
+    count = shape[0] * shape[1] * shape[2]
+    numbers = torch.arange(count if pairs is None else pairs.shape[0], device=query.device)
+    if pairs is None:
+        return numbers.view(shape), count
+    present = pairs >= 0
+    slots = numbers.new_full((count,), -1)
+    slots[pairs[present]] = numbers[present]
+    return slots.view(shape), int(present.sum())
 
 
 def tiles(query: Tensor, key: Tensor | None, window: tuple[int, int]) -> Iterator[Tile]:
@@ -222,7 +276,9 @@ def unit_windows(x: Tensor, tile: Tile, eps: float) -> tuple[Tensor, Tensor]:
     part = x[..., tile.rows, tile.columns].to(accumulate_dtype(x.dtype))
     windows = _to_windows(part, tile)  # (G, S, C, T, L)
     windows = windows.permute(0, 3, 1, 4, 2).contiguous()
-    norm = torch.linalg.vector_norm(windows, dim=-1, keepdim=True)
+    norm = windows.square().sum(dim=-1, keepdim=True).sqrt()
+    # Beyond the range of the squares x / ‖x‖ would be 0, without a word.
+    norm = torch.where(norm.isinf(), torch.nan, norm)
     unit = windows / norm.clamp_min(eps)
     # "not above" is written as "at most": a NaN norm must give NaN, not 0.
     return unit, torch.where(norm <= eps, 0, 1 / norm)
@@ -251,6 +307,16 @@ def _to_plane(windows: Tensor, tile: Tile) -> Tensor:
     across = (tile.columns.stop - tile.columns.start) // columns
     split = windows.unflatten(-1, (rows, columns)).unflatten(-3, (-1, across))
     return split.transpose(-3, -2).flatten(-2).flatten(-3, -2)
+
+
+def _valid_windows(
+    valid: Tensor | None, tile: Tile, samples: int, key: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Valid pixels (G, T, S, L) of a tile, of the queries and of the keys."""
+    if valid is None:
+        return None, None
+    windows = _to_windows(valid[..., tile.rows, tile.columns], tile).transpose(1, 2)
+    return windows[:, :, :samples], windows if key is None else windows[:, :, samples:]
 
 
 def _write_windows(out: Tensor, windows: Tensor, tile: Tile) -> None:

@@ -2,19 +2,17 @@
 
 A backend is a module of this package with
 
-    can_run(query, key, window) -> str | None       None: it can; otherwise the reason why not
+    why_not(query, key, window) -> str | None       why it cannot run this input; None: it can
     status() -> str | None                          the same question without an input
-    pair_losses_forward(...), pair_losses_backward(...)    as in `salkernels.reference`
+    match(...), match_backward(...)                 as in `salkernels.reference`
 
 and, if it takes tensors of some types of device only,
 
     DEVICES                                         their names: None does not even ask on others
 
-and, if it keeps more for the backward than the matches, or in another memory layout,
+and, if its outputs lie otherwise than plain contiguous tensors, or with norms,
 
-    outputs(query, key, window, capacity)           loss, argmax, max_sim and norm, uninitialised
-
-in which case its forward returns those four, and its backward takes norm as its last argument.
+    outputs(query, key, pairs, window)              them, uninitialised, as `reference.outputs`
 
 An explicit name runs that backend or raises with its reason; `None` takes the first that can.
 """
@@ -28,6 +26,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..reference import Outputs
 from . import cpu, cuda, reference, triton
 
 
@@ -36,13 +35,13 @@ class Backend(Protocol):
 
     def status(self) -> str | None: ...
 
-    def can_run(self, query: Tensor, key: Tensor | None, window: tuple[int, int]) -> str | None: ...
+    def why_not(self, query: Tensor, key: Tensor | None, window: tuple[int, int]) -> str | None: ...
 
     @property
-    def pair_losses_forward(self) -> Callable[..., tuple[Tensor, ...]]: ...
+    def match(self) -> Callable[..., Outputs]: ...
 
     @property
-    def pair_losses_backward(self) -> Callable[..., tuple[Tensor, Tensor | None]]: ...
+    def match_backward(self) -> Callable[..., tuple[Tensor, Tensor | None]]: ...
 
 
 # The order of preference, but see `in_order`. A backend that this version does not contain keeps
@@ -91,7 +90,7 @@ def statuses_for(
 ) -> tuple[BackendStatus, ...]:
     """Every backend in order of preference, and why it cannot run this input."""
     return tuple(
-        BackendStatus(name, backend.can_run(query, key, window))
+        BackendStatus(name, backend.why_not(query, key, window))
         for name, backend in in_order(query, key, window)
     )
 
@@ -130,7 +129,7 @@ def _beyond_a_tile(query: Tensor, key: Tensor | None, window: tuple[int, int]) -
 def select(name: str | None, query: Tensor, key: Tensor | None, window: tuple[int, int]) -> str:
     """The name of the backend that runs this input."""
     if name is not None:
-        reason = get(name).can_run(query, key, window)
+        reason = get(name).why_not(query, key, window)
         if reason is not None:
             raise RuntimeError(
                 f"backend {name!r} cannot run this input: {reason}; "
@@ -142,11 +141,6 @@ def select(name: str | None, query: Tensor, key: Tensor | None, window: tuple[in
         devices = getattr(backend, "DEVICES", None)
         if devices is not None and device not in devices:
             continue  # without asking torch or a driver what is there: most calls end here
-        if backend.can_run(query, key, window) is None:
+        if backend.why_not(query, key, window) is None:
             return candidate
     raise RuntimeError("no backend can run this input")
-
-
-def outputs_of(backend: Backend) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None:
-    """The function that lays out the outputs of a backend, or None for plain contiguous maps."""
-    return getattr(backend, "outputs", None)

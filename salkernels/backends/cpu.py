@@ -9,33 +9,22 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from ..reference import Outputs
 
 DEVICES = ("cpu",)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-# The schemas live here, the kernels in csrc/register_cpu.cpp: the operators exist without them.
-LIBRARY = torch.library.Library("salkernels_cpu", "DEF")
-LIBRARY.define(
-    "pair_losses(Tensor query, Tensor? key, Tensor? mask, int[] window, float eps, int capacity) "
-    "-> (Tensor loss, Tensor argmax, Tensor max_sim)"
-)
-LIBRARY.define(
-    "pair_losses_backward(Tensor grad_loss, Tensor query, Tensor? key, Tensor? mask, "
-    "Tensor argmax, Tensor max_sim, int[] window, float eps) "
-    "-> (Tensor grad_query, Tensor? grad_key)"
-)
-LIBRARY.define("instruction_set() -> int")
 # Now, not at the first call: that may be one which torch.compile traces. It takes milliseconds.
 _MISSING = _native.load("cpu")
-_forward = torch.ops.salkernels_cpu.pair_losses.default
-_backward = torch.ops.salkernels_cpu.pair_losses_backward.default
+_match = torch.ops.salkernels.native_match.default
+_match_backward = torch.ops.salkernels.native_match_backward.default
 
 
 def status() -> str | None:
     return _MISSING
 
 
-def can_run(query: Tensor, key: Tensor | None, window: tuple[int, int]) -> str | None:
+def why_not(query: Tensor, key: Tensor | None, window: tuple[int, int]) -> str | None:
     if not query.is_cpu:
         return f"it runs on CPUs, and the features are on {query.device}"
     if query.dtype not in DTYPES:
@@ -52,40 +41,39 @@ def _require_library() -> None:
 def instruction_set() -> str:
     """What the kernels were chosen for: "baseline", "avx2" or "avx512"."""
     _require_library()
-    return ("baseline", "avx2", "avx512")[torch.ops.salkernels_cpu.instruction_set()]
+    return ("baseline", "avx2", "avx512")[_native.number("cpu", "instruction_set")]
 
 
-def pair_losses_forward(
+def match(
     query: Tensor,  # (G, N, C, H, W)
     key: Tensor | None,  # (G, M, C, H, W)
-    mask: Tensor | None,  # (G, N, M) bool
+    pairs: Tensor | None,  # (P,) int64
+    valid: Tensor | None,  # (G, V, H, W) bool
     window: tuple[int, int],
     eps: float,
-    capacity: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `salkernels.reference.pair_losses_forward`."""
+) -> Outputs:
+    """As `salkernels.reference.match`."""
     _require_library()
-    try:
-        return _forward(query, key, mask, window, eps, capacity)
-    except RuntimeError as error:
-        # The stable ABI knows one class of exception; this case is part of the contract.
-        if mask is None or "but capacity is" not in str(error):
-            raise
-        num_pairs = int(mask.count_nonzero())
-        raise ValueError(f"the mask holds {num_pairs} pairs, but capacity is {capacity}") from None
+    found: Outputs = _match(query, key, pairs, valid, window, eps, False)
+    return found
 
 
-def pair_losses_backward(
-    grad_loss: Tensor,  # (G, N, M)
+def match_backward(
+    grad_sim: Tensor,  # (P, H, W)
     query: Tensor,
     key: Tensor | None,
-    mask: Tensor | None,
-    argmax: Tensor,  # (P, H, W)
+    pairs: Tensor | None,
+    valid: Tensor | None,
     max_sim: Tensor,  # (P, H, W)
+    argmax: Tensor,  # (P, H, W)
+    norm: Tensor,
     window: tuple[int, int],
     eps: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """As `salkernels.reference.pair_losses_backward`."""
+    """As `salkernels.reference.match_backward`."""
     _require_library()
-    grad_loss = grad_loss.to(max_sim.dtype)
-    return _backward(grad_loss, query, key, mask, argmax, max_sim, window, eps)
+    grad_sim = grad_sim.to(max_sim.dtype).contiguous()
+    grads: tuple[Tensor, Tensor | None] = _match_backward(
+        *(grad_sim, query, key, pairs, valid, max_sim, argmax, norm, window, eps, False)
+    )
+    return grads

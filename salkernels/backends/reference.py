@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..reference import pair_losses_backward, pair_losses_forward
+from ..reference import match, match_backward
 
-__all__ = ["can_run", "pair_losses_backward", "pair_losses_forward", "status"]
+__all__ = ["match", "match_backward", "status", "why_not"]
 
 
 def status() -> str | None:
     return None
 
 
-def can_run(query: Tensor, key: Tensor | None, window: tuple[int, int]) -> str | None:
+def why_not(query: Tensor, key: Tensor | None, window: tuple[int, int]) -> str | None:
     return None

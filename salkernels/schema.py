@@ -1,0 +1,47 @@
+"""The operators that torch knows, each signature written once.
+
+`match` and `match_backward` are what everything else is made of: they dispatch by the name of a
+backend, and `salkernels.library` gives them their rules. `native_match` and `native_match_backward`
+are the same in C++, chosen by the device of the features: csrc/register_cpu.cpp implements them for
+CPUs, csrc/register_cuda.cpp for GPUs.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# pairs: numbers of the pairs in (G, N, M), row-major; see `salkernels.reference`.
+_MATCH = (
+    "(Tensor query, Tensor? key, Tensor? pairs, Tensor? valid, {ints} window, float eps, {how})"
+    " -> (Tensor loss, Tensor max_sim, Tensor argmax, Tensor norm)"
+)
+_MATCH_BACKWARD = (
+    "(Tensor grad_sim, Tensor query, Tensor? key, Tensor? pairs, Tensor? valid, Tensor max_sim,"
+    " Tensor argmax, Tensor norm, {ints} window, float eps, {how})"
+    " -> (Tensor grad_query, Tensor? grad_key)"
+)
+_FORMS = {
+    "": {"ints": "SymInt[2]", "how": "str backend"},
+    "native_": {"ints": "int[2]", "how": "bool allow_tf32"},
+}
+NATIVE = {
+    "native_match": _MATCH.format(**_FORMS["native_"]),
+    "native_match_backward": _MATCH_BACKWARD.format(**_FORMS["native_"]),
+}
+
+
+def define(library: torch.library.Library, schemas: dict[str, str]) -> None:
+    """Adds operators to a library, as ones that `torch.compile` may keep whole."""
+    for name, schema in schemas.items():
+        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+LIBRARY = torch.library.Library("salkernels", "DEF")
+define(
+    LIBRARY,
+    {
+        "match": _MATCH.format(**_FORMS[""]),
+        "match_backward": _MATCH_BACKWARD.format(**_FORMS[""]),
+        **NATIVE,
+    },
+)
