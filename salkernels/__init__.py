@@ -4,12 +4,15 @@ import sys as _sys
 
 from ._version import __version__
 from .functional import (
+    Matches,
     SALTerms,
     align,
+    align_set,
     backends,
     explain,
     gp_loss,
     la_loss,
+    match_pixels,
     sal_loss,
     wla_loss,
     wla_set_loss,
@@ -19,15 +22,18 @@ from .pairs import positional_positives, slice_pairs
 
 __all__ = [
     "GPLoss",
+    "Matches",
     "SALLoss",
     "SALTerms",
     "WLALoss",
     "__version__",
     "align",
+    "align_set",
     "backends",
     "explain",
     "gp_loss",
     "la_loss",
+    "match_pixels",
     "positional_positives",
     "sal_loss",
     "slice_pairs",

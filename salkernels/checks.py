@@ -15,8 +15,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+# Asked once, since dynamo of torch 2.10 and 2.11 cannot trace the question.
+AUTOCAST_DEVICES = frozenset(
+    device
+    for device in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla")
+    if torch.amp.is_autocast_available(device)
+)
 FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WindowSize = int | Sequence[int]
+# Which pixels of two maps take part: of both alike, or of each; None is every pixel.
+Valid = Tensor | tuple[Tensor | None, Tensor | None] | None
 
 
 def values_visible(tensor: Tensor) -> bool:
@@ -24,7 +32,16 @@ def values_visible(tensor: Tensor) -> bool:
 
     A subclass may have none: fake tensors, for one, stand for shapes alone.
     """
-    return type(tensor) is Tensor and tensor.is_cpu and not torch.compiler.is_compiling()
+    return (
+        (type(tensor) is Tensor or _has_values(type(tensor)))
+        and tensor.is_cpu
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _has_values(kind: type[Tensor]) -> bool:
+    """Whether a subclass leaves operators as they are: parameters do, and MONAI's MetaTensor."""
+    return kind.__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def check_tensor(name: str, x: object) -> Tensor:
@@ -60,15 +77,15 @@ def check_same_kind(name_x: str, x: Tensor, name_y: str, y: Tensor) -> None:
             f"{name_x} and {name_y} must be on one device, got {x.device} and {y.device}; "
             f"move one with .to(device)"
         )
-    if x.dtype != y.dtype and not _autocast_on(x.device.type):
+    if x.dtype != y.dtype and not autocast_on(x.device.type):
         raise TypeError(
             f"{name_x} and {name_y} must have one dtype, got {x.dtype} and {y.dtype}; "
             f"convert one with .to(dtype)"
         )
 
 
-def _autocast_on(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+def autocast_on(device: str) -> bool:
+    return device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
 
 
 def check_same_shape(name_x: str, x: Tensor, name_y: str, y: Tensor) -> None:
@@ -107,6 +124,43 @@ def check_window_size(window_size: WindowSize) -> tuple[int, int]:
     if rows < 1 or columns < 1:
         raise ValueError(f"window_size must be at least 1 pixel, got {window_size!r}")
     return cast("tuple[int, int]", (rows, columns))
+
+
+def check_valid(name: str, valid: object, maps: Tensor) -> Tensor | None:
+    """(samples, H, W) bool for maps (samples, C, H, W), contiguous on their device; or None."""
+    if valid is None:
+        return None
+    valid = check_tensor(name, valid)
+    expected = (maps.shape[0], *maps.shape[2:])
+    if valid.shape != expected:
+        raise ValueError(
+            f"{name} must have shape (samples, height, width) = {tuple(expected)} for maps of "
+            f"shape {tuple(maps.shape)}, got {tuple(valid.shape)}; resample it to the maps' size"
+        )
+    if valid.dtype != torch.bool:
+        raise TypeError(f"{name} must be bool, got {valid.dtype}; use {name}.bool() or {name} > 0")
+    if valid.device != maps.device:
+        raise ValueError(
+            f"{name} must be on the device of the maps, got {valid.device} and {maps.device}; "
+            f"move it with .to(device)"
+        )
+    return valid.contiguous()
+
+
+def check_valid_pair(valid: object, x: Tensor) -> Tensor | None:
+    """(B, 2, H, W) bool for both maps of B pairs, from one mask for both, or one for each."""
+    if not isinstance(valid, (tuple, list)):
+        both = check_valid("valid", valid, x)
+        return None if both is None else both.unsqueeze(1).repeat(1, 2, 1, 1)
+    if len(valid) != 2:
+        raise TypeError(
+            f"valid must be one tensor for both maps, or two, one for each, got {len(valid)}"
+        )
+    if valid[0] is None and valid[1] is None:
+        return None
+    everything = x.new_ones((x.shape[0], *x.shape[2:]), dtype=torch.bool)
+    each = (check_valid(f"valid[{i}]", mask, x) for i, mask in enumerate(valid))
+    return torch.stack([everything if mask is None else mask for mask in each], dim=1)
 
 
 def check_reduction(reduction: str) -> None:

@@ -1,6 +1,7 @@
 """The public functions: validate, select a backend, call the operator, reduce.
 
-Letters: B pairs, S samples, C channels, H and W the feature map, D embedding dimensions.
+Letters: B pairs, S samples, P pairs of a set, C channels, H and W the feature map, D embedding
+dimensions.
 """
 
 from __future__ import annotations
@@ -9,10 +10,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import backends as _backends
+from ._pair_list import PairList, to_device
+from ._torch_private import transforms_active
 from .backends import BackendStatus
 from .checks import (
+    Valid,
     WindowSize,
     check_embeddings,
     check_features,
@@ -22,11 +27,13 @@ from .checks import (
     check_reduction,
     check_same_kind,
     check_same_shape,
+    check_valid,
+    check_valid_pair,
     check_window,
-    values_visible,
 )
-from .library import pair_losses, without_autocast
+from .library import match, without_autocast
 from .pairs import positional_positives, slice_pairs
+from .reference import Outputs, no_match
 
 EPS = 1e-12
 
@@ -36,6 +43,7 @@ def wla_loss(
     y: Tensor,
     window_size: WindowSize,
     *,
+    valid: Valid = None,
     reduction: str = "mean",
     eps: float = EPS,
     backend: str | None = None,
@@ -53,6 +61,10 @@ def wla_loss(
         x: (B, C, H, W) feature maps, not yet normalised; any strides; fp16, bf16, fp32 or fp64.
         y: (B, C, H, W) maps of the partner slices.
         window_size: ω, in pixels of the feature map: an integer or (rows, columns).
+        valid: (B, H, W) bool for both maps, or a pair of those, one for each, None being every
+            pixel. A pixel that is not valid is no query and no key, and gets no gradient, whatever
+            it holds. The mean of a pair is then over the valid pixels of `x` that have a valid one
+            of `y` in their window; a pair without any counts 0 and has no weight.
         reduction: "mean" over the pairs, or "none".
         eps: lower bound of a vector's norm; a vector at or below it gets no gradient.
         backend: name from `salkernels.backends()`, or None to take the first that can run.
@@ -62,15 +74,22 @@ def wla_loss(
 
     Raises:
         ValueError: shapes or devices differ, the window is smaller than 1 or larger than the map.
-        TypeError: a dtype is not floating point, or the dtypes differ.
+        TypeError: a dtype is not floating point, the dtypes differ, or `valid` is not bool.
         RuntimeError: the named backend cannot run this input.
     """
     x, y = _check_pairwise(x, y)
     window = check_window(window_size, x.shape[2], x.shape[3])
+    valid = check_valid_pair(valid, x)
     check_reduction(reduction)
-    loss, _, _ = _pairwise(x, y, window, eps, backend)
+    found = _match_pairwise(x, y, valid, window, eps, backend)
+    if valid is None:
+        loss, taking_part = found.loss, None
+    else:
+        loss, taking_part = _mean_over_pixels(found)
     if reduction == "none":
-        return loss.reshape(-1)
+        return loss
+    if taking_part is not None:
+        return loss.sum() / taking_part.sum().clamp_min(1)
     return loss.mean() if loss.shape[0] > 0 else loss.sum()
 
 
@@ -78,6 +97,7 @@ def la_loss(
     x: Tensor,
     y: Tensor,
     *,
+    valid: Valid = None,
     reduction: str = "mean",
     eps: float = EPS,
     backend: str | None = None,
@@ -87,7 +107,8 @@ def la_loss(
     The same as `wla_loss` with one window over the whole map; arguments and errors as there.
     """
     x = check_features("x", x)
-    return wla_loss(x, y, (x.shape[2], x.shape[3]), reduction=reduction, eps=eps, backend=backend)
+    window = (x.shape[2], x.shape[3])
+    return wla_loss(x, y, window, valid=valid, reduction=reduction, eps=eps, backend=backend)
 
 
 def wla_set_loss(
@@ -95,6 +116,7 @@ def wla_set_loss(
     pairs: Tensor,
     window_size: WindowSize,
     *,
+    valid: Tensor | None = None,
     reduction: str = "mean",
     eps: float = EPS,
     backend: str | None = None,
@@ -109,8 +131,10 @@ def wla_set_loss(
         features: (S, C, H, W) feature maps of the samples, not yet normalised.
         pairs: (S, S), row i the query and column j the key: bool, or weights >= 0; see
             `slice_pairs`. It may live on the CPU while the features are on a GPU; weights on a
-            GPU are not checked, since that would synchronise.
+            GPU are not checked, since that would synchronise. Weights that require a gradient get
+            it, those of 0 too: all S² losses are computed then.
         window_size: ω, as in `wla_loss`.
+        valid: (S, H, W) bool, as in `wla_loss`: which pixels of each sample take part.
         reduction: "mean" weighted by `pairs`, or "none".
         eps: as in `wla_loss`.
         backend: as in `wla_loss`.
@@ -126,62 +150,136 @@ def wla_set_loss(
     features = check_features("features", features)
     pairs = check_pairs(pairs, features.shape[0])
     window = check_window(window_size, features.shape[2], features.shape[3])
+    valid = check_valid("valid", valid, features)
     check_reduction(reduction)
-    check_finite_number("eps", eps, above=0.0)
-    name = _backends.select(backend, features, None, window)
-    mask = pairs if pairs.dtype == torch.bool else pairs > 0
-    # Room for as many pairs as there are, if counting them costs nothing; else for all.
-    counted = values_visible(mask)
-    capacity = int(mask.count_nonzero()) if counted else mask.numel()
-    # Asynchronous to a GPU only: from one, values could be read before they arrive.
-    to_gpu = pairs.is_cpu
-    if mask.device != features.device:
-        mask = mask.to(features.device, non_blocking=to_gpu)
-    loss, *_ = pair_losses(
-        features.unsqueeze(0), None, mask.unsqueeze(0), window, eps, capacity, name
-    )
+    weighted = pairs.dtype != torch.bool
+    table = pairs
+    if weighted:
+        table = torch.ones_like(pairs, dtype=torch.bool) if pairs.requires_grad else pairs > 0
+    chosen = PairList.of(table, features.device)
+    found = _match_set(features, chosen, valid, window, eps, backend)
+    loss, taking_part = (found.loss, None) if valid is None else _mean_over_pixels(found)
     if reduction == "none":
-        return loss.squeeze(0)
-    if counted and pairs.dtype == torch.bool:
-        return loss.sum() / max(1, capacity)
+        return chosen.spread(loss, len(features))
+    if not weighted and chosen.exact and taking_part is None:
+        return loss.sum() / max(1, loss.shape[0])
     # Shares are taken in the weights' own precision: a small weight must not vanish in fp32.
-    weights = pairs.to(loss.device, non_blocking=to_gpu)
-    weights = weights.to(torch.promote_types(weights.dtype, loss.dtype))
-    total = weights.sum()
-    shares = weights / torch.where(total > 0, total, 1)
-    return (shares.to(loss.dtype) * loss.squeeze(0)).sum()
+    shares = chosen.pick(to_device(pairs, loss.device))
+    shares = shares.to(torch.promote_types(shares.dtype, loss.dtype))
+    if taking_part is not None:
+        shares = torch.where(taking_part, shares, 0)
+    total = shares.sum()
+    shares = shares / torch.where(total > 0, total, 1)
+    return (shares.to(loss.dtype) * loss).sum()
 
 
-@torch.no_grad()
+class Matches(NamedTuple):
+    """What matched what, for each pixel of each pair."""
+
+    max_sim: Tensor  # cosine similarity with the match
+    argmax: Tensor  # where the match lies in its window; see `match_pixels`
+
+
 def align(
     x: Tensor,
     y: Tensor,
     window_size: WindowSize,
     *,
+    valid: Valid = None,
     eps: float = EPS,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Matches:
     """What matched what: for each pixel of `x` its best match in the same window of `y`.
+
+    `max_sim` carries gradient: any function of it is a loss. `wla_loss` is the mean of
+    `1 - max_sim`.
 
     Args:
         x: (B, C, H, W) feature maps.
         y: (B, C, H, W) feature maps of the partner slices.
         window_size: ω = (rows, columns) or an integer, as in `wla_loss`.
+        valid: as in `wla_loss`.
         eps: as in `wla_loss`.
         backend: as in `wla_loss`.
 
     Returns:
-        `max_sim` (B, H, W), the cosine similarity with the match; and `argmax` (B, H, W) int64,
-        the offset of the match in its window, `offset // columns` rows and `offset % columns`
-        columns from the window's first pixel. Neither carries gradient.
+        `Matches(max_sim, argmax)`. `max_sim` (B, H, W), the cosine similarity with the match,
+        fp32 or fp64; `argmax` (B, H, W) int64, the offset of the match in its window, from which
+        `match_pixels` makes rows and columns. A pixel that takes no part, since it is not valid
+        or no valid pixel is in its window, has `max_sim` 1, without gradient, and `argmax` −1.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `wla_loss`.
     """
     x, y = _check_pairwise(x, y)
     window = check_window(window_size, x.shape[2], x.shape[3])
-    _, argmax, max_sim = _pairwise(x, y, window, eps, backend)
-    return max_sim, argmax.long()
+    return _matches(_match_pairwise(x, y, check_valid_pair(valid, x), window, eps, backend))
+
+
+def align_set(
+    features: Tensor,
+    pairs: Tensor,
+    window_size: WindowSize,
+    *,
+    valid: Tensor | None = None,
+    eps: float = EPS,
+    backend: str | None = None,
+) -> Matches:
+    """What matched what, for many pairs from one set of samples, each feature read once.
+
+    Args:
+        features: (S, C, H, W) feature maps of the samples.
+        pairs: (S, S) bool, row i the query and column j the key. On a GPU they are counted, which
+            waits for it.
+        window_size: ω, as in `wla_loss`.
+        valid: (S, H, W) bool, as in `wla_set_loss`.
+        eps: as in `wla_loss`.
+        backend: as in `wla_loss`.
+
+    Returns:
+        `Matches(max_sim, argmax)`, (P, H, W) each, as of `align`: one row for each pair, in the
+        order of `pairs.nonzero()`.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `wla_set_loss`; TypeError for weights, which are
+            for the caller to apply.
+    """
+    features = check_features("features", features)
+    pairs = check_pairs(pairs, features.shape[0])
+    if pairs.dtype != torch.bool:
+        raise TypeError(
+            f"pairs must be bool, got {pairs.dtype}; multiply what you make of max_sim by weights"
+        )
+    window = check_window(window_size, features.shape[2], features.shape[3])
+    valid = check_valid("valid", valid, features)
+    chosen = PairList(to_device(pairs.reshape(-1).nonzero().squeeze(1), features.device), True)
+    return _matches(_match_set(features, chosen, valid, window, eps, backend))
+
+
+def match_pixels(argmax: Tensor, window_size: WindowSize) -> tuple[Tensor, Tensor]:
+    """Where the matches of `align` and `align_set` lie in the map.
+
+    Args:
+        argmax: (..., H, W) int64, as they return it.
+        window_size: ω, as given to them.
+
+    Returns:
+        Row and column of each match in the key's map, (..., H, W) int64 each; −1 for a pixel that
+        takes no part.
+
+    Raises:
+        ValueError: `argmax` has less than two axes, or the window does not fit the map.
+    """
+    if argmax.dim() < 2:
+        raise ValueError(f"argmax must be (..., H, W), got shape {tuple(argmax.shape)}")
+    height, width = argmax.shape[-2:]
+    window = check_window(window_size, height, width)
+    row = torch.arange(height, device=argmax.device)[:, None]
+    column = torch.arange(width, device=argmax.device)
+    none = argmax < 0
+    rows = row - row % window[0] + argmax.div(window[1], rounding_mode="floor")
+    columns = column - column % window[1] + argmax % window[1]
+    return rows.masked_fill(none, -1), columns.masked_fill(none, -1)
 
 
 def gp_loss(embeddings: Tensor, positives: Tensor, temperature: float = 0.1) -> Tensor:
@@ -240,6 +338,7 @@ def sal_loss(
     num_slices: Tensor,
     window_size: WindowSize,
     *,
+    valid: Tensor | None = None,
     lambda_: float = 1.0,
     t: float = 0.35,
     temperature: float = 0.1,
@@ -255,6 +354,7 @@ def sal_loss(
         index: (S,) integers, the slice's index in its scan.
         num_slices: (S,) integers, the number of slices of that scan.
         window_size: ω of the LA term.
+        valid: (S, H, W) bool, pixels of the maps that take part in LA; as in `wla_loss`.
         lambda_: λ >= 0; 0 leaves LA out, which is the loss of PCL.
         t: threshold of both terms, a fraction of the scan.
         temperature: τ of the GP term.
@@ -274,7 +374,7 @@ def sal_loss(
     gp = gp_loss(embeddings, positional_positives(position, t), temperature)
     if lambda_ == 0:
         return SALTerms(gp, gp, gp.new_zeros(()))
-    la = wla_set_loss(features, pairs, window_size, eps=eps, backend=backend)
+    la = wla_set_loss(features, pairs, window_size, valid=valid, eps=eps, backend=backend)
     return SALTerms(gp + lambda_ * la, gp, la)
 
 
@@ -284,14 +384,14 @@ def backends() -> tuple[BackendStatus, ...]:
 
 
 def explain(
-    x: Tensor, y: Tensor | None = None, window_size: WindowSize = 1
+    x: Tensor, window_size: WindowSize, y: Tensor | None = None
 ) -> tuple[BackendStatus, ...]:
     """Every backend in the order of preference for this input, and why one cannot run it.
 
     Args:
         x: (B, C, H, W) feature maps, as given to a loss.
+        window_size: ω, on which the order depends.
         y: the partners for the pairwise losses; None for `wla_set_loss`.
-        window_size: ω.
 
     Returns:
         One `BackendStatus` each; the first available one is what `backend=None` takes.
@@ -309,14 +409,77 @@ def _check_pairwise(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-def _pairwise(
-    x: Tensor, y: Tensor, window: tuple[int, int], eps: float, backend: str | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs as groups of one query and one key: loss (B, 1, 1), argmax and max_sim (B, H, W)."""
+def _match_pairwise(
+    x: Tensor,
+    y: Tensor,
+    valid: Tensor | None,  # (B, 2, H, W)
+    window: tuple[int, int],
+    eps: float,
+    backend: str | None,
+) -> Outputs:
+    """Pairs as groups of one query and one key."""
     check_finite_number("eps", eps, above=0.0)
     name = _backends.select(backend, x, y, window)
     # Views whose gradients are views: indexing would copy into zeros on the way back.
-    loss, argmax, max_sim, _ = pair_losses(
-        x.unsqueeze(1), y.unsqueeze(1), None, window, eps, x.shape[0], name
-    )
-    return loss, argmax, max_sim
+    return _match(x.unsqueeze(1), y.unsqueeze(1), None, valid, window, eps, name)
+
+
+def _match_set(
+    features: Tensor,
+    pairs: PairList,
+    valid: Tensor | None,  # (S, H, W)
+    window: tuple[int, int],
+    eps: float,
+    backend: str | None,
+) -> Outputs:
+    """All pairs of one group, whose keys are its queries."""
+    check_finite_number("eps", eps, above=0.0)
+    name = _backends.select(backend, features, None, window)
+    among = None if valid is None else valid.unsqueeze(0)
+    return _match(features.unsqueeze(0), None, pairs.places, among, window, eps, name)
+
+
+def _match(
+    query: Tensor,
+    key: Tensor | None,
+    pairs: Tensor | None,
+    valid: Tensor | None,
+    window: tuple[int, int],
+    eps: float,
+    backend: str,
+) -> Outputs:
+    """The operator, and an error where it would be differentiated in a way that it is not made for.
+
+    Forward mode would otherwise give zero tangents without a word.
+    """
+    for tensor in (query, key):
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(
+                "salkernels losses do not support forward-mode automatic differentiation; "
+                "use loss.backward() or torch.autograd.grad"
+            )
+    try:
+        return Outputs(*match(query, key, pairs, valid, window, eps, backend))
+    except RuntimeError as error:
+        if not transforms_active():
+            raise
+        raise RuntimeError(
+            "salkernels losses cannot be differentiated by torch.func (grad, vjp, jvp, jacrev, "
+            "...); use loss.backward() or torch.autograd.grad"
+        ) from error
+
+
+def _matches(found: Outputs) -> Matches:
+    argmax = found.argmax.long()
+    none = no_match(found.argmax.dtype)
+    return Matches(found.max_sim, argmax if none < 0 else argmax.masked_fill(argmax == none, -1))
+
+
+def _mean_over_pixels(found: Outputs) -> tuple[Tensor, Tensor]:
+    """Losses (P,) as means over the pixels that take part, and which pairs have any.
+
+    The operator divides by all H·W.
+    """
+    count = (found.argmax != no_match(found.argmax.dtype)).sum(dim=(1, 2))
+    height, width = found.argmax.shape[1:]
+    return found.loss * (height * width / count.clamp_min(1)), count > 0

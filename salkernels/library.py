@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .checks import AUTOCAST_DEVICES
 from .reference import Outputs, check_not_empty, outputs
 from .schema import LIBRARY
 
@@ -142,21 +143,9 @@ torch.library.register_autograd(
 
 # ---- Autocast ------------------------------------------------------------------------------------
 
-# Asked once, since dynamo of torch 2.10 and 2.11 cannot trace the question.
-_AUTOCAST_DEVICES = frozenset(
-    device
-    for device in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla")
-    if torch.amp.is_autocast_available(device)
-)
-
-
-def autocast_on(device: str) -> bool:
-    return device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
-
-
 def without_autocast(device: str) -> AbstractContextManager[Any]:
     """Switches autocast off; some device types (meta) have none to switch."""
-    if device not in _AUTOCAST_DEVICES:
+    if device not in AUTOCAST_DEVICES:
         return nullcontext()
     return torch.autocast(device, enabled=False)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .checks import (
+    Valid,
     WindowSize,
     check_finite_number,
     check_reduction,
@@ -34,11 +35,12 @@ class WLALoss(nn.Module):
         self.eps = eps
         self.backend = backend
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, valid: Valid = None) -> Tensor:
         return wla_loss(
             x,
             y,
             self.window_size,
+            valid=valid,
             reduction=self.reduction,
             eps=self.eps,
             backend=self.backend,
@@ -99,6 +101,7 @@ class SALLoss(nn.Module):
         volume: Tensor,  # (S,)
         index: Tensor,  # (S,)
         num_slices: Tensor,  # (S,)
+        valid: Tensor | None = None,  # (S, H, W)
     ) -> SALTerms:
         return sal_loss(
             features,
@@ -107,6 +110,7 @@ class SALLoss(nn.Module):
             index,
             num_slices,
             self.window_size,
+            valid=valid,
             lambda_=self.lambda_,
             t=self.t,
             temperature=self.temperature,

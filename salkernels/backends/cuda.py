@@ -21,22 +21,6 @@ DEVICES = ("cuda",)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MINIMUM = (8, 0)  # compute capability
 
-# The schemas live here, the kernels in csrc/register_cuda.cpp: the operators exist without them.
-LIBRARY = torch.library.Library("salkernels_cuda", "DEF")
-LIBRARY.define(
-    "pair_losses(Tensor query, Tensor? key, Tensor? mask, int[] window, float eps, int capacity, "
-    "bool allow_tf32) -> (Tensor loss, Tensor argmax, Tensor max_sim)"
-)
-LIBRARY.define(
-    "pair_losses_backward(Tensor grad_loss, Tensor query, Tensor? key, Tensor? mask, "
-    "Tensor argmax, Tensor max_sim, int[] window, float eps, bool allow_tf32) "
-    "-> (Tensor grad_query, Tensor? grad_key)"
-)
-LIBRARY.define("driver_version() -> int")
-_forward = torch.ops.salkernels_cuda.pair_losses.default
-_backward = torch.ops.salkernels_cuda.pair_losses_backward.default
-
-
 def _load() -> str | None:
     """The library needs libtorch_cuda: without it the loader's message would hide the reason."""
     if torch.version.cuda is None:
@@ -62,7 +46,7 @@ def status() -> str | None:
     return None if None in reasons else reasons[0]
 
 
-def can_run(query: Tensor, key: Tensor | None, window: tuple[int, int]) -> str | None:
+def why_not(query: Tensor, key: Tensor | None, window: tuple[int, int]) -> str | None:
     if query.device.type != "cuda":
         # Without a word to the driver: that would break graphs of CPU code, and forked processes.
         return _absent() or f"it runs on GPUs, and the features are on {query.device}"
@@ -137,7 +121,7 @@ def _driver_version() -> tuple[int, int]:
 
 def _require(query: Tensor, key: Tensor | None, window: tuple[int, int]) -> None:
     """The operator can be called without `backends.select` having asked first."""
-    reason = can_run(query, key, window)
+    reason = why_not(query, key, window)
     if reason is not None:
         raise RuntimeError(f"the cuda backend cannot run: {reason}")
 

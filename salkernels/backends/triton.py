@@ -41,7 +41,7 @@ def status() -> str | None:
     return None
 
 
-def can_run(query: Tensor, key: Tensor | None, window: tuple[int, int]) -> str | None:
+def why_not(query: Tensor, key: Tensor | None, window: tuple[int, int]) -> str | None:
     reason = status()
     if reason is not None:
         return reason
@@ -166,6 +166,6 @@ def _pixel_by_pixel(x: Tensor) -> Tensor:
 
 def _require(query: Tensor) -> None:
     """The operator can be called without `backends.select` having asked first."""
-    reason = can_run(query, None, (1, 1))
+    reason = why_not(query, None, (1, 1))
     if reason is not None:
         raise RuntimeError(f"the triton backend cannot run: {reason}")
