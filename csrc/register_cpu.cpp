@@ -1,5 +1,5 @@
 // The CPU operators as torch sees them, through the stable ABI: one binary serves torch 2.10 and
-// later, and every Python. The schemas stand in salkernels/backends/cpu.py.
+// later, and every Python. The schemas stand in salkernels/schema.py.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -74,24 +74,29 @@ salkernels::Maps maps_of(const Tensor& x, const Tensor* grad) {
   return maps;
 }
 
-template <class T>
-salkernels::PairTable<T> table_of(const Tensor& x) {
-  const auto strides = x.strides();
-  return {x.const_data_ptr<T>(), {strides[0], strides[1], strides[2]}};
-}
-
 salkernels::PairSet pairs_of(const Tensor& query, const std::optional<Tensor>& key,
-                             const std::optional<Tensor>& mask) {
+                             const std::optional<Tensor>& list,
+                             const std::optional<Tensor>& valid) {
   salkernels::PairSet pairs{};
   pairs.groups = query.sizes()[0];
   pairs.queries = query.sizes()[1];
   pairs.keys = key.has_value() ? key->sizes()[1] : pairs.queries;
   pairs.set_form = !key.has_value();
-  if (mask.has_value()) pairs.mask = table_of<bool>(*mask);
+  pairs.plane = query.sizes()[3] * query.sizes()[4];
+  pairs.every = !list.has_value();
+  if (list.has_value()) {
+    pairs.list = list->const_data_ptr<int64_t>();
+    pairs.length = list->numel();
+    const char* fault = pairs.fault();
+    STD_TORCH_CHECK(fault == nullptr, fault);
+  }
+  // Bytes, not bool: one that is neither 0 nor 1 would be no bool to the compiler.
+  if (valid.has_value()) pairs.valid = static_cast<const uint8_t*>(valid->const_data_ptr());
   return pairs;
 }
 
-Problem problem_of(const Tensor& query, Sizes window, double eps, DType dtype) {
+Problem problem_of(const Tensor& query, const std::optional<Tensor>& valid, Sizes window,
+                   double eps, DType dtype) {
   Problem problem{};
   const auto sizes = query.sizes();
   problem.grid = {sizes[3], sizes[4], window[0], window[1]};
@@ -99,6 +104,7 @@ Problem problem_of(const Tensor& query, Sizes window, double eps, DType dtype) {
   problem.eps = eps;
   problem.dtype = dtype;
   problem.wide_index = salkernels::wide_index(window);
+  problem.has_valid = valid.has_value();
   return problem;
 }
 
@@ -136,66 +142,57 @@ void run_all(const Problem& problem, const std::vector<Item>& items,
   }
 }
 
-template <class T>
-void reduce_losses(Problem& problem, Tensor& loss, bool serial) {
-  const auto& flat = problem.plan.flat;
-  const int64_t count = int64_t(flat.size());
-  T* out = loss.mutable_data_ptr<T>();
-  std::vector<T> values(count);
-  problem.loss = values.data();
+void reduce_losses(Problem& problem, bool serial) {
   const auto run = [&](int64_t begin, int64_t end) {
     for (int64_t pair = begin; pair < end; ++pair) kernels().pair_loss(problem, pair);
   };
   if (serial) {
-    run(0, count);
+    run(0, problem.plan.num_pairs);
   } else {
-    torch::stable::parallel_for(0, count, 1 + 16384 / problem.grid.pixels(), run);
+    torch::stable::parallel_for(0, problem.plan.num_pairs, 1 + 16384 / problem.grid.pixels(), run);
   }
-  std::fill_n(out, loss.numel(), T(0));
-  for (int64_t pair = 0; pair < count; ++pair) out[flat[pair]] = values[pair];
 }
 
-std::tuple<Tensor, Tensor, Tensor> pair_losses(const Tensor& query, std::optional<Tensor> key,
-                                               std::optional<Tensor> mask, Sizes window,
-                                               double eps, int64_t capacity) {
-  salkernels::check_arguments(query, key, mask, window);
+// Rows of the outputs that belong to no pair: no loss, and matches that take no part.
+template <class T>
+void clear_rows(const Problem& problem, int64_t count) {
+  const int64_t first = problem.plan.num_pairs, rows = count - first;
+  const int64_t plane = problem.grid.pixels(), index_size = problem.wide_index ? 4 : 1;
+  std::fill_n(static_cast<T*>(problem.loss) + first, rows, T(0));
+  std::fill_n(static_cast<T*>(problem.max_sim) + first * plane, rows * plane, T(1));
+  std::memset(static_cast<char*>(problem.argmax) + first * plane * index_size, 0xff,
+              size_t(rows * plane * index_size));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> match(const Tensor& query, std::optional<Tensor> key,
+                                                 std::optional<Tensor> list,
+                                                 std::optional<Tensor> valid, Sizes window,
+                                                 double eps, bool /*allow_tf32*/) {
+  salkernels::check_arguments(query, key, list, valid, window);
   const DType dtype = dtype_of(query);
   const ScalarType wide = accumulate_type(query);
-  Problem problem = problem_of(query, window, eps, dtype);
-  const salkernels::PairSet pairs = pairs_of(query, key, mask);
+  Problem problem = problem_of(query, valid, window, eps, dtype);
+  const salkernels::PairSet pairs = pairs_of(query, key, list, valid);
   const salkernels::Maps queries = maps_of(query, nullptr);
   problem.plan = salkernels::make_plan(
       pairs, queries, key.has_value() ? maps_of(*key, nullptr) : queries, false);
-  const int64_t num_pairs = int64_t(problem.plan.flat.size());
-  STD_TORCH_CHECK(num_pairs <= capacity, "the mask holds ", num_pairs,
-                  " pairs, but capacity is ", capacity);
 
+  const int64_t count = salkernels::count_pairs(query, key, list);
   const int64_t height = problem.grid.height, width = problem.grid.width;
-  Tensor loss = empty(query, {pairs.groups, pairs.queries, pairs.keys}, wide);
-  Tensor argmax = empty(query, {capacity, height, width}, salkernels::index_type(window));
-  Tensor max_sim = empty(query, {capacity, height, width}, wide);
-  problem.argmax = argmax.mutable_data_ptr();
+  Tensor loss = empty(query, {count}, wide);
+  Tensor max_sim = empty(query, {count, height, width}, wide);
+  Tensor argmax = empty(query, {count, height, width}, salkernels::index_type(window));
+  problem.loss = loss.mutable_data_ptr();
   problem.max_sim = max_sim.mutable_data_ptr();
-  const int64_t used = num_pairs * problem.grid.pixels();
-  const int64_t unused = (capacity - num_pairs) * problem.grid.pixels();
-  if (unused > 0) {
-    const int64_t index_size = problem.wide_index ? 4 : 1, sim_size = wide == ScalarType::Double ? 8 : 4;
-    std::memset(static_cast<char*>(problem.argmax) + used * index_size, 0,
-                size_t(unused * index_size));
-    std::memset(static_cast<char*>(problem.max_sim) + used * sim_size, 0,
-                size_t(unused * sim_size));
-  }
+  problem.argmax = argmax.mutable_data_ptr();
 
   problem.work = salkernels::make_work(problem, kernels(), false);
   const bool serial = is_small(problem);
   run_all(problem, problem.work.tiles, kernels().match_tile, serial);
   run_all(problem, problem.work.matches, kernels().match_streamed, serial);
-  if (dtype == DType::f64) {
-    reduce_losses<double>(problem, loss, serial);
-  } else {
-    reduce_losses<float>(problem, loss, serial);
-  }
-  return {loss, argmax, max_sim};
+  reduce_losses(problem, serial);
+  dtype == DType::f64 ? clear_rows<double>(problem, count) : clear_rows<float>(problem, count);
+  return {loss, max_sim, argmax, empty(query, {0}, wide)};
 }
 
 // Tens of thousands of page faults are most of the time of a large gradient that is written for the
@@ -213,37 +210,29 @@ Tensor empty_gradient(const Tensor& like) {
   return grad;
 }
 
-std::tuple<Tensor, std::optional<Tensor>> pair_losses_backward(
-    const Tensor& grad_loss, const Tensor& query, std::optional<Tensor> key,
-    std::optional<Tensor> mask, const Tensor& argmax, const Tensor& max_sim, Sizes window,
-    double eps) {
-  salkernels::check_arguments(query, key, mask, window);
-  salkernels::check_saved(query, key, window, argmax, max_sim, grad_loss);
+std::tuple<Tensor, std::optional<Tensor>> match_backward(
+    const Tensor& grad_sim, const Tensor& query, std::optional<Tensor> key,
+    std::optional<Tensor> list, std::optional<Tensor> valid, const Tensor& max_sim,
+    const Tensor& argmax, const Tensor& /*norm*/, Sizes window, double eps, bool /*allow_tf32*/) {
+  salkernels::check_arguments(query, key, list, valid, window);
+  salkernels::check_saved(query, key, list, window, max_sim, argmax, grad_sim);
   const DType dtype = dtype_of(query);
-  Problem problem = problem_of(query, window, eps, dtype);
-  const salkernels::PairSet pairs = pairs_of(query, key, mask);
+  Problem problem = problem_of(query, valid, window, eps, dtype);
+  const salkernels::PairSet pairs = pairs_of(query, key, list, valid);
   const Tensor grad_query = empty_gradient(query);
   std::optional<Tensor> grad_key;
   if (key.has_value()) grad_key = empty_gradient(*key);
   const salkernels::Maps queries = maps_of(query, &grad_query);
   problem.plan = salkernels::make_plan(
       pairs, queries, key.has_value() ? maps_of(*key, &*grad_key) : queries, true);
-  STD_TORCH_CHECK(argmax.sizes()[0] >= int64_t(problem.plan.flat.size()),
-                  "argmax and max_sim must hold every pair of the mask");
-  if (problem.plan.flat.empty()) {
+  if (problem.plan.num_pairs == 0) {
     torch::stable::zero_(const_cast<Tensor&>(grad_query));
     if (grad_key.has_value()) torch::stable::zero_(*grad_key);
     return {grad_query, grad_key};
   }
-  if (dtype == DType::f64) {
-    salkernels::set_edge_gradients(problem.plan, pairs, table_of<double>(grad_loss),
-                                   problem.grid.pixels());
-  } else {
-    salkernels::set_edge_gradients(problem.plan, pairs, table_of<float>(grad_loss),
-                                   problem.grid.pixels());
-  }
   problem.argmax = const_cast<void*>(argmax.const_data_ptr());
   problem.max_sim = const_cast<void*>(max_sim.const_data_ptr());
+  problem.grad_sim = grad_sim.const_data_ptr();
 
   problem.work = salkernels::make_work(problem, kernels(), true);
   const bool serial = is_small(problem);
@@ -263,8 +252,10 @@ std::tuple<Tensor, std::optional<Tensor>> pair_losses_backward(
   return {grad_query, grad_key};
 }
 
+}  // namespace
+
 // 0 baseline, 1 AVX2, 2 AVX-512: for reports and tests.
-int64_t instruction_set() {
+extern "C" __attribute__((visibility("default"))) int salkernels_instruction_set() {
 #ifdef SALKERNELS_X86_LEVELS
   if (&kernels() == &salkernels::kernels_avx512) return 2;
   if (&kernels() == &salkernels::kernels_avx2) return 1;
@@ -272,13 +263,7 @@ int64_t instruction_set() {
   return 0;
 }
 
-}  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(salkernels_cpu, CPU, m) {
-  m.impl("pair_losses", TORCH_BOX(&pair_losses));
-  m.impl("pair_losses_backward", TORCH_BOX(&pair_losses_backward));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(salkernels_cpu, CompositeExplicitAutograd, m) {
-  m.impl("instruction_set", TORCH_BOX(&instruction_set));
+STABLE_TORCH_LIBRARY_IMPL(salkernels, CPU, m) {
+  m.impl("native_match", TORCH_BOX(&match));
+  m.impl("native_match_backward", TORCH_BOX(&match_backward));
 }

@@ -1,20 +1,15 @@
 // Backward: V of each row is a short list of partner rows and weights, gathered and summed in
 // registers, so that each gradient is written once and no two threads share one.
 
-// ∂L/∂m = −sign(1 − m)·grad/(H·W); NaN where m is NaN.
-template <class T>
-static inline T pixel_gradient(T max_sim, T grad) {
-  const T sign = max_sim < 1 ? T(-1) : max_sim > 1 ? T(1) : max_sim == 1 ? T(0) : max_sim;
-  return sign * grad;
-}
-
-// Calls use(p, pixel of the match, m, ∂L/∂m) for each pixel of a window of one pair.
+// Calls use(p, pixel of the match, m, ∂L/∂m) for each pixel of a window of one pair that has a
+// match. Where m is NaN, so is ∂L/∂m, whatever was made of the maximum.
 template <class T, class I, class Use>
-static inline void for_matches_as(const Problem& problem, int64_t pair, T grad,
-                                  const Window& window, const Use& use) {
+static inline void for_matches_as(const Problem& problem, int64_t pair, const Window& window,
+                                  const Use& use) {
   const Grid& grid = problem.grid;
   const int64_t corner = pair * grid.pixels() + window.row * grid.width + window.column;
   const T* max_sim = static_cast<const T*>(problem.max_sim) + corner;
+  const T* grad_sim = static_cast<const T*>(problem.grad_sim) + corner;
   const I* argmax = static_cast<const I*>(problem.argmax) + corner;
   const int64_t last = window.pixels() - 1;
   int64_t p = 0;
@@ -22,21 +17,22 @@ static inline void for_matches_as(const Problem& problem, int64_t pair, T grad,
     for (int64_t column = 0; column < window.columns; ++column, ++p) {
       const int64_t at = row * grid.width + column;
       const T m = max_sim[at];
+      if (argmax[at] == I(-1)) continue;
       // Clamped, since nothing else keeps a foreign argmax from pointing out of the window.
       const int64_t l = grid.pixel_of_offset(argmax[at], window.columns);
-      use(p, l < 0 ? 0 : least(l, last), m, pixel_gradient<T>(m, grad));
+      use(p, l < 0 ? 0 : least(l, last), m, m == m ? grad_sim[at] : m);
     }
   }
 }
 
 template <class T, class Use>
-static inline void for_matches(const Problem& problem, int64_t pair, double grad,
-                               const Window& window, const Use& use) {
+static inline void for_matches(const Problem& problem, int64_t pair, const Window& window,
+                               const Use& use) {
   if (pair < 0) return;
   if (problem.wide_index) {
-    for_matches_as<T, int32_t>(problem, pair, T(grad), window, use);
+    for_matches_as<T, int32_t>(problem, pair, window, use);
   } else {
-    for_matches_as<T, uint8_t>(problem, pair, T(grad), window, use);
+    for_matches_as<T, uint8_t>(problem, pair, window, use);
   }
 }
 
@@ -90,10 +86,8 @@ struct TermLists {
           along[key + l] += gradient * max_sim;
         };
       };
-      for_matches<T>(problem, edges[e].forward, edges[e].grad_forward, window,
-                     collect(first, second));
-      for_matches<T>(problem, edges[e].reverse, edges[e].grad_reverse, window,
-                     collect(second, first));
+      for_matches<T>(problem, edges[e].forward, window, collect(first, second));
+      for_matches<T>(problem, edges[e].reverse, window, collect(second, first));
     }
     begin[0] = 0;
     for (int64_t r = 0; r < shape.rows; ++r) {
@@ -290,7 +284,7 @@ static int64_t gradient_streamed(const Problem& problem, const StreamedGradient*
     for_pixel_runs(window, 0, pixels, [&](int64_t row, int64_t column, int64_t run, int64_t at) {
       pack_patch<T, In>(nodes[node],
                         {row, column, 1, run, item->first_channel, item->num_channels},
-                        unit + at * stride, {0, consecutive});
+                        problem.grid.width, unit + at * stride, {0, consecutive});
     });
     const T* norms = table(problem.norms, node);
     for (int64_t p = 0; p < pixels; ++p) scale_to_unit<T>(unit + p * stride, width, norms[p], eps);
@@ -319,17 +313,17 @@ static int64_t gradient_streamed(const Problem& problem, const StreamedGradient*
     const bool is_first = edge.first == item->node;
     load_unit(is_first ? edge.second : edge.first);
     if (edge.first == edge.second) {
-      for_matches<T>(problem, edge.forward, edge.grad_forward, window,
+      for_matches<T>(problem, edge.forward, window,
                      [&](int64_t p, int64_t l, T max_sim, T gradient) {
                        as_query(p, l, max_sim, gradient);
                        as_key(p, l, max_sim, gradient);
                      });
     } else if (is_first) {
-      for_matches<T>(problem, edge.forward, edge.grad_forward, window, as_query);
-      for_matches<T>(problem, edge.reverse, edge.grad_reverse, window, as_key);
+      for_matches<T>(problem, edge.forward, window, as_query);
+      for_matches<T>(problem, edge.reverse, window, as_key);
     } else {
-      for_matches<T>(problem, edge.forward, edge.grad_forward, window, as_key);
-      for_matches<T>(problem, edge.reverse, edge.grad_reverse, window, as_query);
+      for_matches<T>(problem, edge.forward, window, as_key);
+      for_matches<T>(problem, edge.reverse, window, as_query);
     }
   }
 

@@ -142,10 +142,50 @@ static void running_max(const T* sims, int64_t rows, int64_t stride, int64_t lan
   }
 }
 
-// Writes the maxima of pixels [first, first + count) of a window to the planes of one pair.
+// Which pixels of a window take part, in its row-major order, for some samples; null: all do.
+struct WindowValid {
+  uint8_t* flags = nullptr;  // (samples, pixels)
+  int64_t pixels = 0;
+
+  static WindowValid allocate(Arena& arena, const Problem& problem, int64_t rows) {
+    WindowValid valid;
+    if (problem.has_valid) valid.flags = arena.take<uint8_t>(rows);
+    return valid;
+  }
+  void read(const Problem& problem, const Node& node, const Window& window, int64_t sample) {
+    if (flags == nullptr) return;
+    pixels = window.pixels();
+    uint8_t* to = flags + sample * pixels;
+    for (int64_t row = window.row; row < window.row + window.rows; ++row) {
+      const uint8_t* from = node.valid + row * problem.grid.width + window.column;
+      for (int64_t i = 0; i < window.columns; ++i) *to++ = from[i];
+    }
+  }
+  const uint8_t* of(int64_t sample) const {
+    return flags == nullptr ? nullptr : flags + sample * pixels;
+  }
+};
+
+// What no key can lose against: products with a pixel that takes no part.
+template <class T>
+constexpr T kNothing = -std::numeric_limits<T>::infinity();
+
+// Takes rows of products out of the running that belong to keys which take no part.
+template <class T>
+static inline void leave_out(const uint8_t* valid, int64_t rows, T* sims, int64_t stride,
+                             int64_t lanes) {
+  for (int64_t i = 0; i < rows && valid != nullptr; ++i) {
+    if (valid[i] != 0) continue;
+    for (int64_t n = 0; n < lanes; ++n) sims[i * stride + n] = kNothing<T>;
+  }
+}
+
+// Writes the maxima of pixels [first, first + count) of a window to the planes of one pair; `valid`
+// is of the query's window.
 template <class T, class I>
 static void put_pixels(const Problem& problem, int64_t pair, const Window& window, int64_t first,
-                       int64_t count, const T* best, const Index<T>* where) {
+                       int64_t count, const T* best, const Index<T>* where,
+                       const uint8_t* valid) {
   const Grid& grid = problem.grid;
   const int64_t corner = pair * grid.pixels() + window.row * grid.width + window.column;
   T* max_sim = static_cast<T*>(problem.max_sim) + corner;
@@ -153,8 +193,9 @@ static void put_pixels(const Problem& problem, int64_t pair, const Window& windo
   int64_t row = first / window.columns, column = first % window.columns;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t at = row * grid.width + column;
-    max_sim[at] = best[i];
-    argmax[at] = I(grid.nominal_offset(where[i], window.columns));
+    const bool absent = valid != nullptr && (valid[first + i] == 0 || best[i] == kNothing<T>);
+    max_sim[at] = absent ? T(1) : best[i];
+    argmax[at] = absent ? I(-1) : I(grid.nominal_offset(where[i], window.columns));
     if (++column == window.columns) {
       column = 0;
       ++row;
@@ -164,11 +205,13 @@ static void put_pixels(const Problem& problem, int64_t pair, const Window& windo
 
 template <class T>
 static inline void put(const Problem& problem, int64_t pair, const Window& window, int64_t first,
-                       int64_t count, const T* best, const Index<T>* where) {
+                       int64_t count, const T* best, const Index<T>* where,
+                       const uint8_t* valid) {
+  if (pair < 0) return;
   if (problem.wide_index) {
-    put_pixels<T, int32_t>(problem, pair, window, first, count, best, where);
+    put_pixels<T, int32_t>(problem, pair, window, first, count, best, where, valid);
   } else {
-    put_pixels<T, uint8_t>(problem, pair, window, first, count, best, where);
+    put_pixels<T, uint8_t>(problem, pair, window, first, count, best, where, valid);
   }
 }
 
@@ -190,12 +233,16 @@ struct MatchState {
 };
 
 // One block of query pixels against one range of key pixels of the same window, both packed.
-// `first_query` and `first_key` are their numbers in the window.
+// `first_query` and `first_key` are their numbers in the window, `valid` holds both samples.
 template <class T>
 static void match_blocks(SimBlock<T>& sims, MatchState<T>& state, const T* query,
                          int64_t first_query, int64_t num_queries, const T* keys,
                          int64_t first_key, int64_t num_keys, int64_t stride, int64_t width,
-                         bool need_reverse) {
+                         bool need_reverse, const uint8_t* query_valid,
+                         const uint8_t* key_valid) {
+  const auto from = [](const uint8_t* valid, int64_t pixel) {
+    return valid == nullptr ? nullptr : valid + pixel;
+  };
   sims.forward_stride = kForwardStride;
   sims.reverse_stride = kReverseStride;
   const int group = row_group<T>(kBlock);
@@ -207,9 +254,11 @@ static void match_blocks(SimBlock<T>& sims, MatchState<T>& state, const T* query
       sims.add_key(keys + l * stride, columns, stride, 0);
       sims.fill_up();
       sims.compute(group, query + p * stride, rows, stride, width, need_reverse);
+      leave_out<T>(from(key_valid, key_pixel), columns, sims.forward, kForwardStride, rows);
       running_max<T>(sims.forward, columns, kForwardStride, rows, key_pixel,
                      state.best_forward + pixel, state.where_forward + pixel);
       if (!need_reverse) continue;
+      leave_out<T>(from(query_valid, pixel), rows, sims.reverse, kReverseStride, columns);
       running_max<T>(sims.reverse, rows, kReverseStride, columns, pixel,
                      state.best_reverse + key_pixel, state.where_reverse + key_pixel);
     }
@@ -224,7 +273,7 @@ static void pack_tile(const Problem& problem, const TileShape& shape, T* pack,
   const Patch patch = shape.patch(problem.channels);
   for (int64_t s = 0; s < shape.component->num_nodes; ++s) {
     const int64_t first = s * shape.pixels;
-    pack_patch<T, In>(shape.nodes[s], patch, pack + first * shape.stride, place);
+    pack_patch<T, In>(shape.nodes[s], patch, problem.grid.width, pack + first * shape.stride, place);
     for (int64_t t = 0; t < shape.num_windows; ++t) {
       const int64_t row = t * shape.rows + first;
       normalise<T>(pack + row * shape.stride, shape.pixels, shape.stride, shape.width,
@@ -237,7 +286,8 @@ static void pack_tile(const Problem& problem, const TileShape& shape, T* pack,
 // All pairs of a component in one small window: each sample against its partners, several at once.
 template <class T>
 static void match_window(const Problem& problem, const TileShape& shape, const Window& window,
-                         const T* pack, SimBlock<T>& sims, MatchState<T>& state) {
+                         const T* pack, SimBlock<T>& sims, MatchState<T>& state,
+                         const WindowValid& valid) {
   const Component& component = *shape.component;
   const Edge* edges = &problem.plan.edges[component.first_edge];
   const int64_t pixels = shape.pixels, sample = pixels * shape.stride;
@@ -258,22 +308,24 @@ static void match_window(const Problem& problem, const TileShape& shape, const W
     }
     sims.fill_up();
     sims.compute(group, pack + first * sample, pixels, shape.stride, shape.width, need_reverse);
+    for (int64_t j = e; j < last; ++j) {
+      leave_out<T>(valid.of(edges[j].second), pixels, sims.forward + (j - e) * pitch,
+                   sims.forward_stride, pitch);
+    }
     running_max<T>(sims.forward, pixels, sims.forward_stride, (last - e) * pitch, 0,
                    state.best_forward, state.where_forward);
     if (need_reverse) {
+      leave_out<T>(valid.of(first), pixels, sims.reverse, sims.reverse_stride,
+                   (last - e) * pixels);
       running_max<T>(sims.reverse, pixels, sims.reverse_stride, (last - e) * pixels, 0,
                      state.best_reverse, state.where_reverse);
     }
     for (int64_t j = e; j < last; ++j) {
       const int64_t lane = (j - e) * pitch, column = (j - e) * pixels;
-      if (edges[j].forward >= 0) {
-        put<T>(problem, edges[j].forward, window, 0, pixels, state.best_forward + lane,
-               state.where_forward + lane);
-      }
-      if (edges[j].reverse >= 0) {
-        put<T>(problem, edges[j].reverse, window, 0, pixels, state.best_reverse + column,
-               state.where_reverse + column);
-      }
+      put<T>(problem, edges[j].forward, window, 0, pixels, state.best_forward + lane,
+             state.where_forward + lane, valid.of(first));
+      put<T>(problem, edges[j].reverse, window, 0, pixels, state.best_reverse + column,
+             state.where_reverse + column, valid.of(edges[j].second));
     }
     e = last;
   }
@@ -286,6 +338,7 @@ static int64_t match_tile(const Problem& problem, const Tile* tile, char* scratc
   T* pack = arena.take<T>(problem.work.max_tile_rows * packed_stride<T>(problem.channels));
   SimBlock<T> sims = SimBlock<T>::allocate(arena);
   MatchState<T> state = MatchState<T>::allocate(arena, most(kBlock, problem.work.max_window_pixels));
+  WindowValid valid = WindowValid::allocate(arena, problem, problem.work.max_window_rows);
   if (scratch == nullptr) return arena.used;
 
   const TileShape shape = TileShape::of<T>(problem, *tile);
@@ -297,8 +350,11 @@ static int64_t match_tile(const Problem& problem, const Tile* tile, char* scratc
   for (int64_t t = 0; t < shape.num_windows; ++t) {
     const T* rows = pack + t * shape.rows * shape.stride;
     const Window window = shape.window_at(t);
+    for (int64_t s = 0; s < shape.component->num_nodes; ++s) {
+      valid.read(problem, shape.nodes[s], window, s);
+    }
     if (shape.pixels <= kBlock) {
-      match_window<T>(problem, shape, window, rows, sims, state);
+      match_window<T>(problem, shape, window, rows, sims, state, valid);
       continue;
     }
     for (int64_t e = 0; e < shape.component->num_edges; ++e) {
@@ -306,15 +362,11 @@ static int64_t match_tile(const Problem& problem, const Tile* tile, char* scratc
       const int64_t sample = shape.pixels * shape.stride;
       match_blocks<T>(sims, state, rows + edge.first * sample, 0, shape.pixels,
                       rows + edge.second * sample, 0, shape.pixels, shape.stride, shape.width,
-                      edge.reverse >= 0);
-      if (edge.forward >= 0) {
-        put<T>(problem, edge.forward, window, 0, shape.pixels, state.best_forward,
-               state.where_forward);
-      }
-      if (edge.reverse >= 0) {
-        put<T>(problem, edge.reverse, window, 0, shape.pixels, state.best_reverse,
-               state.where_reverse);
-      }
+                      edge.reverse >= 0, valid.of(edge.first), valid.of(edge.second));
+      put<T>(problem, edge.forward, window, 0, shape.pixels, state.best_forward,
+             state.where_forward, valid.of(edge.first));
+      put<T>(problem, edge.reverse, window, 0, shape.pixels, state.best_reverse,
+             state.where_reverse, valid.of(edge.second));
     }
   }
   return arena.used;
@@ -327,8 +379,8 @@ static void pack_pixels(const Problem& problem, const Node& node, const Window& 
                         T* norms, T* poison) {
   const int64_t stride = packed_stride<T>(problem.channels);
   for_pixel_runs(window, first, count, [&](int64_t row, int64_t column, int64_t run, int64_t at) {
-    pack_patch<T, In>(node, {row, column, 1, run, 0, problem.channels}, out + at * stride,
-                      {0, consecutive});
+    pack_patch<T, In>(node, {row, column, 1, run, 0, problem.channels}, problem.grid.width,
+                      out + at * stride, {0, consecutive});
   });
   normalise<T>(out, count, stride, packed_width<T>(problem.channels), T(problem.eps), norms,
                poison);
@@ -356,6 +408,7 @@ static int64_t match_streamed(const Problem& problem, const StreamedMatch* match
   T* queries = arena.take<T>(kBlock * stride);
   SimBlock<T> sims = SimBlock<T>::allocate(arena);
   MatchState<T> state = MatchState<T>::allocate(arena, problem.work.max_window_pixels);
+  WindowValid valid = WindowValid::allocate(arena, problem, 2 * problem.work.max_window_pixels);
   if (scratch == nullptr) return arena.used;
 
   const Component& component = problem.plan.components[match->component];
@@ -363,6 +416,8 @@ static int64_t match_streamed(const Problem& problem, const StreamedMatch* match
   const Edge& edge = problem.plan.edges[component.first_edge + match->edge];
   const Window window = problem.grid.window(match->strip, match->window);
   const int64_t end = match->first_row + match->num_rows;
+  valid.read(problem, nodes[edge.first], window, 0);
+  valid.read(problem, nodes[edge.second], window, 1);
   fill_consecutive(consecutive, problem.grid.width, stride);
   for (int64_t l = 0; l < window.pixels(); l += most_keys) {
     const int64_t num_keys = least(most_keys, window.pixels() - l);
@@ -373,38 +428,44 @@ static int64_t match_streamed(const Problem& problem, const StreamedMatch* match
       pack_pixels<T, In>(problem, nodes[edge.first], window, p, num_queries, queries, consecutive,
                          nullptr, nullptr);
       match_blocks<T>(sims, state, queries, p, num_queries, keys, l, num_keys, stride,
-                      packed_width<T>(problem.channels), edge.reverse >= 0);
+                      packed_width<T>(problem.channels), edge.reverse >= 0, valid.of(0),
+                      valid.of(1));
     }
   }
-  if (edge.forward >= 0) {
-    put<T>(problem, edge.forward, window, match->first_row, match->num_rows,
-           state.best_forward + match->first_row, state.where_forward + match->first_row);
-  }
-  if (edge.reverse >= 0) {
-    put<T>(problem, edge.reverse, window, 0, window.pixels(), state.best_reverse,
-           state.where_reverse);
-  }
+  put<T>(problem, edge.forward, window, match->first_row, match->num_rows,
+         state.best_forward + match->first_row, state.where_forward + match->first_row,
+         valid.of(0));
+  put<T>(problem, edge.reverse, window, 0, window.pixels(), state.best_reverse,
+         state.where_reverse, valid.of(1));
   return arena.used;
 }
 
-// loss = mean over the pixels of |1 - max_sim|
+// loss = Σ |1 − max_sim| / (H·W); pixels that take no part have 1. A few thousand at a time are
+// summed in the accumulation type, and those sums in fp64: one fp32 sum over a map of 4000 x 4000
+// would be off by 1e-4.
 template <class T>
 static void pair_loss(const Problem& problem, int64_t pair) {
   constexpr int W = kLanes<T>;
+  constexpr int64_t kPart = 4096;
   const int64_t count = problem.grid.pixels();
   const T* max_sim = static_cast<const T*>(problem.max_sim) + pair * count;
-  Vec<T> sum[2] = {};
-  int64_t i = 0;
-  for (; i + 2 * W <= count; i += 2 * W) {
-    for (int k = 0; k < 2; ++k) {
-      const Vec<T> distance = 1 - load<T>(max_sim + i + k * W);
-      sum[k] += distance < 0 ? -distance : distance;
+  double all = 0;
+  for (int64_t first = 0; first < count; first += kPart) {
+    const int64_t end = least(first + kPart, count);
+    Vec<T> sum[2] = {};
+    int64_t i = first;
+    for (; i + 2 * W <= end; i += 2 * W) {
+      for (int k = 0; k < 2; ++k) {
+        const Vec<T> distance = 1 - load<T>(max_sim + i + k * W);
+        sum[k] += distance < 0 ? -distance : distance;
+      }
     }
+    T rest = total<T>(sum[0] + sum[1]);
+    for (; i < end; ++i) {
+      const T distance = 1 - max_sim[i];
+      rest += distance < 0 ? -distance : distance;
+    }
+    all += double(rest);
   }
-  T rest = total<T>(sum[0] + sum[1]);
-  for (; i < count; ++i) {
-    const T distance = 1 - max_sim[i];
-    rest += distance < 0 ? -distance : distance;
-  }
-  static_cast<T*>(problem.loss)[pair] = rest / T(count);
+  static_cast<T*>(problem.loss)[pair] = T(all / double(count));
 }

@@ -31,9 +31,13 @@ static inline int64_t block_start(int64_t done, int64_t columns, int64_t lanes) 
   return done + lanes > columns && columns >= lanes ? columns - lanes : done;
 }
 
+// Pixels that take no part become zeros; channels-last they are not read.
 template <class T, class In>
-static void pack_patch(const Node& node, const Patch& patch, T* out, const PackedPlace& place) {
+static void pack_patch(const Node& node, const Patch& patch, int64_t width, T* out,
+                       const PackedPlace& place) {
   const MapStrides& s = node.strides;
+  const uint8_t* const valid =
+      node.valid == nullptr ? nullptr : node.valid + patch.row * width + patch.column;
   const In* map = static_cast<const In*>(node.map) + patch.channel * s.channel +
                   patch.row * s.row + patch.column * s.column;
   constexpr int W = kLanes<T>;
@@ -43,12 +47,25 @@ static void pack_patch(const Node& node, const Patch& patch, T* out, const Packe
         const In* from = map + r * s.row + i * s.column;
         T* to = out + r * place.row_step + place.column_offset[i];
         int64_t c = 0;
+        if (valid != nullptr && valid[r * width + i] == 0) {
+          for (; c < patch.channels; c += W) store<T>(to + c, Vec<T>{});
+          continue;
+        }
         for (; c + W <= patch.channels; c += W) store<T>(to + c, Convert<T, In>::load_vec(from + c));
         if (c < patch.channels) store<T>(to + c, load_part<T, In>(from + c, patch.channels - c));
       }
     }
     return;
   }
+  const auto put_pixels_of_block = [&](Vec<T>(&block)[W], int64_t pixels, int64_t r, int64_t i,
+                                       int64_t c) {
+    transpose<T>(block);
+    T* to = out + r * place.row_step + c;
+    for (int64_t k = 0; k < pixels; ++k) {
+      const bool absent = valid != nullptr && valid[r * width + i + k] == 0;
+      store<T>(to + place.column_offset[i + k], absent ? Vec<T>{} : block[k]);
+    }
+  };
   for (int64_t c = 0; c < patch.channels; c += W) {
     const int64_t channels = least(W, patch.channels - c);
     for (int64_t r = 0; r < patch.rows; ++r) {
@@ -63,9 +80,7 @@ static void pack_patch(const Node& node, const Patch& patch, T* out, const Packe
             block[k] = pixels == W ? Convert<T, In>::load_vec(from + k * s.channel)
                                    : load_part<T, In>(from + k * s.channel, pixels);
           }
-          transpose<T>(block);
-          T* to = out + r * place.row_step + c;
-          for (int64_t k = 0; k < pixels; ++k) store<T>(to + place.column_offset[i + k], block[k]);
+          put_pixels_of_block(block, pixels, r, i, c);
           continue;
         }
         for (int64_t k = 0; k < W; ++k) {
@@ -78,9 +93,7 @@ static void pack_patch(const Node& node, const Patch& patch, T* out, const Packe
             block[k] = load_strided<T, In>(from + k * s.channel, s.column, pixels);
           }
         }
-        transpose<T>(block);
-        T* to = out + r * place.row_step + c;
-        for (int64_t k = 0; k < pixels; ++k) store<T>(to + place.column_offset[i + k], block[k]);
+        put_pixels_of_block(block, pixels, r, i, c);
       }
     }
   }
@@ -167,8 +180,9 @@ static inline void scale_to_unit(T* row, int64_t width, T norm, T eps) {
   }
 }
 
-// Turns packed rows into unit vectors and keeps their norms. `poison` is 0, but NaN for a row that
-// holds NaN as a unit vector: its gradient is NaN wherever a pair touches it.
+// Turns packed rows into unit vectors and keeps their norms. A row whose squares have no finite sum
+// becomes NaN: x / inf would be 0, without a word. `poison` is 0, but NaN for such a row: its
+// gradient is NaN wherever a pair touches it.
 template <class T>
 static void normalise(T* rows, int64_t count, int64_t stride, int64_t width, T eps, T* norms,
                       T* poison) {
@@ -188,14 +202,13 @@ static void normalise(T* rows, int64_t count, int64_t stride, int64_t width, T e
       sum[0] += x * x;
     }
     const T square = total<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
-    const T norm = sizeof(T) == 4 ? T(__builtin_sqrtf(float(square))) : T(__builtin_sqrt(square));
+    const T root = sizeof(T) == 4 ? T(__builtin_sqrtf(float(square))) : T(__builtin_sqrt(square));
+    const T poisoned = root - root;  // 0, or NaN
+    const T norm = root + poisoned;
     scale_to_unit<T>(row, width, norm, eps);
     if (norms == nullptr) continue;
     norms[i] = norm;
-    poison[i] = 0;
-    if (!(norm - norm == 0)) {
-      for (c = 0; c < width; ++c) poison[i] += row[c] * 0;
-    }
+    poison[i] = poisoned;
   }
 }
 

@@ -36,6 +36,7 @@ Node node_of(const Maps& maps, int64_t group, int64_t sample) {
   node.grad = maps.grad == nullptr
                   ? nullptr
                   : static_cast<char*>(maps.grad) + grad_offset * maps.element_size;
+  node.valid = nullptr;
   node.strides = {maps.strides[2], maps.strides[3], maps.strides[4]};
   node.grad_strides = {maps.grad_strides[2], maps.grad_strides[3], maps.grad_strides[4]};
   return node;
@@ -48,7 +49,7 @@ void add_edges(Plan& plan, const PairSet& pairs, const std::vector<int32_t>& sam
   for (size_t a = 0; a < samples.size(); ++a) {
     if (!pairs.set_form && samples[a] >= pairs.queries) break;
     for (size_t b = a; b < samples.size(); ++b) {
-      Edge edge{int32_t(a), int32_t(b), -1, -1, 0.0, 0.0};
+      Edge edge{int32_t(a), int32_t(b), -1, -1};
       if (pairs.set_form) {
         edge.forward = slot(samples[a], samples[b]);
         if (a != b) edge.reverse = slot(samples[b], samples[a]);
@@ -139,22 +140,39 @@ void add_streamed(Work& work, const Problem& problem, int32_t index, bool backwa
 
 }  // namespace
 
+const char* PairSet::fault() const {
+  int64_t last = -1;
+  for (int64_t i = 0; i < length; ++i) {
+    if (list[i] == -1) {
+      last = INT64_MAX;  // nothing but room that is left over may follow
+    } else if (list[i] <= last || list[i] >= groups * queries * keys) {
+      return "pairs must be places in (G, N, M), in ascending order, then -1";
+    }
+    if (list[i] >= 0) last = list[i];
+  }
+  return nullptr;
+}
+
 Plan make_plan(const PairSet& pairs, const Maps& query, const Maps& key, bool keep_isolated) {
   Plan plan;
-  const int64_t samples = pairs.set_form ? pairs.queries : pairs.queries + pairs.keys;
-  std::vector<int64_t> slots(pairs.queries * pairs.keys);
-  std::vector<int32_t> members;
+  const int64_t samples = pairs.samples(), table = pairs.queries * pairs.keys;
+  std::vector<int64_t> slots(table);
   std::vector<std::vector<int32_t>> by_root(samples);
   for (int64_t g = 0; g < pairs.groups; ++g) {
     Sets sets(samples);
-    for (int64_t q = 0; q < pairs.queries; ++q) {
-      for (int64_t k = 0; k < pairs.keys; ++k) {
-        const bool present = pairs.mask.data == nullptr || pairs.mask.at(g, q, k);
-        slots[q * pairs.keys + k] = present ? int64_t(plan.flat.size()) : -1;
-        if (!present) continue;
-        plan.flat.push_back((g * pairs.queries + q) * pairs.keys + k);
-        sets.join(int32_t(q), int32_t(pairs.set_form ? k : pairs.queries + k));
-      }
+    std::fill(slots.begin(), slots.end(), -1);
+    const auto add_pair = [&](int64_t place) {
+      const int64_t q = place / pairs.keys, k = place % pairs.keys;
+      slots[place] = plan.num_pairs++;
+      sets.join(int32_t(q), int32_t(pairs.set_form ? k : pairs.queries + k));
+    };
+    if (pairs.every) {
+      for (int64_t place = 0; place < table; ++place) add_pair(place);
+    } else {
+      const auto in_group = [&](int64_t i) {
+        return i < pairs.length && pairs.list[i] >= 0 && pairs.list[i] < (g + 1) * table;
+      };
+      while (in_group(plan.num_pairs)) add_pair(pairs.list[plan.num_pairs] - g * table);
     }
     for (int64_t s = 0; s < samples; ++s) by_root[s].clear();
     for (int64_t s = 0; s < samples; ++s) by_root[sets.root(int32_t(s))].push_back(int32_t(s));
@@ -167,10 +185,11 @@ Plan make_plan(const PairSet& pairs, const Maps& query, const Maps& key, bool ke
       Component component{int32_t(plan.nodes.size()), int32_t(by_root[root].size()), first_edge,
                           num_edges, true, true};
       for (const int32_t s : by_root[root]) {
-        plan.nodes.push_back(s < pairs.queries ? node_of(query, g, s)
-                                               : node_of(key, g, s - pairs.queries));
-        component.channels_last &= plan.nodes.back().strides.channel == 1;
-        component.grads_channels_last &= plan.nodes.back().grad_strides.channel == 1;
+        Node node = s < pairs.queries ? node_of(query, g, s) : node_of(key, g, s - pairs.queries);
+        if (pairs.valid != nullptr) node.valid = pairs.valid + (g * samples + s) * pairs.plane;
+        component.channels_last &= node.strides.channel == 1;
+        component.grads_channels_last &= node.grad_strides.channel == 1;
+        plan.nodes.push_back(node);
       }
       plan.components.push_back(component);
     }
@@ -200,22 +219,5 @@ Work make_work(const Problem& problem, const Kernels& kernels, bool backward) {
                    [](const Tile& a, const Tile& b) { return a.strip < b.strip; });
   return work;
 }
-
-template <class T>
-void set_edge_gradients(Plan& plan, const PairSet& pairs, const PairTable<T>& grad,
-                        int64_t pixels) {
-  const auto scaled = [&](int64_t pair) -> double {
-    if (pair < 0) return 0.0;
-    const int64_t flat = plan.flat[pair], k = flat % pairs.keys, rest = flat / pairs.keys;
-    return grad.at(rest / pairs.queries, rest % pairs.queries, k) / T(pixels);
-  };
-  for (Edge& edge : plan.edges) {
-    edge.grad_forward = scaled(edge.forward);
-    edge.grad_reverse = scaled(edge.reverse);
-  }
-}
-
-template void set_edge_gradients<float>(Plan&, const PairSet&, const PairTable<float>&, int64_t);
-template void set_edge_gradients<double>(Plan&, const PairSet&, const PairTable<double>&, int64_t);
 
 }  // namespace salkernels

@@ -1,4 +1,4 @@
-// From tensors' shapes and a mask to nodes, edges, components and units of work.
+// From tensors' shapes and a list of pairs to nodes, edges, components and units of work.
 #pragma once
 
 #include <cstdint>
@@ -15,21 +15,19 @@ struct Maps {
   int64_t strides[5], grad_strides[5];
 };
 
-// A (G, N, M) tensor of anything, by strides in elements; null data: see the user.
-template <class T>
-struct PairTable {
-  const T* data;
-  int64_t strides[3];
-
-  const T& at(int64_t g, int64_t q, int64_t k) const {
-    return data[g * strides[0] + q * strides[1] + k * strides[2]];
-  }
-};
-
 struct PairSet {
   int64_t groups, queries, keys;
-  bool set_form;         // the keys are the queries
-  PairTable<bool> mask;  // null: every pair
+  bool set_form;  // the keys are the queries
+  bool every;     // every query with every key: there is no list
+  // Where each pair stands in (G, N, M), ascending, and from some place on -1.
+  const int64_t* list;
+  int64_t length;
+  const uint8_t* valid;  // (G, samples, H·W): queries, then keys that are not the queries; or null
+  int64_t plane;         // H·W
+
+  int64_t samples() const { return set_form ? queries : queries + keys; }
+  // What is wrong with the list, or null.
+  const char* fault() const;
 };
 
 // Samples without any pair have no work in forward, but a gradient to be written in backward.
@@ -37,9 +35,5 @@ Plan make_plan(const PairSet& pairs, const Maps& query, const Maps& key, bool ke
 
 // Cuts the work into pieces that do not depend on the number of threads.
 Work make_work(const Problem& problem, const Kernels& kernels, bool backward);
-
-// The gradient of each pair's loss, over H·W, into the edges. T is the accumulation dtype.
-template <class T>
-void set_edge_gradients(Plan& plan, const PairSet& pairs, const PairTable<T>& grad, int64_t pixels);
 
 }  // namespace salkernels

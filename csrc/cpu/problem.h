@@ -22,15 +22,15 @@ struct MapStrides {
 struct Node {
   const void* map;
   void* grad;
+  const uint8_t* valid;  // (H, W), nonzero where a pixel takes part; null: everywhere
   MapStrides strides, grad_strides;
 };
 
-// Two samples of a component and their numbers as pairs in both directions, -1 where masked out.
+// Two samples of a component and their numbers as pairs in both directions, -1 where there is none.
 // In the set form sim is symmetric: one edge stands for (first, second) and (second, first).
 struct Edge {
   int32_t first, second;  // nodes, counted from the start of the component
   int64_t forward, reverse;
-  double grad_forward, grad_reverse;  // grad_loss / (H·W), in the accumulation dtype
 };
 
 // Samples connected by pairs: only they have to be in the cache together.
@@ -52,7 +52,7 @@ struct Plan {
   std::vector<Node> nodes;
   std::vector<Edge> edges;  // of a component: by first, then second
   std::vector<Component> components;
-  std::vector<int64_t> flat;  // where pair p stands in (G, N, M)
+  int64_t num_pairs = 0;  // those that exist, of the P that there is room for
 };
 
 // One pair of samples in one large window, whose rows do not fit into a tile together.
@@ -95,11 +95,13 @@ struct Problem {
   double eps;
   DType dtype;
   bool wide_index;  // argmax is int32, else uint8
+  bool has_valid;   // whether there are pixels that take no part
   Plan plan;
   Work work;
-  void* argmax;   // (P, H, W)
-  void* max_sim;  // (P, H, W)
-  void* loss;     // (P), forward only
+  void* argmax;           // (P, H, W); all bits set where a query pixel has no match
+  void* max_sim;          // (P, H, W); 1 there
+  void* loss;             // (P), forward only
+  const void* grad_sim;   // (P, H, W), backward only: of the loss with respect to max_sim
   // (nodes, H·W), window after window: backward of large windows only.
   void *norms, *poison;
 };
