@@ -1,6 +1,7 @@
 """Fused kernels for Self-supervised Alignment Learning (SAL): window-wise cosine row-max losses."""
 
 import sys as _sys
+import typing as _typing
 
 from ._version import __version__
 from .functional import (
@@ -8,7 +9,6 @@ from .functional import (
     SALTerms,
     align,
     align_set,
-    backends,
     explain,
     gp_loss,
     la_loss,
@@ -40,6 +40,12 @@ __all__ = [
     "wla_loss",
     "wla_set_loss",
 ]
+
+if _typing.TYPE_CHECKING:
+    # The package `backends` can be called, which type checkers do not know of packages.
+    from .backends import statuses as backends
+else:
+    from . import backends
 
 # `import salkernels.wla_loss` gives the function too: the import system takes what stands here.
 _sys.modules[f"{__name__}.wla_loss"] = wla_loss  # type: ignore[assignment]

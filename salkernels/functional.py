@@ -378,11 +378,6 @@ def sal_loss(
     return SALTerms(gp + lambda_ * la, gp, la)
 
 
-def backends() -> tuple[BackendStatus, ...]:
-    """Every backend in the order of preference, and why one cannot run on this machine."""
-    return _backends.statuses()
-
-
 def explain(
     x: Tensor, window_size: WindowSize, y: Tensor | None = None
 ) -> tuple[BackendStatus, ...]:

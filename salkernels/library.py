@@ -143,6 +143,7 @@ torch.library.register_autograd(
 
 # ---- Autocast ------------------------------------------------------------------------------------
 
+
 def without_autocast(device: str) -> AbstractContextManager[Any]:
     """Switches autocast off; some device types (meta) have none to switch."""
     if device not in AUTOCAST_DEVICES:

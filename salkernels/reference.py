@@ -95,7 +95,9 @@ def match(
                 sim = sim.masked_fill(~key_valid[:, :, None, None, chunk.keys], -torch.inf)
             best, where = sim.max(dim=-1)  # torch takes the first of equals, and NaN as the largest
             if query_valid is not None:
-                present = query_valid[:, :, chunk.queries, chunk.pixels, None] & (best != -torch.inf)
+                present = query_valid[:, :, chunk.queries, chunk.pixels, None] & (
+                    best != -torch.inf
+                )
                 best, where = torch.where(present, best, 1), torch.where(present, where, -1)
             chosen = slots[:, chunk.queries][:, :, chunk.keys]  # (G, n, K)
             numbers = chosen[chosen >= 0]

@@ -15,12 +15,16 @@ and, if its outputs lie otherwise than plain contiguous tensors, or with norms,
     outputs(query, key, pairs, window)              them, uninitialised, as `reference.outputs`
 
 An explicit name runs that backend or raises with its reason; `None` takes the first that can.
+
+The package itself can be called: `salkernels.backends()` is `statuses()`.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Protocol
 
 import torch
@@ -144,3 +148,13 @@ def select(name: str | None, query: Tensor, key: Tensor | None, window: tuple[in
         if backend.why_not(query, key, window) is None:
             return candidate
     raise RuntimeError("no backend can run this input")
+
+
+class _CallablePackage(ModuleType):
+    """So that `salkernels.backends` is one thing: this package, and the function that lists it."""
+
+    def __call__(self) -> tuple[BackendStatus, ...]:
+        return statuses()
+
+
+sys.modules[__name__].__class__ = _CallablePackage
