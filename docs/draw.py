@@ -176,10 +176,7 @@ def pairs(t: float) -> Figure:
 def _match(query: Tensor, key: Tensor, window: int) -> tuple[Tensor, Tensor]:
     """Similarity (H, W) and position (H, W, 2), row and column, of each pixel's match."""
     similarity, offset = salkernels.align(features(query), features(key), window)
-    row, column = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
-    y = row // window * window + offset[0] // window
-    x = column // window * window + offset[0] % window
-    return similarity[0], torch.stack((y, x), dim=-1)
+    return similarity[0], torch.stack(salkernels.match_pixels(offset[0], window), dim=-1)
 
 
 def _figure(columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:

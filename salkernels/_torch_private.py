@@ -14,10 +14,25 @@ import torch
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+_count_modes: Callable[[], int] | None = getattr(torch._C, "_len_torch_dispatch_stack", None)
+_transforms: Callable[[], bool] | None = getattr(
+    torch._C, "_are_functorch_transforms_active", None
+)
+
+
 def transforms_active() -> bool:
-    """Whether a transform of torch.func is at work; without it, errors there are torch's own."""
-    ask = getattr(torch._C, "_are_functorch_transforms_active", None)
-    return ask is not None and bool(ask())
+    """Whether a transform of torch.func is at work. Without it, errors there are torch's own."""
+    return _transforms is not None and _transforms()
+
+
+def nobody_looks() -> bool:
+    """Whether no mode and no transform of torch sees the operators that are called.
+
+    Without either name that is not known: calls take the long way through the dispatcher.
+    """
+    if _count_modes is None or _transforms is None:
+        return False
+    return _count_modes() == 0 and not _transforms()
 
 
 def constant_for_dynamo(function: Function) -> Function:

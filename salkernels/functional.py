@@ -454,7 +454,7 @@ def _match(
                 "use loss.backward() or torch.autograd.grad"
             )
     try:
-        return Outputs(*match(query, key, pairs, valid, window, eps, backend))
+        return match(query, key, pairs, valid, window, eps, backend)
     except RuntimeError as error:
         if not transforms_active():
             raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -11,11 +10,7 @@ from compare import skip_unless_runs
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import salkernels
-from salkernels import reference
-from salkernels.backends._absent import Absent
-
-# `import salkernels.backends as ...` would give the public function of that name.
-backends = importlib.import_module("salkernels.backends")
+from salkernels import backends, reference
 
 X, Y = torch.randn(2, 2, 3, 4, 5)
 PAIRS = torch.tensor([[False, True], [True, False]])
@@ -28,20 +23,20 @@ def fake(monkeypatch):
 
     def forward(*args):
         calls.append("forward")
-        return reference.pair_losses_forward(*args)
+        return reference.match(*args)
 
     def backward(*args):
         calls.append("backward")
-        return reference.pair_losses_backward(*args)
+        return reference.match_backward(*args)
 
-    def can_run(query, key, window):
+    def why_not(query, key, window):
         return "the height is odd" if query.shape[-2] % 2 else None
 
     module = SimpleNamespace(
         status=lambda: None,
-        can_run=can_run,
-        pair_losses_forward=forward,
-        pair_losses_backward=backward,
+        why_not=why_not,
+        match=forward,
+        match_backward=backward,
         calls=calls,
     )
     monkeypatch.setattr(backends, "BACKENDS", {"fake": module, **backends.BACKENDS})
@@ -91,7 +86,7 @@ def test_modules_hand_on_the_backend(fake):
 
 
 def test_explain_reports_the_reason_for_this_input(fake):
-    even, odd = salkernels.explain(X), salkernels.explain(X[:, :, :3], Y[:, :, :3], (1, 2))
+    even, odd = salkernels.explain(X, 2), salkernels.explain(X[:, :, :3], (1, 2), Y[:, :, :3])
     assert even[0].name == odd[0].name == "fake"
     assert even[0].available
     assert not odd[0].available
@@ -111,7 +106,7 @@ def test_the_reference_runs_always(device):
     assert statuses["reference"].available
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         x = torch.ones(1, 2, 3, 5, device=device, dtype=dtype)
-        assert salkernels.explain(x, x, (3, 5))[-1].available
+        assert salkernels.explain(x, (3, 5), x)[-1].available
 
 
 def test_an_unknown_name_lists_the_known_ones():
@@ -128,11 +123,12 @@ def test_a_missing_backend_says_why():
         with pytest.raises(RuntimeError, match=f"'{name}' cannot run this input") as caught:
             salkernels.wla_loss(X, Y, 2, backend=name)
         assert "backend=None" in str(caught.value)
-        assert (backend.can_run(X, Y, (2, 2)) or reason) in str(caught.value)
+        assert (backend.why_not(X, Y, (2, 2)) or reason) in str(caught.value)
 
 
 def test_no_backend_at_all(monkeypatch):
-    left = {"cuda": Absent("no GPU here")}
+    refuses = SimpleNamespace(status=lambda: "no GPU here", why_not=lambda *_: "no GPU here")
+    left = {"cuda": refuses}
     monkeypatch.setattr(backends, "BACKENDS", left)
     with pytest.raises(RuntimeError, match="no backend can run this input"):
         salkernels.wla_loss(X, Y, 2)
@@ -140,14 +136,15 @@ def test_no_backend_at_all(monkeypatch):
 
 def test_the_operator_itself_refuses_an_unknown_backend():
     with pytest.raises(ValueError, match="unknown backend"):
-        torch.ops.salkernels.pair_losses(X[:, None], Y[:, None], None, [2, 2], 1e-12, 2, "gpu")
+        torch.ops.salkernels.match(X[:, None], Y[:, None], None, None, [2, 2], 1e-12, "gpu")
 
 
-def test_too_little_capacity_is_an_error(backend):
-    skip_unless_runs(backend, X, None, (2, 2))  # on a GPU it could not be without waiting
-    mask = torch.ones(1, 2, 2, dtype=torch.bool)
-    with pytest.raises((ValueError, RuntimeError), match="capacity is 3"):
-        torch.ops.salkernels.pair_losses(X[None], None, mask, [2, 2], 1e-12, 3, backend)
+def test_the_package_of_backends_is_the_function_that_lists_them():
+    import salkernels.backends as by_import
+
+    assert by_import is salkernels.backends
+    assert by_import() == salkernels.backends.statuses()
+    assert isinstance(by_import()[0], salkernels.backends.BackendStatus)
 
 
 @pytest.mark.parametrize("axis", [2, 3, 4])
@@ -155,19 +152,18 @@ def test_the_operator_itself_refuses_maps_without_a_channel_or_a_pixel(axis, bac
     """The public functions do, too; it must not come to a division by zero below them."""
     x = torch.randn(1, 2, 3, 4, 5, device=device)
     skip_unless_runs(backend, x[0], None, (1, 1))
-    loss, *kept = torch.ops.salkernels.pair_losses(x, None, None, [1, 1], 1e-12, 4, backend)
+    rest = (None, None, None, [1, 1], 1e-12)
+    loss, *kept = torch.ops.salkernels.match(x, *rest, backend)
     empty = x.narrow(axis, 0, 0)
     message = "at least one channel and one pixel"
     with pytest.raises((ValueError, RuntimeError), match=message):
-        torch.ops.salkernels.pair_losses(empty, None, None, [1, 1], 1e-12, 4, backend)
+        torch.ops.salkernels.match(empty, *rest, backend)
     with pytest.raises(ValueError, match=message):
-        torch.ops.salkernels.pair_losses(
-            empty.to("meta"), None, None, [1, 1], 1e-12, 4, "reference"
-        )
+        torch.ops.salkernels.match(empty.to("meta"), *rest, "reference")
     if backend in ("cpu", "cuda", "reference"):
         with pytest.raises((ValueError, RuntimeError), match=message):
-            torch.ops.salkernels.pair_losses_backward(
-                loss, empty, None, None, *kept, [1, 1], 1e-12, backend
+            torch.ops.salkernels.match_backward(
+                kept[0], empty, None, None, None, *kept, [1, 1], 1e-12, backend
             )
 
 
@@ -180,7 +176,7 @@ def both_on_a_gpu(monkeypatch):
         return SimpleNamespace(
             DEVICES=real[name].DEVICES,
             status=lambda: None,
-            can_run=lambda query, key, window: (
+            why_not=lambda query, key, window: (
                 f"no {query.dtype}" if query.dtype not in real[name].DTYPES else None
             ),
         )
@@ -211,10 +207,10 @@ def test_on_a_gpu_the_order_goes_by_the_rows_of_a_window(
     x = on_a_gpu(samples, dtype)
     y = x if pairwise else None
     assert backends.select(None, x, y, window) == first
-    order = [status.name for status in salkernels.explain(x, y, window)]
+    order = [status.name for status in salkernels.explain(x, window, y)]
     assert sorted(order[:2]) == ["cuda", "triton"]
     assert order[2:] == ["cpu", "reference"]
-    assert next(s.name for s in salkernels.explain(x, y, window) if s.available) == first
+    assert next(s.name for s in salkernels.explain(x, window, y) if s.available) == first
 
 
 @pytest.mark.parametrize(("dynamic", "first"), [(False, "triton"), (True, "cuda")])

@@ -91,7 +91,7 @@ BAD = [
     Bad("eps text", wla(eps="small"), TypeError, ("eps", "number", "got str")),
     Bad("la shapes", lambda: sal.la_loss(X, X[..., 1:]), ValueError, ("same shape", "got")),
     Bad("align shapes", lambda: sal.align(X, X[1:], 2), ValueError, ("same shape", "got")),
-    Bad("explain", lambda: sal.explain(X[0]), ValueError, FOUR),
+    Bad("explain", lambda: sal.explain(X[0], 2), ValueError, FOUR),
     # pairs
     Bad("pairs list", wset(pairs=[[True]]), TypeError, ("pairs", "torch.Tensor", "got list")),
     Bad("pairs shape", wset(pairs=PAIRS[:1]), ValueError, ("(S, S) = (2, 2)", "got (1, 2)")),

@@ -64,15 +64,15 @@ def test_no_tensor_is_larger_than_pairs_pixels_or_the_budget(form, samples, wind
     budget, pixels = 8000, 12 * 12
     monkeypatch.setattr(reference, "GRAM_BUDGET", budget)
     features = torch.randn(1, samples, 4, 12, 12)
-    pairs = MASKS["others"](samples)[None]
-    args = features, None, pairs
+    pairs = MASKS["others"](samples).reshape(-1).nonzero().squeeze(1)
+    args = features, None, pairs, None
+    count = len(pairs)
     if form == "pairwise":
-        features, pairs = features.transpose(0, 1), torch.ones(samples, 1, 1, dtype=torch.bool)
-        args = features, features.flip(0), None
-    count = int(pairs.sum())
+        features, count = features.transpose(0, 1), samples
+        args = features, features.flip(0), None, None
     with Largest() as largest:
-        loss, argmax, max_sim = reference.pair_losses_forward(*args, window, 1e-12, count)
-        reference.pair_losses_backward(torch.ones_like(loss), *args, argmax, max_sim, window, 1e-12)
+        found = reference.match(*args, window, 1e-12)
+        reference.match_backward(found.max_sim, *args, *found[1:], window, 1e-12)
     assert largest.elements >= count * pixels, "the mode saw nothing"
     one_row = samples * window[0] * window[1]  # a query pixel and its keys: the least there is
     assert largest.elements <= max(budget, count * pixels, features.numel(), one_row)

@@ -14,7 +14,7 @@ from torch import Tensor
 import salkernels
 from salkernels import reference
 from salkernels.backends import cpu
-from salkernels.library import pair_losses, pair_losses_backward
+from salkernels.reference import Outputs
 
 pytestmark = pytest.mark.skipif(
     cpu.status() is not None, reason=f"the C++ kernel cannot run: {cpu.status()}"
@@ -64,10 +64,18 @@ def _maps(shape: tuple[int, ...], dtype: torch.dtype, layout: str = "nchw") -> T
     return torch.randn(shape).to(dtype)
 
 
-def _count(query: Tensor, key: Tensor | None, mask: Tensor | None) -> int:
-    if mask is not None:
-        return int(mask.sum())
-    return query.shape[0] * query.shape[1] * (query if key is None else key).shape[1]
+def _places(mask: Tensor | None) -> Tensor | None:
+    """The list of pairs (P,) of a table (G, N, M)."""
+    return None if mask is None else mask.reshape(-1).nonzero().squeeze(1)
+
+
+def _match(backend, query, key, mask, window, eps=EPS, valid=None) -> Outputs:
+    return Outputs(*backend.match(query, key, _places(mask), valid, window, eps))
+
+
+def _backward(backend, grad_sim, query, key, mask, found, window, eps=EPS, valid=None):
+    kept = (found.max_sim, found.argmax, found.norm)
+    return backend.match_backward(grad_sim, query, key, _places(mask), valid, *kept, window, eps)
 
 
 def _relative(actual: Tensor, expected: Tensor) -> float:
@@ -77,24 +85,30 @@ def _relative(actual: Tensor, expected: Tensor) -> float:
     return float((actual.double() - expected).norm() / expected.norm().clamp_min(1e-300))
 
 
-def _compare(query: Tensor, key: Tensor | None, mask: Tensor | None, window: tuple[int, int]):
+def _compare(
+    query: Tensor,
+    key: Tensor | None,
+    mask: Tensor | None,
+    window: tuple[int, int],
+    valid: Tensor | None = None,
+):
     tolerance = TOLERANCES[query.dtype]
-    arguments = (query, key, mask, window, EPS, _count(query, key, mask))
-    expected = reference.pair_losses_forward(*arguments)
-    actual = cpu.pair_losses_forward(*arguments)
+    arguments = (query, key, mask, window, EPS, valid)
+    expected, actual = _match(reference, *arguments), _match(cpu, *arguments)
     for ours, theirs in zip(actual, expected, strict=True):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
     wide_tolerance = min(tolerance, 1e-5)  # the forward is fp32 at least, whatever the input
-    assert _relative(actual[0], expected[0]) < wide_tolerance
-    assert _relative(actual[2], expected[2]) < wide_tolerance
+    assert _relative(actual.loss, expected.loss) < wide_tolerance
+    assert _relative(actual.max_sim, expected.max_sim) < wide_tolerance
     # Random features tie to within rounding once in a long while.
-    assert (actual[1] != expected[1]).sum() <= 1 + actual[1].numel() // 1000
+    wrong = actual.argmax != expected.argmax
+    assert wrong.sum() <= 1 + actual.argmax.numel() // 1000
+    none = reference.no_match(actual.argmax.dtype)
+    assert torch.equal(actual.argmax == none, expected.argmax == none)
 
-    grad = torch.randn_like(actual[0])
-    saved = (grad, query, key, mask, actual[1], actual[2], window, EPS)
-    for ours, theirs in zip(
-        cpu.pair_losses_backward(*saved), reference.pair_losses_backward(*saved), strict=True
-    ):
+    grad = torch.randn_like(actual.max_sim)
+    saved = (grad, query, key, mask, actual, window, EPS, valid)
+    for ours, theirs in zip(_backward(cpu, *saved), _backward(reference, *saved), strict=True):
         assert (ours is None) == (theirs is None)
         if ours is not None:
             assert (ours.shape, ours.dtype, ours.stride()) == (
@@ -117,6 +131,45 @@ def test_parity(dtype, extent, window, layout):
         _compare(query, key, None, window)
         _compare(query, None, torch.rand(2, 3, 3) < 0.5, window)
         _compare(query, None, None, window)
+        _compare(query, None, None, window, torch.rand(2, 3, *extent) < 0.7)
+        _compare(query, key, mask, window, torch.rand(2, 7, *extent) < 0.5)
+
+
+@pytest.mark.parametrize("window", [(2, 2), (12, 20), (20, 18)])
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_pixels_that_take_no_part(layout, window):
+    """Samples and windows without a valid pixel, and NaN wherever a pixel is not valid."""
+    features = _maps((1, 4, 20, 24, 20), torch.float32, layout).clone()
+    valid = torch.rand(1, 4, 24, 20) < 0.6
+    valid[0, 1] = False
+    valid[0, 2, : window[0], : window[1]] = False
+    features.masked_fill_(~valid[:, :, None], torch.nan)
+    _compare(features, None, None, window, valid)
+    _compare(features, features.roll(1, 1), None, window, torch.cat([valid, valid.roll(1, 1)], 1))
+    found = _match(cpu, features, None, None, window, valid=valid)
+    grads, _ = _backward(
+        cpu,
+        torch.full_like(found.max_sim, torch.nan),
+        features,
+        None,
+        None,
+        found,
+        window,
+        valid=valid,
+    )
+    assert (grads[(~valid)[:, :, None].expand_as(grads)] == 0).all(), "their NaN reaches nobody"
+
+
+def test_valid_is_any_byte_but_zero():
+    features = torch.randn(1, 3, 8, 6, 6)
+    valid = torch.rand(1, 3, 6, 6) < 0.5
+    odd = (valid.byte() * 254).view(torch.bool)
+    for ours, theirs in zip(
+        _match(cpu, features, None, None, (2, 2), valid=odd),
+        _match(cpu, features, None, None, (2, 2), valid=valid),
+        strict=True,
+    ):
+        assert torch.equal(ours, theirs)
 
 
 def test_mixed_layouts_of_query_and_key():
@@ -155,31 +208,42 @@ def test_mask_with_empty_rows_columns_and_groups(set_form):
 
 def test_no_pair_at_all():
     query, mask = torch.randn(2, 3, 8, 4, 4), torch.zeros(2, 3, 3, dtype=torch.bool)
-    loss, argmax, max_sim = cpu.pair_losses_forward(query, None, mask, (2, 2), EPS, 0)
-    assert not loss.any()
-    assert argmax.shape == max_sim.shape == (0, 4, 4)
-    grad, _ = cpu.pair_losses_backward(
-        torch.ones(2, 3, 3), query, None, mask, argmax, max_sim, (2, 2), EPS
-    )
+    found = _match(cpu, query, None, mask, (2, 2))
+    assert found.loss.shape == (0,)
+    assert found.argmax.shape == found.max_sim.shape == (0, 4, 4)
+    grad, _ = _backward(cpu, found.max_sim, query, None, mask, found, (2, 2))
     assert not grad.any()
 
 
 def test_empty_batch():
     query = torch.randn(0, 1, 8, 4, 4)
-    loss, argmax, max_sim = cpu.pair_losses_forward(query, query, None, (2, 2), EPS, 0)
-    assert loss.shape == (0, 1, 1)
-    grads = cpu.pair_losses_backward(loss, query, query, None, argmax, max_sim, (2, 2), EPS)
+    found = _match(cpu, query, query, None, (2, 2))
+    assert found.loss.shape == (0,)
+    grads = _backward(cpu, found.max_sim, query, query, None, found, (2, 2))
     assert [g.shape for g in grads] == [query.shape, query.shape]
 
 
-def test_capacity_beyond_the_pairs_is_zero_and_below_is_an_error():
-    query, mask = torch.randn(1, 3, 8, 4, 4), torch.eye(3, dtype=torch.bool)[None].roll(1, 2)
-    _, argmax, max_sim = cpu.pair_losses_forward(query, None, mask, (2, 2), EPS, 7)
-    assert argmax.shape == max_sim.shape == (7, 4, 4)
-    assert not argmax[3:].any()
-    assert not max_sim[3:].any()
-    with pytest.raises(ValueError, match="holds 3 pairs, but capacity is 2"):
-        cpu.pair_losses_forward(query, None, mask, (2, 2), EPS, 2)
+def test_room_that_is_left_over_takes_no_part():
+    query, places = torch.randn(1, 3, 8, 4, 4), torch.tensor([1, 5, 6, -1, -1])
+    few = Outputs(*cpu.match(query, None, places[:3], None, (2, 2), EPS))
+    found = Outputs(*cpu.match(query, None, places, None, (2, 2), EPS))
+    for ours, theirs in zip(found[:3], few[:3], strict=True):
+        assert torch.equal(ours[:3], theirs)
+    assert (found.loss[3:] == 0).all()
+    assert (found.max_sim[3:] == 1).all()
+    assert (found.argmax[3:] == 255).all()
+    grad = torch.randn_like(found.max_sim)
+    kept = found[1:]
+    ours = cpu.match_backward(grad, query, None, places, None, *kept, (2, 2), EPS)[0]
+    kept = few[1:]
+    theirs = cpu.match_backward(grad[:3], query, None, places[:3], None, *kept, (2, 2), EPS)[0]
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("places", [[3, 1], [2, 2], [9], [-2, 1], [-1, 3]])
+def test_a_list_that_is_no_list_of_pairs_is_an_error(places):
+    with pytest.raises(RuntimeError, match="ascending order"):
+        cpu.match(torch.randn(1, 3, 8, 4, 4), None, torch.tensor(places), None, (2, 2), EPS)
 
 
 @pytest.mark.parametrize("window", [(2, 2), (3, 3), (18, 20)])
@@ -188,10 +252,9 @@ def test_among_equals_the_first_is_the_match(window):
     choice = torch.randint(0, 2, (2, 3, 18, 20))
     vectors = torch.eye(16)[:2] * 2
     query = vectors[choice].movedim(-1, 2)  # (G, N, C, H, W)
-    arguments = (query, None, None, window, EPS, 18)
-    expected, actual = (b.pair_losses_forward(*arguments) for b in (reference, cpu))
-    assert torch.equal(actual[1], expected[1])
-    assert torch.equal(actual[2], expected[2])
+    expected, actual = (_match(b, query, None, None, window) for b in (reference, cpu))
+    assert torch.equal(actual.argmax, expected.argmax)
+    assert torch.equal(actual.max_sim, expected.max_sim)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
@@ -205,12 +268,11 @@ def test_values_out_of_range_reach_what_they_touch_and_nothing_else(value, windo
     mask[0, 1, 2] = True
     mask[1, 3] = mask[1, :, 3] = False
     query[1, 3, 0, 0, 0] = value  # in no pair
-    arguments = (query, None, mask, window, EPS, int(mask.sum()))
-    expected, actual = (b.pair_losses_forward(*arguments) for b in (reference, cpu))
-    for ours, theirs in zip(actual, expected, strict=True):
+    expected, found = (_match(b, query, None, mask, window) for b in (reference, cpu))
+    for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, equal_nan=True)
-    saved = (torch.randn(2, 4, 4), query, None, mask, *actual[1:], window, EPS)
-    expected, actual = (b.pair_losses_backward(*saved)[0] for b in (reference, cpu))
+    saved = (torch.randn_like(found.max_sim), query, None, mask, found, window)
+    expected, actual = (_backward(b, *saved)[0] for b in (reference, cpu))
     torch.testing.assert_close(actual, expected, equal_nan=True, rtol=1e-4, atol=1e-6)
 
 
@@ -221,11 +283,11 @@ def test_vectors_at_or_below_eps(eps, window):
     query[0, 0, :, :4] = 0
     query[0, 1, :, 3:6] *= 1e-13
     query[0, 2, :, :, 2] *= 1e-3
-    arguments = (query, None, None, window, eps, 16)
-    expected, actual = (b.pair_losses_forward(*arguments) for b in (reference, cpu))
-    torch.testing.assert_close(actual[2], expected[2], rtol=1e-4, atol=1e-6)
-    saved = (torch.randn(1, 4, 4), query, None, None, *actual[1:], window, eps)
-    expected, actual = (b.pair_losses_backward(*saved)[0] for b in (reference, cpu))
+    expected, found = (_match(b, query, None, None, window, eps) for b in (reference, cpu))
+    torch.testing.assert_close(found.max_sim, expected.max_sim, rtol=1e-4, atol=1e-6)
+    grad_sim = torch.randn(16, 1, 1).expand_as(found.max_sim) / (17 * 18)
+    saved = (grad_sim, query, None, None, found, window, eps)
+    expected, actual = (_backward(b, *saved)[0] for b in (reference, cpu))
     norm = query.norm(dim=2, keepdim=True)
     assert not actual[(norm <= eps).expand_as(actual)].any()
     torch.testing.assert_close(actual * norm, expected * norm, rtol=1e-4, atol=1e-7)
@@ -243,19 +305,6 @@ def test_gradcheck(window):
         lambda x, y: salkernels.wla_loss(x, y, window, reduction="none", backend="cpu"),
         (features, other),
     )
-
-
-@pytest.mark.parametrize("set_form", [True, False])
-def test_opcheck(set_form):
-    query = torch.randn(2, 3, 8, 5, 6, requires_grad=True)
-    key = None if set_form else torch.randn(2, 3, 8, 5, 6, requires_grad=True)
-    mask = torch.rand(2, 3, 3) < 0.6
-    arguments = (query, key, mask, [2, 2], EPS, 18, "cpu")
-    torch.library.opcheck(pair_losses, arguments)
-    with torch.no_grad():
-        loss, *kept = pair_losses(*arguments)
-    query, key = query.detach(), None if key is None else key.detach()
-    torch.library.opcheck(pair_losses_backward, (loss, query, key, mask, *kept, [2, 2], EPS, "cpu"))
 
 
 def test_compile():
@@ -276,13 +325,13 @@ def test_compile():
 def test_the_same_bits_whatever_the_number_of_threads(window, layout):
     features = _maps((1, 6, 48, 30, 32), torch.float32, layout)
     mask = torch.rand(1, 6, 6) < 0.6
-    grad = torch.randn(1, 6, 6)
+    grad = torch.randn(int(mask.sum()), 30, 32)
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        forward = cpu.pair_losses_forward(features, None, mask, window, EPS, int(mask.sum()))
-        backward = cpu.pair_losses_backward(grad, features, None, mask, *forward[1:], window, EPS)
-        results.append((*forward, backward[0]))
+        found = _match(cpu, features, None, mask, window)
+        backward = _backward(cpu, grad, features, None, mask, found, window)
+        results.append((*found, backward[0]))
     for other in results[1:]:
         for ours, theirs in zip(results[0], other, strict=True):
             assert torch.equal(ours, theirs)
@@ -293,15 +342,14 @@ def test_the_same_bits_whatever_the_number_of_threads(window, layout):
 def test_both_layouts_have_the_same_bits(extent, window, dtype):
     """Channels-last, gradients go to the map a window at a time; in NCHW, a tile at a time."""
     last = _maps((1, 4, 37, *extent), dtype, "channels_last")
-    plain, grad = last.contiguous(), torch.randn(1, 4, 4)
+    plain, grad = last.contiguous(), torch.randn(16, *extent)
+    valid = torch.rand(1, 4, *extent) < 0.8
     results = []
     for features in (last, plain):
-        forward = cpu.pair_losses_forward(features, None, None, window, EPS, 16)
-        grads, _ = cpu.pair_losses_backward(
-            grad, features, None, None, forward[1], forward[2], window, EPS
-        )
+        found = _match(cpu, features, None, None, window, valid=valid)
+        grads, _ = _backward(cpu, grad, features, None, None, found, window, valid=valid)
         assert grads.stride() == features.stride()
-        results.append((*forward, grads))
+        results.append((*found, grads))
     for ours, theirs in zip(*results, strict=True):
         assert torch.equal(ours, theirs)
 
@@ -309,30 +357,51 @@ def test_both_layouts_have_the_same_bits(extent, window, dtype):
 def test_masks_and_neighbours_do_not_change_a_pair():
     """A pair's bits do not depend on which other pairs are computed beside it."""
     features = torch.randn(1, 5, 33, 9, 10)
-    everything, _, _ = cpu.pair_losses_forward(features, None, None, (3, 3), EPS, 25)
     mask = torch.rand(1, 5, 5) < 0.4
-    some, _, _ = cpu.pair_losses_forward(features, None, mask, (3, 3), EPS, 25)
-    assert torch.equal(some, everything * mask)
+    everything, some = (_match(cpu, features, None, m, (3, 3)) for m in (None, mask))
+    assert torch.equal(some.max_sim, everything.max_sim[_places(mask)])
+    assert torch.equal(some.loss, everything.loss[_places(mask)])
 
 
 def test_wrong_arguments_are_errors_and_not_crashes():
-    query = torch.randn(1, 2, 4, 4, 4)
+    query, valid = torch.randn(1, 2, 4, 4, 4), torch.ones(1, 2, 4, 4, dtype=torch.bool)
     for bad in [
-        (query[0], None, None, (2, 2), EPS, 4),
-        (query, query[..., :3], None, (2, 2), EPS, 4),
-        (query, query.double(), None, (2, 2), EPS, 4),
-        (query, None, torch.ones(1, 2, 3, dtype=torch.bool), (2, 2), EPS, 4),
-        (query, None, None, (0, 2), EPS, 4),
-        (query, None, None, (2, 5), EPS, 4),
+        (query[0], None, None, None, (2, 2), EPS),
+        (query, query[..., :3], None, None, (2, 2), EPS),
+        (query, query.double(), None, None, (2, 2), EPS),
+        (query, None, torch.ones(1, 2, 2, dtype=torch.bool), None, (2, 2), EPS),
+        (query, None, torch.tensor([0, 1], dtype=torch.int32), None, (2, 2), EPS),
+        (query, None, torch.arange(8)[::4], None, (2, 2), EPS),
+        (query, None, None, None, (0, 2), EPS),
+        (query, None, None, None, (2, 5), EPS),
+        (query, None, None, valid.float(), (2, 2), EPS),
+        (query, None, None, valid[:, :1], (2, 2), EPS),
+        (query, query, None, valid, (2, 2), EPS),
+        (query, None, None, valid.transpose(2, 3)[..., :3], (2, 2), EPS),
     ]:
         with pytest.raises(RuntimeError):
-            cpu.pair_losses_forward(*bad)
-    loss, argmax, max_sim = cpu.pair_losses_forward(query, None, None, (2, 2), EPS, 4)
-    for saved in [(argmax[:3], max_sim), (argmax, max_sim[:3]), (argmax.int(), max_sim)]:
+            cpu.match(*bad)
+    loss, max_sim, argmax, norm = cpu.match(query, None, None, None, (2, 2), EPS)
+    for grad, *kept in [
+        (max_sim, max_sim, argmax[:3]),
+        (max_sim, max_sim[:3], argmax),
+        (max_sim[:3], max_sim, argmax),
+        (max_sim, max_sim, argmax.int()),
+    ]:
         with pytest.raises(RuntimeError):
-            cpu.pair_losses_backward(loss, query, None, None, *saved, (2, 2), EPS)
+            cpu.match_backward(grad, query, None, None, None, *kept, norm, (2, 2), EPS)
     # A foreign argmax may be wrong, but must not lead out of the window.
-    cpu.pair_losses_backward(loss, query, None, None, argmax + 200, max_sim, (2, 2), EPS)
+    kept = (max_sim, argmax + 200, norm)
+    cpu.match_backward(max_sim, query, None, None, None, *kept, (2, 2), EPS)
+
+
+def test_a_loss_of_a_large_map_keeps_its_digits():
+    """One fp32 sum over sixteen million pixels would be off by 1e-4."""
+    x, y = torch.randn(2, 1, 1, 4, 2000, 1)
+    x, y = (z.expand(1, 1, 4, 2000, 2000) for z in (x, y))
+    loss = cpu.match(x, y, None, None, (1, 1), EPS)[0]
+    expected = 1 - torch.cosine_similarity(x[..., :1].double(), y[..., :1].double(), dim=2).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])

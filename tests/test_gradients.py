@@ -154,16 +154,27 @@ def test_inputs_are_not_changed(backend, device):
     assert torch.equal(y, before[1])
 
 
-@pytest.mark.parametrize("changed", ["features", "pairs"])
+@pytest.mark.parametrize("changed", ["features", "valid"])
 def test_an_input_edited_before_backward_is_an_error(changed, backend, device):
     features, pairs = maps(3, 3, 4, 5, device=device), MASKS["others"](3).to(device)
     skip_unless_runs(backend, features, None, (2, 2))
-    hidden = features * 1
-    loss = salkernels.wla_set_loss(hidden, pairs, 2, backend=backend)
+    hidden, valid = features * 1, torch.ones(3, 4, 5, dtype=torch.bool, device=device)
+    loss = salkernels.wla_set_loss(hidden, pairs, 2, valid=valid, backend=backend)
     with torch.no_grad():
-        (hidden if changed == "features" else pairs).zero_()
+        (hidden if changed == "features" else valid).zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_pairs_edited_after_the_call_change_nothing(backend, device):
+    features, pairs = maps(3, 3, 4, 5, device=device), MASKS["others"](3).to(device)
+    skip_unless_runs(backend, features, None, (2, 2))
+    expected = torch.autograd.grad(
+        salkernels.wla_set_loss(features, pairs, 2, backend=backend), features
+    )
+    loss = salkernels.wla_set_loss(features, pairs, 2, backend=backend)
+    pairs.zero_()
+    assert torch.equal(torch.autograd.grad(loss, features)[0], expected[0])
 
 
 def test_activation_checkpointing(backend, device):

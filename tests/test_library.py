@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import salkernels
 
-pair_losses = torch.ops.salkernels.pair_losses.default
-pair_losses_backward = torch.ops.salkernels.pair_losses_backward.default
+match = torch.ops.salkernels.match.default
+match_backward = torch.ops.salkernels.match_backward.default
 
 PAIRS = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0], [1, 1, 1, 0], [0, 1, 0, 0]]).bool()
 IDS = torch.tensor([[0, 0, 1, 1], [1, 2, 1, 5], [9, 9, 8, 8]]).unbind()
@@ -40,7 +40,9 @@ OPERATOR = {
     "set, bfloat16": {"mask": PAIRS, "dtype": torch.bfloat16},
     "set, no pair": {"mask": PAIRS & False},
     "set, window is the map": {"mask": PAIRS, "window": (5, 6)},
+    "set, valid": {"mask": PAIRS, "valid": True},
     "groups, other keys": {"groups": True, "mask": PAIRS[:, :3]},
+    "groups, other keys, valid": {"groups": True, "mask": PAIRS[:, :3], "valid": True},
 }
 
 
@@ -54,33 +56,40 @@ def operator_input(backend, device, name):
     return variant_input(backend, device, **OPERATOR[name])
 
 
-def variant_input(backend, device, *, mask=None, groups=False, window=(2, 3), **how):
-    """Arguments of `pair_losses`: B pairs, one set, or two groups of 4 queries and 3 keys."""
+def variant_input(backend, device, *, mask=None, groups=False, valid=False, window=(2, 3), **how):
+    """Arguments of `match`: B pairs, one set, or two groups of 4 queries and 3 keys."""
     x, y = maps(device=device, **how), maps(device=device, **how)
     skip_unless_runs(backend, x, None if mask is not None and not groups else y, window)
     if groups:
         query, key = torch.stack((x, y)), torch.stack((y[:3], x[:3]))
-        mask = torch.stack((mask, ~mask)).to(device)
+        mask = torch.stack((mask, ~mask))
         query, key = (z.detach().requires_grad_() for z in (query, key))
-        return query, key, mask, window, 1e-12, mask.numel(), backend
-    if mask is None:
-        return x[:, None], y[:, None], None, window, 1e-12, len(x), backend
-    return x[None], None, mask[None].to(device), window, 1e-12, mask.numel(), backend
+    elif mask is None:
+        query, key = x[:, None], y[:, None]
+    else:
+        query, key = x[None], None
+    pairs = None if mask is None else mask.reshape(-1).nonzero().squeeze(1).to(device)
+    if valid:
+        samples = query.shape[1] + (0 if key is None else key.shape[1])
+        valid = torch.rand(len(query), samples, *query.shape[3:], device=device) < 0.7
+    else:
+        valid = None
+    return query, key, pairs, valid, window, 1e-12, backend
 
 
 @pytest.mark.parametrize("name", OPERATOR)
 def test_opcheck_forward(name, backend, device):
-    opcheck(pair_losses, operator_input(backend, device, name))
+    opcheck(match, operator_input(backend, device, name))
 
 
 @pytest.mark.parametrize("name", OPERATOR)
 def test_opcheck_backward(name, backend, device):
     """Without tensors that require a gradient: the second derivative is an error by design."""
-    query, key, mask, window, eps, capacity, _ = operator_input(backend, device, name)
+    query, key, *rest = operator_input(backend, device, name)
     query, key = query.detach(), None if key is None else key.detach()
-    loss, *kept = pair_losses(query, key, mask, window, eps, capacity, backend)
-    args = (torch.randn_like(loss), query, key, mask, *kept, window, eps, backend)
-    opcheck(pair_losses_backward, args)
+    _, *kept = match(query, key, *rest)
+    args = (torch.randn_like(kept[0]), query, key, *rest[:2], *kept, *rest[2:])
+    opcheck(match_backward, args)
 
 
 LOSSES = {
@@ -89,6 +98,10 @@ LOSSES = {
     "la": lambda f, e, p, w: salkernels.la_loss(f, f.flip(0)),
     "set": lambda f, e, p, w: salkernels.wla_set_loss(f, p, 2),
     "set with weights": lambda f, e, p, w: salkernels.wla_set_loss(f, w, 2),
+    "set, valid": lambda f, e, p, w: salkernels.wla_set_loss(
+        f, p, 2, valid=f.detach()[:, 0] > -0.5
+    ),
+    "align": lambda f, e, p, w: (2 - salkernels.align(f, f.flip(0), 2).max_sim).square().mean(),
     "gp": lambda f, e, p, w: salkernels.gp_loss(e, p),
     "SALLoss": lambda f, e, p, w: salkernels.SALLoss(2)(f, e, *IDS).loss,
 }
@@ -201,6 +214,7 @@ ABSTRACT = {
     "set none": (lambda f, e, p, ids: salkernels.wla_set_loss(f, p, 2, reduction="none"), (4, 4)),
     "set weights": (lambda f, e, p, ids: salkernels.wla_set_loss(f, p.float(), 2), ()),
     "align": (lambda f, e, p, ids: salkernels.align(f, f, 2)[0], (4, 5, 6)),
+    "set valid": (lambda f, e, p, ids: salkernels.wla_set_loss(f, p, 2, valid=f[:, 0] > 0), ()),
     "gp": (lambda f, e, p, ids: salkernels.gp_loss(e, p), ()),
     "SAL": (lambda f, e, p, ids: salkernels.SALLoss()(f, e, *ids).loss, ()),
 }
@@ -294,8 +308,8 @@ def test_a_dispatch_mode_sees_both_operators():
         (grad,) = torch.autograd.grad(loss, x)
         with torch.no_grad():
             salkernels.wla_set_loss(x, pairs, 2)
-    assert mode.names.count("salkernels.pair_losses.default") == 2
-    assert mode.names.count("salkernels.pair_losses_backward.default") == 1
+    assert mode.names.count("salkernels.match.default") == 2
+    assert mode.names.count("salkernels.match_backward.default") == 1
     assert loss.equal(plain)
     assert grad.equal(expected)
 

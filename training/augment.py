@@ -106,13 +106,20 @@ def augment(
 def undo(maps: Tensor, frame: Tensor) -> Tensor:
     """Feature maps (B, C, h, w) of views, resampled to where the slices lie without augmentation.
 
-    The maps of all views of a scan then correspond pixel by pixel. What a view did not show is 0.
-    Elastic displacements (`AugmentConfig.elastic`) are not undone.
+    The maps of all views of a scan then correspond pixel by pixel. What a view did not show
+    (`shown`) is 0. Elastic displacements (`AugmentConfig.elastic`) are not undone.
     """
     with torch.autocast(maps.device.type, enabled=False):
         grid = F.affine_grid(frame.float(), list(maps.shape), align_corners=False)
         back = F.grid_sample(maps.float(), grid, "bilinear", "zeros", align_corners=False)
     return back.to(maps.dtype, memory_format=torch.channels_last)  # as the losses like it best
+
+
+def shown(frame: Tensor, height: int, width: int) -> Tensor:
+    """Which pixels of a map that `undo` gives each view shows: (B, height, width) bool."""
+    size = [len(frame), 1, height, width]
+    grid = F.affine_grid(frame.float(), size, align_corners=False)
+    return (grid.abs() <= 1).all(dim=-1)
 
 
 def _inverse(theta: Tensor, field: float) -> Tensor:

@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 from torch.nn import functional as F
 
-from salkernels import align
+from salkernels import align, match_pixels
 
 from .augment import centre_crop
 from .data.cache import VolumeCache
@@ -198,11 +198,9 @@ def match_field(encoder: Encoder, scale: int, pair: Tensor, window: int) -> Matc
     """What matched what between slices (2, 1, H, W) in the encoder's map of that scale."""
     features = encoder(pair)[scale - 1]
     similarity, offset = align(features[:1], features[1:], window)
-    height, width = similarity.shape[1:]
-    row = torch.arange(height)[:, None] // window * window + offset[0] // window
-    column = torch.arange(width)[None, :] // window * window + offset[0] % window
+    where = torch.stack(match_pixels(offset[0], window), dim=-1)
     means = F.normalize(features, dim=1).mean(dim=(2, 3))
-    return MatchField(similarity[0], torch.stack((row, column), dim=-1), float(means[0] @ means[1]))
+    return MatchField(similarity[0], where, float(means[0] @ means[1]))
 
 
 def overlays(

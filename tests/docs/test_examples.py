@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import salkernels
+
 pytest.importorskip("nibabel", reason="the training extra is not installed")
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -25,6 +27,22 @@ def test_five_lines():
     names = runpy.run_path(str(EXAMPLES / "five_lines.py"))
     assert names["features"].grad.abs().sum() > 0
     assert names["pairs"].sum() > 0
+
+
+def test_own_penalty():
+    names = runpy.run_path(str(EXAMPLES / "own_penalty.py"))
+    features, pairs = names["features"], names["pairs"]
+    assert names["squared_hinge"] > 0
+    assert features.grad.abs().sum() > 0
+    torch.testing.assert_close(names["mae"], salkernels.wla_set_loss(features, pairs, 2))
+    expected = salkernels.wla_set_loss(features, pairs, 2, valid=names["valid"], reduction="none")
+    counts = names["takes_part"].sum(dim=(1, 2))
+    torch.testing.assert_close(names["mean"], (expected[pairs] * counts).sum() / counts.sum())
+    cosine = torch.cosine_similarity(
+        names["matched"], features[names["query"]].movedim(1, 3), dim=-1
+    )
+    taking_part = names["takes_part"]
+    torch.testing.assert_close(cosine[taking_part], names["max_sim"][taking_part])
 
 
 def test_batches_are_halves_of_two_scans(tmp_path):

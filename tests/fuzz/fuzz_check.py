@@ -18,7 +18,7 @@ from tolerances import TOLERANCES, Tolerance
 from torch import Tensor
 
 import salkernels
-from salkernels.library import pair_losses
+from salkernels.library import match
 
 COMPARED: Counter[str] = Counter()  # inputs, pixels and compared pixels by backend
 
@@ -130,13 +130,16 @@ def run(
         else:
             total = (loss * upstream[0].to(loss)).sum()
     else:
-        mask = None if case.mask == "all" else (pairs > 0).to(query.device)
-        count = int((pairs > 0).sum())
-        loss, argmax, max_sim, _ = pair_losses(
-            query, key, mask, case.window, case.eps, count + case.slack, backend
+        places = (pairs > 0).reshape(-1).nonzero().squeeze(1)
+        count = len(places)
+        room = torch.cat([places, places.new_full((case.slack,), -1)]).to(query.device)
+        given = None if case.mask == "all" else room
+        found = match(query, key, given, None, case.window, case.eps, backend)
+        max_sim, argmax = found.max_sim[:count], found.argmax[:count]
+        loss = found.loss.new_zeros(pairs.numel()).scatter(
+            0, places.to(query.device), found.loss[:count]
         )
-        total = (loss * upstream.to(loss)).sum()
-        max_sim, argmax = max_sim[:count], argmax[:count]
+        total = (loss * upstream.reshape(-1).to(loss)).sum()
     grads = torch.autograd.grad(total, leaves)
     return Run(loss.detach().view(pairs.shape), max_sim, argmax, grads)
 

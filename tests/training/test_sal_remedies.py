@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from salkernels import wla_loss
-from salkernels.training.augment import AugmentConfig, augment, undo
+from salkernels.training.augment import AugmentConfig, augment, shown, undo
 from salkernels.training.methods import SAL, SALConfig, Views
 from salkernels.training.methods.sal import alignment, centred
 from salkernels.training.models import UNetConfig
@@ -83,7 +83,7 @@ def test_la_of_the_method_is_that_of_the_centred_maps(centre):
 def test_stop_gradient_moves_the_query_and_not_its_match():
     x = torch.randn(2, 4, 4, 4, requires_grad=True)
     pairs = torch.tensor([[False, True], [False, False]])  # 0 asks, 1 answers
-    both, stopped = (alignment(x, pairs, 2, stop) for stop in (False, True))
+    both, stopped = (alignment(x, None, pairs, 2, stop) for stop in (False, True))
     torch.testing.assert_close(both, stopped)
     full, half = (torch.autograd.grad(loss, x)[0] for loss in (both, stopped))
     torch.testing.assert_close(full[0], half[0])
@@ -94,13 +94,13 @@ def test_stop_gradient_moves_the_query_and_not_its_match():
 def test_stop_gradient_of_many_pairs_and_of_none():
     x = torch.randn(4, 4, 5, 5, dtype=torch.double, requires_grad=True)
     pairs = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]], dtype=torch.bool)
-    loss = alignment(x, pairs, 2, stop_gradient=True)
+    loss = alignment(x, None, pairs, 2, stop_gradient=True)
     loss.backward()
     parts = [wla_loss(x[i : i + 1], x[j : j + 1].detach(), 2) for i, j in pairs.nonzero().tolist()]
     expected = torch.stack(parts).mean()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(x.grad, torch.autograd.grad(expected, x)[0])
-    none = alignment(x, torch.zeros_like(pairs), 2, stop_gradient=True)
+    none = alignment(x, None, torch.zeros_like(pairs), 2, stop_gradient=True)
     assert none == 0
     assert torch.autograd.grad(none, x)[0].abs().sum() == 0
 
@@ -126,7 +126,7 @@ def test_orthogonal_embedding_leaves_cosines_alone_unless_it_is_smaller(dim, kee
     x = torch.randn(2, 8, 5, 5)
     embedded = Embedding("orthogonal", 8, dim)(x)
     pairs = torch.tensor([[False, True], [True, False]])
-    losses = [float(alignment(maps, pairs, 2, False)) for maps in (x, embedded)]
+    losses = [float(alignment(maps, None, pairs, 2, False)) for maps in (x, embedded)]
     assert (losses[0] == pytest.approx(losses[1], abs=1e-5)) == keeps
 
 
@@ -140,8 +140,8 @@ def in_frames(images, geometry, seed=0):
     group = torch.tensor([0, 0, 1, 1]).repeat(2) if geometry == "shared" else None
     config = AugmentConfig(brightness=0, contrast=1, gamma=1, bias=0, noise=0, flip=0.5)
     generator = torch.Generator().manual_seed(seed)
-    shown, _, frame = augment(images.repeat(2, 1, 1, 1), 32, config, generator, group=group)
-    return views()._replace(images=shown, frame=frame)
+    images, _, frame = augment(images.repeat(2, 1, 1, 1), 32, config, generator, group=group)
+    return views()._replace(images=images, frame=frame)
 
 
 def test_a_common_frame_lets_windows_of_independent_views_correspond():
@@ -153,9 +153,12 @@ def test_a_common_frame_lets_windows_of_independent_views_correspond():
     settings = SALConfig(common_frame=True, window_size=2)
     method = SAL(MODEL, settings, corpus=None)
     batch = in_frames(maps[:, :1], "independent")
-    one, two = method.aligned(torch.cat((first, second)), batch).chunk(2)
-    seen = method.aligned(torch.ones(8, 1, 32, 32), batch).squeeze(1) > 0.999
-    both = seen[:4] & seen[4:]
+    maps_in_frame, seen = method.aligned(torch.cat((first, second)), batch)
+    one, two = maps_in_frame.chunk(2)
+    whole = method.aligned(torch.ones(8, 1, 32, 32), batch)[0].squeeze(1) > 0.999
+    assert (seen | ~whole).all()
+    assert (method.aligned(torch.ones(8, 1, 32, 32), batch)[0].squeeze(1)[seen] >= 0.24).all()
+    both = whole[:4] & whole[4:]
     same = F.cosine_similarity(one, two)[both]
     astray = F.cosine_similarity(first, second)[both]
     assert same.mean() > 0.98 > 0.6 > astray.mean()
@@ -168,11 +171,26 @@ def test_la_with_a_common_frame_is_that_of_the_maps_brought_back():
     outcome = method(batch)
     back = undo(centred(outcome.maps["embedding"], "image", 3), batch.frame)
     i, j = method.pairs(batch).nonzero(as_tuple=True)
-    expected = wla_loss(back[i].double(), back[j].double(), 3)
+    seen = shown(batch.frame, *back.shape[2:])
+    assert 0.3 < seen.float().mean() < 1
+    expected = wla_loss(back[i].double(), back[j].double(), 3, valid=(seen[i], seen[j]))
     torch.testing.assert_close(outcome.terms["la"].double(), expected, atol=1e-5, rtol=0)
     assert method.monitor(batch, outcome)["la_pairs"] == pytest.approx(expected.item(), abs=1e-5)
     outcome.terms["la"].backward()
     assert method.embedding.layer.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("stop_gradient", [False, True])
+def test_what_only_one_view_shows_takes_no_part(stop_gradient):
+    """Pixels beyond a view used to count as "no match": a constant that told nothing."""
+    settings = SALConfig(common_frame=True, embedding="none", stop_gradient=stop_gradient)
+    method = SAL(MODEL, settings, None)
+    batch = in_frames(torch.randn(4, 1, 32, 32), "independent")
+    maps = torch.ones(8, 3, 16, 16)  # all pixels that a view shows match each other
+    features, valid = method.aligned(maps, batch)
+    pairs = method.pairs(batch)
+    assert method.align(features, valid, pairs).item() == pytest.approx(0, abs=1e-6)
+    assert method.align(features, None, pairs) > 0.05
 
 
 def test_what_a_common_frame_cannot_undo_is_an_error(pretrain_config):

@@ -18,7 +18,7 @@ from salkernels import (
     wla_set_loss,
 )
 
-from ..augment import Geometry, undo
+from ..augment import Geometry, shown, undo
 from ..distributed import gather, share
 from ..models import Embedding, EmbeddingKind, Encoder, Projection, UNetConfig
 from .base import COSINE_LIMIT, Corpus, Method, Outcome, Views, mean_cosine
@@ -49,7 +49,8 @@ class SALConfig:
             its match and the match stays; the paper moves both.
         common_frame: undo the geometry of each view on its map before LA, so that windows show
             the same anatomy also where each view has a strong transform of its own
-            (`augment.geometry=independent`). The paper does not.
+            (`augment.geometry=independent`). A pixel takes part in a pair where both views show
+            it. The paper does not.
         projection_dim: length of the global feature vector.
     """
 
@@ -115,7 +116,7 @@ class SAL(Method):
         embedded = self.embedding(features)
         if settings.lambda_:
             pairs = self.pairs(views)
-            la = self.align(self.aligned(embedded, views), pairs) * share(pairs.sum())
+            la = self.align(*self.aligned(embedded, views), pairs) * share(pairs.sum())
             loss = gp + settings.lambda_ * la
             outcome = Outcome(loss, {"loss": loss, "gp": gp, "la": la})
         outcome.maps = {"encoder": features.detach(), "embedding": embedded.detach()}
@@ -125,17 +126,21 @@ class SAL(Method):
     def leaves_parameters_out(self) -> bool:
         return self.settings.lambda_ == 0  # E
 
-    def aligned(self, embedded: Tensor, views: Views) -> Tensor:
-        """What LA compares: maps (2n, C, H, W) after E, centred and brought into one frame."""
+    def aligned(self, embedded: Tensor, views: Views) -> tuple[Tensor, Tensor | None]:
+        """What LA compares: maps (2n, C, H, W) after E, centred and brought into one frame.
+
+        And which of their pixels (2n, H, W) the views show; None: all.
+        """
         features = centred(embedded, self.settings.centre, self.settings.window_size)
         if not self.settings.common_frame:
-            return features
+            return features, None
         assert views.frame is not None  # all views of this package have one
-        return undo(features, views.frame)
+        return undo(features, views.frame), shown(views.frame, *features.shape[2:])
 
-    def align(self, features: Tensor, pairs: Tensor) -> Tensor:
-        """LA of comparable maps (2n, C, H, W) over pairs (2n, 2n)."""
-        return alignment(features, pairs, self.settings.window_size, self.settings.stop_gradient)
+    def align(self, features: Tensor, valid: Tensor | None, pairs: Tensor) -> Tensor:
+        """LA of comparable maps (2n, C, H, W) and their valid pixels over pairs (2n, 2n)."""
+        settings = self.settings
+        return alignment(features, valid, pairs, settings.window_size, settings.stop_gradient)
 
     def pairs(self, views: Views) -> Tensor:
         """(2n, 2n) bool, the pairs of LA."""
@@ -149,10 +154,10 @@ class SAL(Method):
         control = near & (volume[:, None] != volume[None, :])
         window = self.settings.window_size
         embedded = centred(outcome.maps["embedding"], self.settings.centre, window)
-        features = self.aligned(outcome.maps["embedding"], views)
+        features, valid = self.aligned(outcome.maps["embedding"], views)
         return {
-            "la_pairs": wla_set_loss(features, self.pairs(views), window).item(),
-            "la_control": wla_set_loss(features, control, window).item(),
+            "la_pairs": wla_set_loss(features, self.pairs(views), window, valid=valid).item(),
+            "la_control": wla_set_loss(features, control, window, valid=valid).item(),
             "cosine_embedding": mean_cosine(embedded).item(),
             "cosine_encoder": mean_cosine(outcome.maps["encoder"]).item(),
         }
@@ -181,14 +186,16 @@ class SAL(Method):
         return found
 
 
-def alignment(features: Tensor, pairs: Tensor, window_size: int, stop_gradient: bool) -> Tensor:
-    """LA over the pairs (S, S) of features (S, C, H, W); 0 where there are none."""
+def alignment(
+    features: Tensor, valid: Tensor | None, pairs: Tensor, window_size: int, stop_gradient: bool
+) -> Tensor:
+    """LA over the pairs (S, S) of features (S, C, H, W) at valid pixels (S, H, W), 0 without any."""
     if not stop_gradient:
-        return wla_set_loss(features, pairs, window_size)
+        return wla_set_loss(features, pairs, window_size, valid=valid)
     # The operator on a set gives a row the gradient of both its roles: gather the pairs instead.
     query, key = pairs.nonzero(as_tuple=True)
-    losses = wla_loss(features[query], features.detach()[key], window_size, reduction="none")
-    return losses.sum() / max(1, len(query))
+    both = None if valid is None else (valid[query], valid[key])
+    return wla_loss(features[query], features.detach()[key], window_size, valid=both)
 
 
 def centred(features: Tensor, centre: Centre, window_size: int) -> Tensor:
