@@ -477,4 +477,5 @@ def _mean_over_pixels(found: Outputs) -> tuple[Tensor, Tensor]:
     """
     count = (found.argmax != no_match(found.argmax.dtype)).sum(dim=(1, 2))
     height, width = found.argmax.shape[1:]
-    return found.loss * (height * width / count.clamp_min(1)), count > 0
+    share = height * width / count.clamp_min(1).to(found.loss.dtype)
+    return found.loss * share, count > 0

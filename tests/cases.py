@@ -171,37 +171,52 @@ CASES = [
 class Expected(NamedTuple):
     """One pair by the oracle."""
 
-    loss: Tensor  # scalar, float64, with its gradient
-    max_sim: Tensor  # (H, W)
-    argmax: Tensor  # (H, W), offset in the window
-    margin: Tensor  # (H, W), lead of the best over the second best
+    loss: Tensor  # scalar, float64, with its gradient: the mean over the pixels that take part
+    max_sim: Tensor  # (H, W), with its gradient; 1 where a pixel takes no part
+    argmax: Tensor  # (H, W), offset in the window; −1 there
+    margin: Tensor  # (H, W), lead of the best over the second best; infinite there
 
 
-def oracle(x: Tensor, y: Tensor, window: tuple[int, int], eps: float = EPS) -> Expected:
-    """Eq. (1), window by window: x and y are (C, H, W) in float64."""
+def oracle(
+    x: Tensor,
+    y: Tensor,
+    window: tuple[int, int],
+    eps: float = EPS,
+    valid: tuple[Tensor, Tensor] | None = None,
+) -> Expected:
+    """Eq. (1), window by window: x and y are (C, H, W) in float64, `valid` (H, W) each."""
     _, height, width = x.shape
+    everywhere = torch.ones(height, width, dtype=torch.bool)
+    valid_x, valid_y = (everywhere, everywhere) if valid is None else valid
     queries, keys = _unit_vectors(x, eps), _unit_vectors(y, eps)
     query_floats = {place: vector.tolist() for place, vector in queries.items()}
     key_floats = {place: vector.tolist() for place, vector in keys.items()}
-    max_sim, margin = torch.zeros(height, width, dtype=F64), torch.zeros(height, width, dtype=F64)
-    argmax = torch.zeros(height, width, dtype=torch.long)
-    total = x.new_zeros(())
+    maxima, margin = [x.new_ones(())] * (height * width), torch.full_like(x[0].detach(), torch.inf)
+    argmax = torch.full((height, width), -1)
     for i in range(height):
         for j in range(width):
+            if not valid_x[i, j]:
+                continue
             top, left = i - i % window[0], j - j % window[1]
             best, second, match = -math.inf, -math.inf, (top, left)
             for a in range(top, min(top + window[0], height)):
                 for b in range(left, min(left + window[1], width)):
+                    if not valid_y[a, b]:
+                        continue
                     pairs = zip(query_floats[i, j], key_floats[a, b], strict=True)
                     sim = math.fsum(u * v for u, v in pairs)
                     if sim > best:  # among equals the first stays
                         best, second, match = sim, best, (a, b)
                     else:
                         second = max(second, sim)
-            total = total + (1 - (queries[i, j] * keys[match]).sum()).abs()
-            max_sim[i, j], margin[i, j] = best, best - second
+            if best == -math.inf:
+                continue
+            maxima[i * width + j] = (queries[i, j] * keys[match]).sum()
+            margin[i, j] = best - second
             argmax[i, j] = (match[0] - top) * window[1] + match[1] - left
-    return Expected(total / (height * width), max_sim, argmax, margin)
+    max_sim = torch.stack(maxima).view(height, width)
+    loss = (1 - max_sim).abs().sum() / max(1, int((argmax >= 0).sum()))
+    return Expected(loss, max_sim, argmax, margin)
 
 
 def _unit_vectors(x: Tensor, eps: float) -> dict[tuple[int, int], Tensor]:

@@ -13,6 +13,7 @@ import salkernels as sal
 
 X = torch.zeros(2, 3, 4, 5)
 PAIRS = torch.ones(2, 2, dtype=torch.bool)
+VALID = torch.ones(2, 4, 5, dtype=torch.bool)
 E = torch.zeros(2, 3)
 INDEX, SLICES = torch.tensor([0, 1]), torch.tensor([9, 9])
 META = torch.device("meta")
@@ -99,6 +100,26 @@ BAD = [
     Bad("negative", wset(pairs=-PAIRS.float()), ValueError, ("finite and >= 0", "got", "-1")),
     Bad("infinite", wset(pairs=PAIRS / 0), ValueError, ("finite and >= 0", "got", "inf")),
     Bad("NaN", wset(pairs=PAIRS * torch.nan), ValueError, ("finite and >= 0", "got", "nan")),
+    # pixels that take part
+    Bad("valid list", wset(valid=[True]), TypeError, ("valid", "torch.Tensor", "got list")),
+    Bad(
+        "valid shape",
+        wset(valid=VALID[:, 1:]),
+        ValueError,
+        ("(samples, height, width) = (2, 4, 5)", "got (2, 3, 5)", "resample"),
+    ),
+    Bad("valid channel", wla(valid=VALID[:, None]), ValueError, ("(2, 4, 5)", "got (2, 1, 4, 5)")),
+    Bad("valid dtype", wset(valid=VALID.float()), TypeError, ("bool", "got", "valid > 0")),
+    Bad("valid device", wset(valid=VALID.to(META)), ValueError, ("device", "meta", ".to(device)")),
+    Bad("valid of y", wla(valid=(VALID, VALID[:1])), ValueError, ("valid[1]", "got (1, 4, 5)")),
+    Bad("three masks", wla(valid=(VALID,) * 3), TypeError, ("one tensor for both", "two", "got 3")),
+    Bad("set of masks", wset(valid=(VALID, VALID)), TypeError, ("torch.Tensor", "got tuple")),
+    Bad(
+        "weights for align_set",
+        lambda: sal.align_set(X, PAIRS.float(), 2),
+        TypeError,
+        ("pairs must be bool", "got torch.float32", "multiply"),
+    ),
     # the positional loss
     Bad("embedding list", gp([1.0]), TypeError, ("embeddings", "torch.Tensor", "got list")),
     Bad("embedding shape", gp(X), ValueError, ("(samples, dimensions", "got (2, 3, 4, 5)")),

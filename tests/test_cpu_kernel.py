@@ -131,8 +131,8 @@ def test_parity(dtype, extent, window, layout):
         _compare(query, key, None, window)
         _compare(query, None, torch.rand(2, 3, 3) < 0.5, window)
         _compare(query, None, None, window)
-        _compare(query, None, None, window, torch.rand(2, 3, *extent) < 0.7)
-        _compare(query, key, mask, window, torch.rand(2, 7, *extent) < 0.5)
+    _compare(query, None, None, window, torch.rand(2, 3, *extent) < 0.7)
+    _compare(query, key, mask, window, torch.rand(2, 7, *extent) < 0.5)
 
 
 @pytest.mark.parametrize("window", [(2, 2), (12, 20), (20, 18)])

@@ -70,6 +70,30 @@ def test_gradcheck_set_of_features_and_weights(backend, device):
     gradcheck(loss, (features, weights))
 
 
+PENALTIES = {
+    "squared hinge": lambda m: torch.relu(0.9 - m).square().mean(),
+    "log": lambda m: -((1 + m) / 2).clamp_min(1e-6).log().mean(),
+    "maxima": lambda m: m,
+}
+
+
+@pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES)
+@pytest.mark.parametrize(("window", "fast"), WINDOWS)
+def test_gradcheck_of_penalties_on_the_maxima(window, fast, penalty, backend, device):
+    x, y = maps(3, 2, 3, 3, device=device), maps(3, 2, 3, 3, device=device)
+    skip_unless_runs(backend, x, y, window)
+    skip_unless_runs(backend, x, None, window)
+    pairs = MASKS["holes"](3).to(device)
+    valid = torch.rand(3, 3, 3, device=device) < 0.8
+
+    def penalties(x, y):
+        pairwise = salkernels.align(x, y, window, valid=(valid, None), backend=backend)
+        of_set = salkernels.align_set(x, pairs, window, valid=valid, backend=backend)
+        return penalty(pairwise.max_sim), penalty(of_set.max_sim)
+
+    gradcheck(penalties, (x, y), fast_mode=fast)
+
+
 def test_gradcheck_gp():
     positives = torch.rand(5, 5) > 0.5
     positives[3] = False

@@ -93,6 +93,59 @@ def test_set(case, backend, device):
     assert_gradient(grad.cpu()[..., clear], expected_grad[..., clear], tolerance, "grad")
 
 
+def valid_pixels(case: Case) -> torch.Tensor:
+    """(S, H, W) bool: holes everywhere, one window without a pixel, one sample without any."""
+    generator = torch.Generator().manual_seed(len(case.name) + 1)
+    valid = torch.rand(case.samples, case.height, case.width, generator=generator) < 0.7
+    valid[0, : case.window[0], : case.window[1]] = False
+    if case.samples > 3:
+        valid[3] = False
+    return valid
+
+
+@cache
+def valid_oracle(case: Case):
+    """For the pairs of a set, in order: losses, max_sim, argmax, margin, and the gradient of
+    Σ `upstream` · max_sim."""
+    features, valid = case.features().double().detach().requires_grad_(), valid_pixels(case)
+    rows = [
+        oracle(features[i], features[j], case.window, case.eps, (valid[i], valid[j]))
+        for i, j in case.pairs().nonzero().tolist()
+    ]
+    stacks = [torch.stack([row[i] for row in rows]) for i in range(4)]
+    total = (stacks[1] * upstream(stacks[1].shape, 1, 1)).sum() + 0 * features.sum()
+    return *(x.detach() for x in stacks), torch.autograd.grad(total, features)[0]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.mask != "none"], ids=str)
+def test_set_of_valid_pixels_with_any_penalty(case, backend, device):
+    """`align_set` and its gradient, where pixels that are not valid hold NaN."""
+    valid, pairs = valid_pixels(case).to(device), case.pairs(device)
+    features = case.features(device)
+    skip_unless_runs(backend, features, None, case.window)
+    if case.layout != "expanded":  # there all samples are one
+        with torch.no_grad():
+            features.masked_fill_(~valid[:, None], torch.nan)
+    tolerance = tolerance_for(case.dtype)
+    settings = {"valid": valid, "eps": case.eps, "backend": backend}
+    max_sim, argmax = salkernels.align_set(features, pairs, case.window, **settings)
+    losses, expected_sim, expected_argmax, margin, expected_grad = valid_oracle(case)
+    assert_values(max_sim, expected_sim, tolerance.value, "max_sim")
+    clear = clear_pixels(margin, case.window, tolerance.margin)
+    assert_values(argmax.cpu()[:, clear], expected_argmax[:, clear], 0, "argmax")
+    assert torch.equal(argmax.cpu() < 0, expected_argmax < 0)
+
+    weights = upstream(max_sim.shape, 1, 1).to(max_sim)
+    (grad,) = torch.autograd.grad(max_sim, features, weights)
+    assert_gradient(grad.cpu()[..., clear], expected_grad[..., clear], tolerance, "grad")
+    if case.layout != "expanded":
+        assert (grad[(~valid)[:, None].expand_as(grad)] == 0).all()
+
+    loss = salkernels.wla_set_loss(features, pairs, case.window, **settings)
+    counts = (expected_argmax >= 0).flatten(1).any(dim=1)
+    assert_values(loss, losses[counts].sum() / max(1, int(counts.sum())), tolerance.value, "loss")
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case.mask != "none"], ids=str)
 def test_means(case, backend, device):
     """The two reductions over pairs, bool and weighted, against the oracle's losses."""

@@ -178,9 +178,47 @@ def test_align_says_where_the_match_is():
     assert columns.tolist() == [[1, 2, 0] * 2] * 4
 
 
-def test_align_carries_no_gradient():
-    x = maps(1, 8, 4, 6).requires_grad_()
-    assert not any(out.requires_grad for out in salkernels.align(x, x, 2))
+def test_the_loss_is_the_mean_of_what_align_gives():
+    x, y = maps(2, 8, 4, 6).requires_grad_(), maps(2, 8, 4, 6).requires_grad_()
+    by_align = (1 - salkernels.align(x, y, 2).max_sim).mean()
+    loss = salkernels.wla_loss(x, y, 2)
+    torch.testing.assert_close(by_align, loss)
+    for ours, theirs in zip(
+        torch.autograd.grad(by_align, (x, y)), torch.autograd.grad(loss, (x, y)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_loss_and_maxima_can_be_used_together():
+    """Both outputs of one call send gradient: the backward adds them."""
+    x = maps(3, 8, 4, 6).requires_grad_()
+    pairs = ~torch.eye(3, dtype=torch.bool)
+    places = pairs.reshape(-1).nonzero().squeeze(1)
+    found = salkernels.library.match(x[None], None, places, None, (2, 2), 1e-12, "reference")
+    (both,) = torch.autograd.grad(found.loss.sum() + found.max_sim.square().sum(), x)
+    parts = [
+        torch.autograd.grad(6 * salkernels.wla_set_loss(x, pairs, 2), x)[0],
+        torch.autograd.grad(salkernels.align_set(x, pairs, 2).max_sim.square().sum(), x)[0],
+    ]
+    torch.testing.assert_close(both, parts[0] + parts[1])
+
+
+@pytest.mark.parametrize("window", [(2, 3), (4, 6), (3, 4)])
+def test_match_pixels_are_where_the_matches_lie(window):
+    x, y = maps(3, 8, 5, 7), maps(3, 8, 5, 7)
+    valid = torch.rand(3, 5, 7) < 0.7
+    max_sim, argmax = salkernels.align(x, y, window, valid=(None, valid))
+    rows, columns = salkernels.match_pixels(argmax, window)
+    assert ((rows < 0) == (argmax < 0)).all()
+    for b, i, j in (argmax >= 0).nonzero().tolist():
+        row, column = rows[b, i, j], columns[b, i, j]
+        assert row // window[0] == i // window[0]
+        assert column // window[1] == j // window[1]
+        assert valid[b, row, column]
+        cosine = torch.cosine_similarity(x[b, :, i, j], y[b, :, row, column], dim=0)
+        assert cosine.item() == pytest.approx(max_sim[b, i, j].item(), abs=1e-12)
+    with pytest.raises(ValueError, match=r"argmax must be \(\.\.\., H, W\)"):
+        salkernels.match_pixels(torch.zeros(3), 2)
 
 
 def test_loss_of_random_unit_vectors_is_near_its_expectation():
