@@ -25,7 +25,7 @@ COMPARED: Counter[str] = Counter()  # inputs, pixels and compared pixels by back
 
 @dataclass
 class Run:
-    """What a call gave: losses (G, N, M), max_sim and argmax (P, H, W), gradients."""
+    """What a call gave: losses (G, N, M), max_sim and argmax (P, H, W) or None, gradients."""
 
     loss: Tensor
     max_sim: Tensor | None
@@ -95,7 +95,7 @@ def threads(number: int) -> Iterator[None]:
 def upstream_of(case: Input, pairs: Tensor) -> Tensor:
     """∂/∂loss (G, N, M), times H·W so that gradients are of order one."""
     pixels = case.height * case.width
-    if case.reduction == "mean" and case.form in ("pairwise", "set"):
+    if case.reduction == "mean" and case.form in ("pairwise", "set") and case.valid == 1:
         return pairs / pairs.sum().clamp_min(1e-30) * pixels
     generator = torch.Generator().manual_seed(case.seed + 2)
     weights = torch.rand(pairs.shape, generator=generator, dtype=torch.float64) + 0.5
@@ -108,6 +108,8 @@ def run(
 ) -> Run:
     """The call of the input's form, with gradients."""
     settings = {"eps": case.eps, "backend": backend}
+    valid = case.valid_pixels()
+    valid = None if valid is None else valid.to(query.device)
     query = query.detach().requires_grad_()
     key = None if key is None else key.detach().requires_grad_()
     leaves = (query,) if key is None else (query, key)
@@ -115,17 +117,24 @@ def run(
     if case.form == "pairwise":
         assert key is not None
         x, y = query[:, 0], key[:, 0]
+        settings["valid"] = None if valid is None else (valid[:, 0], valid[:, 1])
         loss = salkernels.wla_loss(x, y, case.window, reduction="none", **settings)
-        if case.reduction == "mean":
+        if valid is not None:
+            total = of_maxima(salkernels.align(x, y, case.window, **settings)[0], upstream.view(-1))
+        elif case.reduction == "mean":
             total = salkernels.wla_loss(x, y, case.window, **settings) * case.height * case.width
         else:
             total = (loss * upstream.view(-1).to(loss)).sum()
         max_sim, argmax = salkernels.align(x, y, case.window, **settings)
     elif case.form == "set":
         given = pairs[0] if case.weighted else pairs[0] > 0
+        settings["valid"] = None if valid is None else valid[0]
         call = salkernels.wla_set_loss
         loss = call(query[0], given, case.window, reduction="none", **settings)
-        if case.reduction == "mean":
+        if valid is not None:
+            max_sim, argmax = salkernels.align_set(query[0], pairs[0] > 0, case.window, **settings)
+            total = of_maxima(max_sim, upstream[0][pairs[0] > 0])
+        elif case.reduction == "mean":
             total = call(query[0], given, case.window, **settings) * case.height * case.width
         else:
             total = (loss * upstream[0].to(loss)).sum()
@@ -134,7 +143,7 @@ def run(
         count = len(places)
         room = torch.cat([places, places.new_full((case.slack,), -1)]).to(query.device)
         given = None if case.mask == "all" else room
-        found = match(query, key, given, None, case.window, case.eps, backend)
+        found = match(query, key, given, valid, case.window, case.eps, backend)
         max_sim, argmax = found.max_sim[:count], found.argmax[:count]
         loss = found.loss.new_zeros(pairs.numel()).scatter(
             0, places.to(query.device), found.loss[:count]
@@ -142,6 +151,11 @@ def run(
         total = (loss * upstream.reshape(-1).to(loss)).sum()
     grads = torch.autograd.grad(total, leaves)
     return Run(loss.detach().view(pairs.shape), max_sim, argmax, grads)
+
+
+def of_maxima(max_sim: Tensor, upstream: Tensor) -> Tensor:
+    """Σ upstream (P,) · mean |1 − max_sim| over all pixels: what the operator's loss sums."""
+    return ((1 - max_sim).abs().mean(dim=(1, 2)) * upstream.to(max_sim)).sum()
 
 
 def conditioning(
@@ -158,6 +172,11 @@ def conditioning(
     finite = clear.clone()
     maps = [torch.zeros_like(x[:, :, 0]) for x in (query, query, keys, keys)]
     scale_query, slack_query, scale_key, slack_key = maps
+    everything = torch.ones(query.shape[0], query.shape[1] + keys.shape[1], *query.shape[3:])
+    valid = case.valid_pixels()
+    if valid is not None and key is None:
+        valid = torch.cat([valid, valid], dim=1)
+    valid = everything.bool() if valid is None else valid
     strength = (pairs > 0) * upstream.abs() / clear.numel()  # |∂L/∂m|, (G, N, M)
     for top in range(0, case.height, case.window[0]):
         for left in range(0, case.width, case.window[1]):
@@ -166,6 +185,10 @@ def conditioning(
                 slice(left, left + case.window[1]),
             )
             rows, columns = (x[(..., *block)].flatten(-2) for x in (query, keys))  # (G, S, C, L)
+            here = valid[(..., *block)].flatten(-2)
+            asks, answers = here[:, : rows.shape[1]], here[:, rows.shape[1] :]
+            rows = rows.masked_fill(~asks[:, :, None], 0)
+            columns = columns.masked_fill(~answers[:, :, None], 0)
             if not (rows.isfinite().all() and columns.isfinite().all()):
                 finite[block] = False
                 continue
@@ -177,14 +200,18 @@ def conditioning(
                 for x, n in zip((rows, columns), norms, strict=True)
             ]
             sim = torch.einsum("gncp,gmcl->gnmpl", *units)
+            sim = sim.masked_fill(~answers[:, None, :, None], -2)  # below any cosine
             best, match = sim.max(dim=-1)
+            present = (
+                asks[:, :, None] & answers.any(dim=-1)[:, None, :, None] & (pairs > 0)[..., None]
+            )
             lead = sim.topk(min(2, sim.shape[-1]), dim=-1).values
             close = (lead[..., 0] - lead[..., -1] < tolerance.margin) & (sim.shape[-1] > 1)
             at_eps = [((n / case.eps - 1).abs() < 1e-5).any() for n in norms]
-            doubtful = bool((close & (pairs > 0)[..., None]).any()) and not case.exact
+            doubtful = bool((close & present).any()) and not case.exact
             if doubtful or (any(at_eps) and not case.exact):
                 clear[block] = False
-            weight = strength[..., None].expand(best.shape)
+            weight = strength[..., None] * present
             flips = (1 - best).abs() < tolerance.margin
             sine = (1 - best.square()).clamp_min(0).sqrt()
             slack = 2 * weight * flips * sine
@@ -222,7 +249,8 @@ def compare_gradient(
     """Of x / ‖x‖, in effect: differences are multiplied by the norm of the pixel."""
     assert actual.shape == expected.shape, f"{what}: {actual.shape}, expected {expected.shape}"
     limits = torch.finfo(actual.dtype)
-    norm = x.double().norm(dim=2, keepdim=True)
+    # NaN in a finite window is a pixel that takes no part: as dead as a vector of zeros.
+    norm = x.double().norm(dim=2, keepdim=True).nan_to_num(0)
     trusted = (where.clear & where.finite).expand_as(actual)
     dead = (norm <= eps).expand_as(actual) & where.finite
     fail_if(dead & (actual != 0), actual, expected, f"{what}, of vectors not above eps")

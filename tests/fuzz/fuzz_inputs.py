@@ -58,7 +58,8 @@ class Input:
     groups, samples, keys, channels, height, width: G, N, M, C, H, W of the operator.
     spread: pixels are scaled by powers of two between -spread and spread.
     dead: some pixels are zero. bad: how many elements are NaN or infinite.
-    slack: room for more pairs than there are (the operator's capacity).
+    slack: room in the list for more pairs than there are.
+    valid: share of the pixels that take part; the others hold NaN. 1: no mask is given.
     """
 
     form: Form
@@ -79,6 +80,7 @@ class Input:
     weighted: bool
     reduction: Literal["mean", "none"]
     slack: int
+    valid: float
     threads: int
     query_layout: Layout
     key_layout: Layout
@@ -98,13 +100,26 @@ class Input:
         """Query (G, N, C, H, W) and key (G, M, C, H, W), or None: leaves that need a gradient."""
         generator = torch.Generator().manual_seed(self.seed)
 
-        def make(count: int, layout: Layout) -> Tensor:
-            shape = (self.groups, count, self.channels, self.height, self.width)
-            values = self._fill(shape, generator).to(DTYPES[self.dtype]).to(device)
-            return layout.place(values).requires_grad_()
+        valid = self.valid_pixels()
 
-        query = make(self.samples, self.query_layout)
-        return query, None if self.one_set else make(self.keys, self.key_layout)
+        def make(first: int, count: int, layout: Layout) -> Tensor:
+            shape = (self.groups, count, self.channels, self.height, self.width)
+            values = self._fill(shape, generator)
+            if valid is not None and not layout.expanded:
+                values = values.masked_fill(~valid[:, first : first + count, None], torch.nan)
+            return layout.place(values.to(DTYPES[self.dtype]).to(device)).requires_grad_()
+
+        query = make(0, self.samples, self.query_layout)
+        return query, None if self.one_set else make(self.samples, self.keys, self.key_layout)
+
+    def valid_pixels(self) -> Tensor | None:
+        """(G, N or N + M, H, W) bool, or None."""
+        if self.valid == 1:
+            return None
+        generator = torch.Generator().manual_seed(self.seed + 3)
+        samples = self.samples + (0 if self.one_set else self.keys)
+        shape = (self.groups, samples, self.height, self.width)
+        return torch.rand(shape, generator=generator) < self.valid
 
     def _fill(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         plane = (shape[0], shape[1], 1, *shape[3:])
@@ -206,6 +221,7 @@ def inputs(draw: st.DrawFn, *, small: bool = False, dtypes: tuple[str, ...]) -> 
         weighted=draw(st.booleans()),
         reduction=draw(st.sampled_from(("mean", "none"))),
         slack=draw(st.sampled_from((0, 0, 1, 5))),
+        valid=draw(st.sampled_from((1.0, 1.0, 1.0, 0.8, 0.3))),
         threads=draw(st.sampled_from((1, 1, 1, 2, 3))),
         query_layout=draw(layouts()),
         key_layout=draw(layouts()),
