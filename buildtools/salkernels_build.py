@@ -49,6 +49,7 @@ COMPILE_FLAGS = (
     "-Wno-psabi",
     "-Wno-ignored-attributes",
     "-Wno-maybe-uninitialized",
+    f"-ffile-prefix-map={ROOT}/=",  # messages name files of the package, not of this machine
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 )
 CPU_SOURCES = (

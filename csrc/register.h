@@ -47,8 +47,8 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, Sc
   AtenTensorHandle result = nullptr;
   const auto status = aoti_torch_aten_new_empty(like.get(), shape.begin(), int64_t(shape.size()),
                                                 &type, nullptr, nullptr, 0, nullptr, &result);
-  int64_t elements = 1;
-  for (int64_t side : shape) elements *= side;
+  double elements = 1;  // a product of extents may not fit an integer
+  for (int64_t side : shape) elements *= double(side);
   STD_TORCH_CHECK(status == AOTI_TORCH_SUCCESS, "out of memory: no room for a result of ", elements,
                   " elements beside the features");
   return Tensor(result);
@@ -62,6 +62,19 @@ inline int64_t count_pairs(const Tensor& query, const std::optional<Tensor>& key
   return sizes[0] * sizes[1] * (key.has_value() ? key->sizes()[1] : sizes[1]);
 }
 
+// Extents that are larger, which only an expanded tensor can have, overflow the arithmetic of sizes.
+constexpr int64_t kLargestExtent = INT32_MAX;
+
+inline void check_extents(const Tensor& query, const std::optional<Tensor>& key) {
+  const auto sizes = query.sizes();
+  const int64_t keys = key.has_value() ? key->sizes()[1] : sizes[1];
+  bool small = keys <= kLargestExtent;
+  for (int i = 0; i < 5; ++i) small &= sizes[i] <= kLargestExtent;
+  small = small && sizes[3] * sizes[4] <= kLargestExtent && sizes[0] * sizes[1] <= kLargestExtent &&
+          sizes[0] * sizes[1] * keys <= kLargestExtent;
+  STD_TORCH_CHECK(small, "there must be fewer than 2^31 samples, pairs, channels and pixels of a map");
+}
+
 inline void check_features(const Tensor& query, const std::optional<Tensor>& key, Sizes window) {
   STD_TORCH_CHECK(query.dim() == 5, "query must be (G, N, C, H, W), got ", query.dim(), " axes");
   STD_TORCH_CHECK(window.size() == 2, "window must be (rows, columns)");
@@ -69,6 +82,7 @@ inline void check_features(const Tensor& query, const std::optional<Tensor>& key
   STD_TORCH_CHECK(sizes[2] >= 1 && sizes[3] >= 1 && sizes[4] >= 1,
                   "features need at least one channel and one pixel, got (G, N, C, H, W) = (",
                   sizes[0], ", ", sizes[1], ", ", sizes[2], ", ", sizes[3], ", ", sizes[4], ")");
+  check_extents(query, key);
   for (int i = 0; i < 2; ++i) {
     STD_TORCH_CHECK(window[i] >= 1 && window[i] <= sizes[3 + i],
                     "window must lie between 1 and the map's extent");

@@ -174,9 +174,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> match(const Tensor& query, std::optio
   Problem problem = problem_of(query, valid, window, eps, dtype);
   const salkernels::PairSet pairs = pairs_of(query, key, list, valid);
   const salkernels::Maps queries = maps_of(query, nullptr);
-  problem.plan = salkernels::make_plan(
-      pairs, queries, key.has_value() ? maps_of(*key, nullptr) : queries, false);
-
   const int64_t count = salkernels::count_pairs(query, key, list);
   const int64_t height = problem.grid.height, width = problem.grid.width;
   Tensor loss = empty(query, {count}, wide);
@@ -186,6 +183,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> match(const Tensor& query, std::optio
   problem.max_sim = max_sim.mutable_data_ptr();
   problem.argmax = argmax.mutable_data_ptr();
 
+  // After the outputs: where those do not fit the memory, a plan of all pairs need not be made.
+  problem.plan = salkernels::make_plan(
+      pairs, queries, key.has_value() ? maps_of(*key, nullptr) : queries, false);
   problem.work = salkernels::make_work(problem, kernels(), false);
   const bool serial = is_small(problem);
   run_all(problem, problem.work.tiles, kernels().match_tile, serial);

@@ -1,6 +1,5 @@
 """Fused kernels for Self-supervised Alignment Learning (SAL): window-wise cosine row-max losses."""
 
-import sys as _sys
 import typing as _typing
 
 from ._version import __version__
@@ -46,6 +45,3 @@ if _typing.TYPE_CHECKING:
     from .backends import statuses as backends
 else:
     from . import backends
-
-# `import salkernels.wla_loss` gives the function too: the import system takes what stands here.
-_sys.modules[f"{__name__}.wla_loss"] = wla_loss  # type: ignore[assignment]

@@ -15,8 +15,10 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 _count_modes: Callable[[], int] | None = getattr(torch._C, "_len_torch_dispatch_stack", None)
-_transforms: Callable[[], bool] | None = getattr(
-    torch._C, "_are_functorch_transforms_active", None
+_transforms: Callable[[], bool] | None = getattr(torch._C, "_are_functorch_transforms_active", None)
+# Of torch.autograd.grad(is_grads_batched=True) and vectorised jacobians.
+_is_batched: Callable[[torch.Tensor], bool] | None = getattr(
+    getattr(torch._C, "_functorch", None), "is_legacy_batchedtensor", None
 )
 
 
@@ -25,14 +27,14 @@ def transforms_active() -> bool:
     return _transforms is not None and _transforms()
 
 
-def nobody_looks() -> bool:
-    """Whether no mode and no transform of torch sees the operators that are called.
+def nobody_looks(tensor: torch.Tensor) -> bool:
+    """Whether no mode and no transform of torch sees the operators that are called on a tensor.
 
-    Without either name that is not known: calls take the long way through the dispatcher.
+    Without one of the names that is not known: calls take the long way through the dispatcher.
     """
-    if _count_modes is None or _transforms is None:
+    if _count_modes is None or _transforms is None or _is_batched is None:
         return False
-    return _count_modes() == 0 and not _transforms()
+    return _count_modes() == 0 and not _transforms() and not _is_batched(tensor)
 
 
 def constant_for_dynamo(function: Function) -> Function:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, cast
 
 import torch
@@ -50,9 +50,14 @@ def check_tensor(name: str, x: object) -> Tensor:
     return x
 
 
+# Extents beyond this overflow the arithmetic of sizes long before they fit a memory: only maps that
+# are expanded, and have no memory of their own, can be so large.
+LARGEST_EXTENT = 2**31 - 1
+
+
 def check_features(name: str, x: object) -> Tensor:
     """A floating-point map (samples, channels, height, width), no extent but the first empty."""
-    x = check_tensor(name, x)
+    x = check_dense(name, check_tensor(name, x))
     if x.dim() != 4:
         raise ValueError(
             f"{name} must have 4 dimensions (samples, channels, height, width), "
@@ -66,6 +71,21 @@ def check_features(name: str, x: object) -> Tensor:
     if 0 in x.shape[1:]:
         raise ValueError(
             f"{name} needs at least one channel and one pixel, got shape {tuple(x.shape)}"
+        )
+    if not torch.compiler.is_compiling() and (
+        max(x.shape) > LARGEST_EXTENT or x.shape[2] * x.shape[3] > LARGEST_EXTENT
+    ):
+        raise ValueError(
+            f"{name} must have fewer than 2^31 samples, channels and pixels of a map, "
+            f"got shape {tuple(x.shape)}"
+        )
+    return x
+
+
+def check_dense(name: str, x: Tensor) -> Tensor:
+    if x.layout != torch.strided:
+        raise TypeError(
+            f"{name} must be a dense tensor, got layout {x.layout}; use {name}.to_dense()"
         )
     return x
 
@@ -168,21 +188,52 @@ def check_reduction(reduction: str) -> None:
         raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
 
 
-def check_finite_number(name: str, value: object, *, above: float, inclusive: bool = False) -> None:
+def check_finite_number(
+    name: str, value: object, *, above: float, inclusive: bool = False
+) -> float:
     """A finite real number greater than (or, if inclusive, not less than) `above`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        value = _number(name, value)
     # Comparisons only: torch.compile follows them on symbolic numbers, and NaN fails them.
     if not (above <= value < math.inf if inclusive else above < value < math.inf):
         raise ValueError(
             f"{name} must be a finite number {'>=' if inclusive else '>'} {above:g}, got {value}"
         )
+    return value
 
 
-def check_threshold(t: object) -> None:
-    check_finite_number("t", t, above=0.0, inclusive=True)
-    if isinstance(t, (int, float)) and t > 1:
+def _number(name: str, value: object) -> float:
+    """What is no Python number but as good as one: NumPy's, and tensors of one on the CPU."""
+    if isinstance(value, Tensor) and value.dim() == 0 and value.dtype != torch.bool:
+        if not value.is_cpu or value.requires_grad:
+            raise TypeError(
+                f"{name} must be a number, got a tensor that "
+                f"{'requires a gradient' if value.requires_grad else f'is on {value.device}'}; "
+                f"use {name}.item()"
+            )
+        return float(value)
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return float(value)
+    raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
+def check_eps(eps: object) -> float:
+    """A lower bound of norms that fp32 can hold, and its inverse too."""
+    value = check_finite_number("eps", eps, above=0.0)
+    limits = torch.finfo(torch.float32)
+    if not limits.smallest_normal <= value <= limits.max:
+        raise ValueError(
+            f"eps must be a normal fp32 number, from {limits.smallest_normal:.3g} to "
+            f"{limits.max:.3g}, got {value}"
+        )
+    return value
+
+
+def check_threshold(t: object) -> float:
+    value = check_finite_number("t", t, above=0.0, inclusive=True)
+    if value > 1:
         raise ValueError(f"t is a fraction of the volume and must be in [0, 1], got {t}")
+    return value
 
 
 def check_pairs(pairs: object, samples: int) -> Tensor:

@@ -20,6 +20,7 @@ from .checks import (
     Valid,
     WindowSize,
     check_embeddings,
+    check_eps,
     check_features,
     check_finite_number,
     check_pairs,
@@ -27,12 +28,13 @@ from .checks import (
     check_reduction,
     check_same_kind,
     check_same_shape,
+    check_threshold,
     check_valid,
     check_valid_pair,
     check_window,
 )
 from .library import match, without_autocast
-from .pairs import positional_positives, slice_pairs
+from .pairs import near_positions, slice_pairs
 from .reference import Outputs, no_match
 
 EPS = 1e-12
@@ -305,7 +307,7 @@ def gp_loss(embeddings: Tensor, positives: Tensor, temperature: float = 0.1) -> 
     """
     embeddings = check_embeddings(embeddings)
     positives = check_positives(positives, embeddings.shape[0])
-    check_finite_number("temperature", temperature, above=0.0)
+    temperature = check_finite_number("temperature", temperature, above=0.0)
     # fp32 at least, whatever the input and the autocast state: exp(cos/τ) overflows in half.
     with without_autocast(embeddings.device.type):
         wide = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
@@ -355,7 +357,8 @@ def sal_loss(
         num_slices: (S,) integers, the number of slices of that scan.
         window_size: ω of the LA term.
         valid: (S, H, W) bool, pixels of the maps that take part in LA; as in `wla_loss`.
-        lambda_: λ >= 0; 0 leaves LA out, which is the loss of PCL.
+        lambda_: λ >= 0; 0 leaves LA out, which is the loss of PCL. `features` then still gets a
+            gradient, of zeros, so that λ may start at 0 under DistributedDataParallel.
         t: threshold of both terms, a fraction of the scan.
         temperature: τ of the GP term.
         eps: as in `wla_loss`.
@@ -368,12 +371,14 @@ def sal_loss(
         ValueError, TypeError, RuntimeError: as `gp_loss`, `wla_set_loss` and `slice_pairs`, and
             for a negative `lambda_`.
     """
-    check_finite_number("lambda_", lambda_, above=0.0, inclusive=True)
+    lambda_ = check_finite_number("lambda_", lambda_, above=0.0, inclusive=True)
     pairs = slice_pairs(volume, index, num_slices, t)
-    position = index.double() / num_slices
-    gp = gp_loss(embeddings, positional_positives(position, t), temperature)
+    gp = gp_loss(embeddings, near_positions(index, num_slices, check_threshold(t)), temperature)
     if lambda_ == 0:
-        return SALTerms(gp, gp, gp.new_zeros(()))
+        # No pixel is read, and yet the layers before `features` stay part of the graph: parameters
+        # that sometimes get no gradient stop distributed training.
+        nothing = features[:0].sum().to(gp.dtype)
+        return SALTerms(gp + nothing, gp, nothing.detach())
     la = wla_set_loss(features, pairs, window_size, valid=valid, eps=eps, backend=backend)
     return SALTerms(gp + lambda_ * la, gp, la)
 
@@ -413,7 +418,7 @@ def _match_pairwise(
     backend: str | None,
 ) -> Outputs:
     """Pairs as groups of one query and one key."""
-    check_finite_number("eps", eps, above=0.0)
+    eps = check_eps(eps)
     name = _backends.select(backend, x, y, window)
     # Views whose gradients are views: indexing would copy into zeros on the way back.
     return _match(x.unsqueeze(1), y.unsqueeze(1), None, valid, window, eps, name)
@@ -428,7 +433,7 @@ def _match_set(
     backend: str | None,
 ) -> Outputs:
     """All pairs of one group, whose keys are its queries."""
-    check_finite_number("eps", eps, above=0.0)
+    eps = check_eps(eps)
     name = _backends.select(backend, features, None, window)
     among = None if valid is None else valid.unsqueeze(0)
     return _match(features.unsqueeze(0), None, pairs.places, among, window, eps, name)

@@ -8,6 +8,7 @@ that the forward sums on its way is the only penalty known here, in one place.
 
 from __future__ import annotations
 
+import atexit
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,13 +18,30 @@ from torch import Tensor
 from . import backends
 from ._torch_private import nobody_looks
 from .checks import AUTOCAST_DEVICES, autocast_on
-from .reference import Outputs, check_not_empty, outputs
+from .reference import Outputs, check_not_empty, match_tangent, outputs
 from .schema import LIBRARY
 
 _match_operator = torch.ops.salkernels.match.default
 _match_backward_operator = torch.ops.salkernels.match_backward.default
 
 # ---- To the backend ------------------------------------------------------------------------------
+
+_closed = False  # whether Python is ending
+
+
+def _close() -> None:
+    global _closed
+    _closed = True
+
+
+# torch takes the operators down while Python ends; a call after that would end in a crash.
+atexit.register(_close)
+
+
+def _open_backend(name: str) -> backends.Backend:
+    if _closed:
+        raise RuntimeError("salkernels cannot be called while Python is shutting down")
+    return backends.get(name)
 
 
 def _match(
@@ -35,7 +53,7 @@ def _match(
     eps: float,
     backend: str,
 ) -> Outputs:
-    return backends.get(backend).match(query, key, pairs, valid, (window[0], window[1]), eps)
+    return _open_backend(backend).match(query, key, pairs, valid, (window[0], window[1]), eps)
 
 
 def _match_backward(
@@ -50,21 +68,20 @@ def _match_backward(
     window: list[int],
     eps: float,
     backend: str,
-) -> tuple[Tensor, Tensor | None]:
-    return backends.get(backend).match_backward(
+) -> tuple[Tensor, Tensor]:
+    """In the set form the second gradient is empty: torch loops over batches of gradients only
+    where all results are tensors."""
+    grad_query, grad_key = _open_backend(backend).match_backward(
         *(grad_sim, query, key, pairs, valid, max_sim, argmax, norm),
         (window[0], window[1]),
         eps,
     )
+    return grad_query, query.new_empty(0) if grad_key is None else grad_key
 
-
-LIBRARY.impl("match", _match, "CompositeExplicitAutograd")
-LIBRARY.impl("match_backward", _match_backward, "CompositeExplicitAutograd")
 
 # ---- Shapes --------------------------------------------------------------------------------------
 
 
-@torch.library.register_fake("salkernels::match", lib=LIBRARY)
 def _match_fake(
     query: Tensor,
     key: Tensor | None,
@@ -80,11 +97,10 @@ def _match_fake(
     return found
 
 
-@torch.library.register_fake("salkernels::match_backward", lib=LIBRARY)
 def _match_backward_fake(
     grad_sim: Tensor, query: Tensor, key: Tensor | None, *_: Any
-) -> tuple[Tensor, Tensor | None]:
-    return torch.empty_like(query), None if key is None else torch.empty_like(key)
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(query), query.new_empty(0) if key is None else torch.empty_like(key)
 
 
 # ---- Derivatives ---------------------------------------------------------------------------------
@@ -96,7 +112,8 @@ def penalty_gradient(grad_loss: Tensor, max_sim: Tensor) -> Tensor:
     NaN in `max_sim` needs no care: the backward gives it to both rows of such a match.
     """
     scale = grad_loss / -(max_sim.shape[1] * max_sim.shape[2])
-    return torch.sign(1 - max_sim).mul_(scale[:, None, None])
+    # Not in place: of a batch of gradients each has a scale of its own.
+    return torch.sign(1 - max_sim) * scale[:, None, None]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
@@ -118,34 +135,67 @@ def _differentiate(
     else:
         grad_sim = penalty_gradient(grad_loss, saved[4])
         if grad_max_sim is not None:
-            grad_sim += grad_max_sim
-    run = _match_backward_operator
-    if not torch.is_grad_enabled() and unobserved(grad_sim):
-        run = _match_backward
-    grads = run(grad_sim, *saved, ctx.window, ctx.eps, ctx.backend)
-    return (*grads, None, None, None, None, None)
+            grad_sim = grad_sim + grad_max_sim
+    rest = (ctx.window, ctx.eps, ctx.backend)
+    if torch.is_grad_enabled():
+        grads = _with_second_derivative(grad_sim, saved, *rest)
+    elif unobserved(grad_sim):
+        grads = _match_backward(grad_sim, *saved, *rest)
+    else:
+        grads = _match_backward_operator(grad_sim, *saved, *rest)
+    return (grads[0], None if saved[1] is None else grads[1], None, None, None, None, None)
 
 
-def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    pass
+def _keep_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, query, key, pairs, _, _, argmax, _, ctx.window, ctx.eps, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, key, pairs, argmax)
 
 
-def _refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
-    raise RuntimeError(
-        "the salkernels losses are differentiable once only: a second derivative was asked for; "
-        "use the formula in plain torch where you need one"
+def _differentiate_backward(
+    ctx: Any, tangent_query: Tensor | None, tangent_key: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The backward is linear in grad_sim, and that derivative it has; in the features it has none.
+
+    Each number of grad_sim moves the gradients along those of its maximum.
+    """
+    query, key, pairs, argmax = ctx.saved_tensors
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        raise RuntimeError(NO_SECOND_DERIVATIVE)
+    along = match_tangent(
+        query, key, pairs, argmax, ctx.window, ctx.eps, tangent_query, tangent_key
     )
+    return (along, *(None,) * 10)
 
 
-torch.library.register_autograd(
-    "salkernels::match", _differentiate, setup_context=_keep, lib=LIBRARY
+NO_SECOND_DERIVATIVE = (
+    "the salkernels losses are differentiable once only: a second derivative with respect to the "
+    "features was asked for; use the formula in plain torch where you need one"
 )
-torch.library.register_autograd(
-    "salkernels::match_backward",
-    _refuse_second_derivative,
-    setup_context=_keep_nothing,
-    lib=LIBRARY,
-)
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Zeros that stand for the dependence of a gradient on the features: it cannot be followed."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor) -> Tensor:
+        return features.new_zeros(()).expand_as(features)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(NO_SECOND_DERIVATIVE)
+
+
+def _with_second_derivative(grad_sim: Tensor, saved: tuple[Any, ...], *rest: Any) -> list[Any]:
+    """The backward where its result is to be differentiated: in grad_sim that works."""
+    features = saved[:2]
+    fixed = (None if x is None else x.detach() for x in features)
+    grads = _match_backward_operator(grad_sim, *fixed, *saved[2:], *rest)
+    return [
+        None if x is None else grad + _NoSecondDerivative.apply(x)
+        for grad, x in zip(grads, features, strict=True)
+    ]
+
 
 # ---- Autocast ------------------------------------------------------------------------------------
 
@@ -168,17 +218,37 @@ def _autocast_rule(device: str) -> None:
             found: Outputs = _match_operator(query, key, *rest)
             return found
 
-    def backward(*args: Any) -> tuple[Tensor, Tensor | None]:
+    def backward(*args: Any) -> tuple[Tensor, Tensor]:
         with without_autocast(device):
-            grads: tuple[Tensor, Tensor | None] = _match_backward_operator(*args)
+            grads: tuple[Tensor, Tensor] = _match_backward_operator(*args)
             return grads
 
     LIBRARY.impl("match", forward, f"Autocast{device.upper()}")
     LIBRARY.impl("match_backward", backward, f"Autocast{device.upper()}")
 
 
-for _device in ("cpu", "cuda"):
-    _autocast_rule(_device)
+def _register() -> None:
+    library = torch.library
+    for name, run, fake in (
+        ("match", _match, _match_fake),
+        ("match_backward", _match_backward, _match_backward_fake),
+    ):
+        LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+        library.register_fake(f"salkernels::{name}", fake, lib=LIBRARY)
+    library.register_autograd("salkernels::match", _differentiate, setup_context=_keep, lib=LIBRARY)
+    library.register_autograd(
+        "salkernels::match_backward",
+        _differentiate_backward,
+        setup_context=_keep_backward,
+        lib=LIBRARY,
+    )
+    for device in ("cpu", "cuda"):
+        _autocast_rule(device)
+
+
+if "_registered" not in globals():  # as in schema.py
+    _register()
+    _registered = True
 
 # ---- A call --------------------------------------------------------------------------------------
 
@@ -192,7 +262,7 @@ def unobserved(tensor: Tensor) -> bool:
     return (
         type(tensor) is Tensor
         and not tensor.is_meta
-        and nobody_looks()
+        and nobody_looks(tensor)
         and not autocast_on(tensor.device.type)
     )
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from .checks import (
     Valid,
     WindowSize,
+    check_eps,
     check_finite_number,
     check_reduction,
     check_threshold,
@@ -29,10 +30,9 @@ class WLALoss(nn.Module):
         super().__init__()
         check_window_size(window_size)
         check_reduction(reduction)
-        check_finite_number("eps", eps, above=0.0)
         self.window_size = window_size
         self.reduction = reduction
-        self.eps = eps
+        self.eps = check_eps(eps)
         self.backend = backend
 
     def forward(self, x: Tensor, y: Tensor, valid: Valid = None) -> Tensor:
@@ -58,8 +58,7 @@ class GPLoss(nn.Module):
 
     def __init__(self, temperature: float = 0.1) -> None:
         super().__init__()
-        check_finite_number("temperature", temperature, above=0.0)
-        self.temperature = temperature
+        self.temperature = check_finite_number("temperature", temperature, above=0.0)
 
     def forward(self, embeddings: Tensor, positives: Tensor) -> Tensor:
         return gp_loss(embeddings, positives, self.temperature)
@@ -83,15 +82,11 @@ class SALLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_window_size(window_size)
-        check_finite_number("lambda_", lambda_, above=0.0, inclusive=True)
-        check_threshold(t)
-        check_finite_number("temperature", temperature, above=0.0)
-        check_finite_number("eps", eps, above=0.0)
         self.window_size = window_size
-        self.lambda_ = lambda_
-        self.t = t
-        self.temperature = temperature
-        self.eps = eps
+        self.lambda_ = check_finite_number("lambda_", lambda_, above=0.0, inclusive=True)
+        self.t = check_threshold(t)
+        self.temperature = check_finite_number("temperature", temperature, above=0.0)
+        self.eps = check_eps(eps)
         self.backend = backend
 
     def forward(

@@ -1,16 +1,27 @@
-"""Which samples form a pair: positives of the local alignment loss and of the positional one."""
+"""Which samples form a pair: positives of the local alignment loss and of the positional one.
+
+A distance of exactly t is not near. Which distances those are is decided in integers, with t as the
+fraction that was meant (0.35 is 7/20): in floating point 3/10 − 2/10 is less than 0.1.
+"""
 
 from __future__ import annotations
+
+from fractions import Fraction
 
 import torch
 from torch import Tensor
 
+from ._torch_private import constant_for_dynamo
 from .checks import (
     check_integers,
     check_per_sample,
     check_threshold,
     values_visible,
 )
+
+# Of t as a fraction: 0.123456 is exact, 1/3 is found, and products with two numbers of slices up to
+# a million stay in 64 bits.
+LARGEST_DENOMINATOR = 1_000_000
 
 
 def slice_pairs(volume: Tensor, index: Tensor, num_slices: Tensor, t: float) -> Tensor:
@@ -34,17 +45,10 @@ def slice_pairs(volume: Tensor, index: Tensor, num_slices: Tensor, t: float) -> 
         ValueError: shapes or devices differ, `t` outside [0, 1], or an index outside its scan.
         TypeError: a tensor is not of an integer dtype.
     """
-    check_threshold(t)
-    volume, index, num_slices = check_per_sample(volume=volume, index=index, num_slices=num_slices)
-    for name, column in (("volume", volume), ("index", index), ("num_slices", num_slices)):
-        check_integers(name, column)
-    if values_visible(index) and not bool(((index >= 0) & (index < num_slices)).all()):
-        raise ValueError(
-            "each index must be in [0, num_slices), "
-            f"got index {index.tolist()} with num_slices {num_slices.tolist()}"
-        )
-    index = index.long()  # differences of unsigned integers would wrap around
-    near = (index[:, None] - index[None, :]).abs() < t * num_slices.double()[:, None]
+    t = check_threshold(t)
+    volume, index, num_slices = check_columns(volume=volume, index=index, num_slices=num_slices)
+    above, below = _fraction(t)
+    near = (index[:, None] - index[None, :]).abs() * below < above * num_slices[:, None]
     return near & (volume[:, None] == volume[None, :]) & _others(volume)
 
 
@@ -64,14 +68,50 @@ def positional_positives(position: Tensor, t: float) -> Tensor:
         ValueError: `position` is not one-dimensional, or `t` is outside [0, 1].
         TypeError: `position` is not floating point.
     """
-    check_threshold(t)
+    t = check_threshold(t)
     (position,) = check_per_sample(position=position)
     if not position.dtype.is_floating_point:
         raise TypeError(
             f"position must be floating point (index / num_slices), got {position.dtype}"
         )
-    near = (position[:, None] - position[None, :]).abs() < t
+    distance = (position[:, None] - position[None, :]).abs()
+    # Quotients are rounded, and so is t: what they leave of a distance of exactly t is far less
+    # than any other distance from t of slices that are counted in thousands.
+    near = distance < t - 4 * torch.finfo(position.dtype).eps
     return near & _others(position)
+
+
+def near_positions(index: Tensor, num_slices: Tensor, t: float) -> Tensor:
+    """`positional_positives` of slices index / num_slices (S,), decided in integers."""
+    index, num_slices = check_columns(index=index, num_slices=num_slices)
+    above, below = _fraction(t)
+    crossed = index[:, None] * num_slices[None, :]  # i · W, over V · W
+    distance = (crossed - crossed.T).abs()
+    near = distance * below < above * num_slices[:, None] * num_slices[None, :]
+    return near & _others(index)
+
+
+def check_columns(**columns: object) -> tuple[Tensor, ...]:
+    """Integer columns of the samples, as int64; each index lies in its scan."""
+    checked = check_per_sample(**columns)
+    for name, column in zip(columns, checked, strict=True):
+        check_integers(name, column)
+    # As int64: differences of unsigned integers would wrap around.
+    wide = tuple(column.long() for column in checked)
+    index, num_slices = (wide[list(columns).index(name)] for name in ("index", "num_slices"))
+    if values_visible(index) and not bool(((index >= 0) & (index < num_slices)).all()):
+        raise ValueError(
+            "each index must be in [0, num_slices), "
+            f"got index {index.tolist()} with num_slices {num_slices.tolist()}"
+        )
+    return wide
+
+
+@constant_for_dynamo
+def _fraction(t: float) -> tuple[int, int]:
+    """Numerator and denominator of t, as it would be written."""
+    fraction = Fraction(str(t)).limit_denominator(LARGEST_DENOMINATOR)
+    return fraction.numerator, fraction.denominator
 
 
 def _others(samples: Tensor) -> Tensor:

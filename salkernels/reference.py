@@ -175,6 +175,59 @@ def match_backward(
     return grad_query, grad_key
 
 
+def match_tangent(
+    query: Tensor,
+    key: Tensor | None,
+    pairs: Tensor | None,
+    argmax: Tensor,  # (P, H, W)
+    window: tuple[int, int],
+    eps: float,
+    tangent_query: Tensor | None,  # (G, N, C, H, W)
+    tangent_key: Tensor | None,  # (G, M, C, H, W)
+) -> Tensor:
+    """How max_sim (P, H, W) changes where the features move along tangents; the matches stay.
+
+    It is the transpose of `match_backward`. Pair by pair, for a derivative that is seldom asked for.
+    """
+    height, width = query.shape[3:]
+    keys = query if key is None else key
+    places = torch.arange(count_pairs(query, key, pairs)) if pairs is None else pairs.cpu()
+    along = query.new_zeros(argmax.shape, dtype=accumulate_dtype(query.dtype))
+    present = argmax != no_match(argmax.dtype)
+    offset = torch.where(present, argmax, 0).long()
+    rows = torch.arange(height, device=query.device)[:, None]
+    columns = torch.arange(width, device=query.device)
+    rows = rows - rows % window[0] + offset.div(window[1], rounding_mode="floor")
+    columns = columns - columns % window[1] + offset % window[1]
+    for p, place in enumerate(places.tolist()):
+        if place < 0:
+            continue
+        group, rest = divmod(place, query.shape[1] * keys.shape[1])
+        q, k = divmod(rest, keys.shape[1])
+        x, dx = _unit_and_tangent(query, tangent_query, (group, q), eps)
+        tangent = tangent_query if key is None else tangent_key
+        y, dy = _unit_and_tangent(keys, tangent, (group, k), eps)
+        at = (slice(None), rows[p], columns[p])
+        change = (dx * y[at] + x * dy[at]).sum(dim=0)
+        along[p] = torch.where(present[p], change, 0)
+    return along
+
+
+def _unit_and_tangent(
+    maps: Tensor, tangent: Tensor | None, sample: tuple[int, int], eps: float
+) -> tuple[Tensor, Tensor]:
+    """Unit vectors (C, H, W) of one sample, and how they change along a tangent."""
+    x = maps[sample].to(accumulate_dtype(maps.dtype))
+    norm = x.square().sum(dim=0).sqrt()
+    norm = torch.where(norm.isinf(), torch.nan, norm)
+    unit = x / norm.clamp_min(eps)
+    if tangent is None:
+        return unit, torch.zeros_like(unit)
+    move = tangent[sample].to(x.dtype)
+    turn = move - (unit * move).sum(dim=0) * unit
+    return unit, turn * torch.where(norm <= eps, 0, 1 / norm)
+
+
 def outputs(
     query: Tensor, key: Tensor | None, pairs: Tensor | None, window: tuple[int, int]
 ) -> Outputs:

@@ -18,11 +18,15 @@ _MATCH = (
 _MATCH_BACKWARD = (
     "(Tensor grad_sim, Tensor query, Tensor? key, Tensor? pairs, Tensor? valid, Tensor max_sim,"
     " Tensor argmax, Tensor norm, {ints} window, float eps, {how})"
-    " -> (Tensor grad_query, Tensor? grad_key)"
+    " -> (Tensor grad_query, {key_gradient})"
 )
 _FORMS = {
-    "": {"ints": "SymInt[2]", "how": "str backend"},
-    "native_": {"ints": "int[2]", "how": "bool allow_tf32"},
+    "": {"ints": "SymInt[2]", "how": "str backend", "key_gradient": "Tensor grad_key"},
+    "native_": {
+        "ints": "int[2]",
+        "how": "bool allow_tf32",
+        "key_gradient": "Tensor? grad_key",
+    },
 }
 NATIVE = {
     "native_match": _MATCH.format(**_FORMS["native_"]),
@@ -36,12 +40,14 @@ def define(library: torch.library.Library, schemas: dict[str, str]) -> None:
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-LIBRARY = torch.library.Library("salkernels", "DEF")
-define(
-    LIBRARY,
-    {
-        "match": _MATCH.format(**_FORMS[""]),
-        "match_backward": _MATCH_BACKWARD.format(**_FORMS[""]),
-        **NATIVE,
-    },
-)
+# A process defines an operator once: importlib.reload, and notebooks that call it, keep the first.
+if "LIBRARY" not in globals():
+    LIBRARY = torch.library.Library("salkernels", "DEF")
+    define(
+        LIBRARY,
+        {
+            "match": _MATCH.format(**_FORMS[""]),
+            "match_backward": _MATCH_BACKWARD.format(**_FORMS[""]),
+            **NATIVE,
+        },
+    )

@@ -21,6 +21,7 @@ DEVICES = ("cuda",)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MINIMUM = (8, 0)  # compute capability
 
+
 def _load() -> str | None:
     """The library needs libtorch_cuda: without it the loader's message would hide the reason."""
     if torch.version.cuda is None:
