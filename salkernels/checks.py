@@ -212,7 +212,7 @@ def _number(name: str, value: object) -> float:
                 f"use {name}.item()"
             )
         return float(value)
-    if isinstance(value, Real) and not isinstance(value, bool):
+    if isinstance(value, Real) and not isinstance(value, bool):  # type: ignore[unreachable]
         return float(value)
     raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 

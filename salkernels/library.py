@@ -9,6 +9,7 @@ that the forward sums on its way is the only penalty known here, in one place.
 from __future__ import annotations
 
 import atexit
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -127,23 +128,22 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
 def _differentiate(
     ctx: Any, grad_loss: Tensor | None, grad_max_sim: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
-    if grad_loss is None and grad_max_sim is None:
-        return (None,) * 7
     saved = ctx.saved_tensors
-    if grad_loss is None:
-        grad_sim = grad_max_sim
-    else:
+    if grad_loss is not None:
         grad_sim = penalty_gradient(grad_loss, saved[4])
         if grad_max_sim is not None:
             grad_sim = grad_sim + grad_max_sim
-    rest = (ctx.window, ctx.eps, ctx.backend)
-    if torch.is_grad_enabled():
-        grads = _with_second_derivative(grad_sim, saved, *rest)
-    elif unobserved(grad_sim):
-        grads = _match_backward(grad_sim, *saved, *rest)
+    elif grad_max_sim is not None:
+        grad_sim = grad_max_sim
     else:
-        grads = _match_backward_operator(grad_sim, *saved, *rest)
-    return (grads[0], None if saved[1] is None else grads[1], None, None, None, None, None)
+        return (None,) * 7
+    run: Callable[..., tuple[Tensor, Tensor]] = _match_backward_operator
+    if torch.is_grad_enabled():
+        run = _once_differentiable_backward
+    elif unobserved(grad_sim):
+        run = _match_backward
+    grad_query, grad_key = run(grad_sim, *saved, ctx.window, ctx.eps, ctx.backend)
+    return (grad_query, None if saved[1] is None else grad_key, None, None, None, None, None)
 
 
 def _keep_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -186,15 +186,15 @@ class _NoSecondDerivative(torch.autograd.Function):
         raise RuntimeError(NO_SECOND_DERIVATIVE)
 
 
-def _with_second_derivative(grad_sim: Tensor, saved: tuple[Any, ...], *rest: Any) -> list[Any]:
-    """The backward where its result is to be differentiated: in grad_sim that works."""
-    features = saved[:2]
-    fixed = (None if x is None else x.detach() for x in features)
-    grads = _match_backward_operator(grad_sim, *fixed, *saved[2:], *rest)
-    return [
-        None if x is None else grad + _NoSecondDerivative.apply(x)
-        for grad, x in zip(grads, features, strict=True)
-    ]
+def _once_differentiable_backward(
+    grad_sim: Tensor, query: Tensor, key: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    """The backward where its result is to be differentiated: in grad_sim alone that works."""
+    fixed = None if key is None else key.detach()
+    grad_query, grad_key = _match_backward_operator(grad_sim, query.detach(), fixed, *rest)
+    if key is not None:
+        grad_key = grad_key + _NoSecondDerivative.apply(key)
+    return grad_query + _NoSecondDerivative.apply(query), grad_key
 
 
 # ---- Autocast ------------------------------------------------------------------------------------

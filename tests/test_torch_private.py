@@ -21,10 +21,12 @@ def test_torch_has_them_all():
     """Red with a new torch: its users take longer ways, and lose a message."""
     assert callable(torch._C._len_torch_dispatch_stack)
     assert callable(torch._C._are_functorch_transforms_active)
-    assert _torch_private.nobody_looks(torch.ones(2))
+    assert callable(torch._C._functorch.is_legacy_batchedtensor)
+    plain = torch.ones(2)
+    assert _torch_private.nobody_looks(plain)
     assert not _torch_private.transforms_active()
     with torch.utils._python_dispatch.TorchDispatchMode():
-        assert not _torch_private.nobody_looks(torch.ones(2))
+        assert not _torch_private.nobody_looks(plain)
     seen = []
     torch.vmap(lambda x: seen.append(_torch_private.transforms_active()) or x)(torch.ones(2))
     assert seen == [True]
