@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from monai.metrics import compute_dice
 from tqdm import tqdm
 
 from .data.cache import VolumeCache
-from .data.datasets import DatasetInfo, read_scan
+from .data.datasets import DatasetInfo, read_truth
 from .data.nifti import DataError, read_image, write_labels
 from .data.preprocess import Geometry, PreprocessConfig, preprocess
 from .engine import Device
@@ -53,16 +52,17 @@ def segment(
 ) -> npt.NDArray[np.uint8]:
     """Labels (X, Y, Z) at native resolution of preprocessed slices (Z, size, size)."""
     model.eval()
-    scores = torch.empty(0)
+    labels = np.empty(geometry.native_slices, dtype=np.uint8)
     with torch.inference_mode(), device.autocast():
         for start in range(0, len(slices), BATCH):
             part = torch.from_numpy(np.array(slices[start : start + BATCH]))[:, None]
             part = part.to(device.device, memory_format=torch.channels_last)
-            part = model(part).float().softmax(dim=1)
-            if start == 0:  # at once: a list and its concatenation would be gigabytes twice
-                scores = part.new_empty((len(slices), *part.shape[1:]), device="cpu")
-            scores[start : start + BATCH] = part
-    return geometry.restore(scores)
+            # Probabilities of a few slices at a time: those of a CT with hundreds take gigabytes.
+            scores = model(part).float().softmax(dim=1).cpu()
+            if not torch.isfinite(scores).all():
+                raise ValueError("expected finite scores, got NaN or Inf")
+            labels[start : start + BATCH] = geometry.restore_slices(scores, 0.0, 1.0)
+    return geometry.stored(labels)
 
 
 def evaluate(
@@ -75,7 +75,7 @@ def evaluate(
     for scan in tqdm(scans, "evaluating", unit="scan", disable=None if progress else True):
         entry = cache.volumes[scan]
         predicted = segment(model, cache.image(scan), entry.geometry, device)
-        _, truth = read_scan(entry, info)
+        truth = read_truth(entry, info)
         if truth is None:
             raise DataError(f"{entry.name}: its label map has gone since the cache was built")
         dice = dice_per_class(predicted, truth, info)
@@ -94,13 +94,13 @@ def dice_per_class(
     A class that only one of the two holds scores 0, so an invented structure costs as much as a
     missed one; NaN where neither holds it.
     """
-    guess, answer = (
-        torch.from_numpy(np.stack([volume == k for k in range(info.num_classes)]))[None]
-        for volume in (predicted, truth)
-    )
-    dice = compute_dice(guess, answer, include_background=False, ignore_empty=False)[0]
-    absent = ~(guess | answer).flatten(2).any(dim=2)[0, 1:]
-    return [float(value) for value in dice.masked_fill(absent, torch.nan)]
+    dice = []
+    for label in range(1, info.num_classes):  # one by one: a volume of each at once is too much
+        guess, answer = predicted == label, truth == label
+        either = np.count_nonzero(guess) + np.count_nonzero(answer)
+        both = np.count_nonzero(guess & answer)
+        dice.append(2 * both / either if either else float("nan"))
+    return dice
 
 
 def write_scores(out: Path, scores: Scores, about: dict[str, Any]) -> None:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
+from tqdm import tqdm
+
 from .config import RunConfig
 from .data.cache import VolumeCache, open_cache
 from .data.manifest import dataset_info
+from .data.review import notices
+from .data.text import printable
 from .distributed import first
 
 
@@ -19,6 +25,16 @@ def open_dataset(config: RunConfig) -> VolumeCache:
         scans = info.find(config.data_folder(), cine=config.cine)
         return open_cache(scans, config.preprocess, info, config.cache_folder)
 
+    def opened_and_told() -> None:
+        own.append(opened())
+        tell(own[0])
+
     own: list[VolumeCache] = []
-    first(lambda: own.append(opened()))
+    first(opened_and_told)
     return own[0] if own else opened()
+
+
+def tell(cache: VolumeCache) -> None:
+    """Says on the screen what is to be known of the data."""
+    for line in notices(cache):
+        tqdm.write(f"note: {printable(line)}", file=sys.stderr)

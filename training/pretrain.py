@@ -16,7 +16,7 @@ from .augment import augment
 from .config import PretrainConfig
 from .data.cache import VolumeCache
 from .data.sampling import Shard, SliceBatch, TwoSubjects
-from .data.splits import kfold
+from .data.splits import folds_of, pick
 from .distributed import first, is_main, parallel, processes, rank, synchronise_norms, world
 from .engine import Device, fit, step_generator
 from .figures import pretraining as pretraining_figures
@@ -147,7 +147,9 @@ def subjects(config: PretrainConfig, cache: VolumeCache) -> tuple[str, ...]:
     """The subjects that pre-training sees: all, unless a fold is to be left out."""
     if config.leave_out_fold is None:
         return tuple(cache.subjects)
-    return kfold(cache.subjects, config.num_folds, config.split_seed)[config.leave_out_fold].train
+    folds = folds_of(cache, config.num_folds, config.split_seed, config.splits)
+    held_out = pick(folds, config.leave_out_fold, "leave_out_fold").test
+    return tuple(subject for subject in cache.subjects if subject not in held_out)
 
 
 def make_views(
