@@ -17,12 +17,13 @@ from tqdm import tqdm
 
 from .data.cache import VolumeCache
 from .data.datasets import DatasetInfo, read_truth
-from .data.nifti import DataError, read_image, write_labels
-from .data.preprocess import Geometry, PreprocessConfig, preprocess
+from .data.errors import DataError, listed
+from .data.preprocess import Geometry
 from .engine import Device
 from .files import write_atomically
 from .models import UNet
 
+ALL = "all"  # in place of the names of subjects
 BATCH = 16  # slices per forward pass: bounds the memory of a CT with hundreds of slices
 
 
@@ -117,15 +118,30 @@ def write_scores(out: Path, scores: Scores, about: dict[str, Any]) -> None:
     write_atomically(out / "dice.csv", table.getvalue())
 
 
-def predict_file(
-    model: UNet, about: dict[str, Any], image: Path, target: Path, device: Device
-) -> None:
-    """Segments one NIfTI file and writes the labels with its affine and header."""
-    volume = read_image(image)
-    settings = PreprocessConfig(**about["preprocess"])
-    classes = len(about["class_names"])
-    ready = preprocess(volume, None, settings, num_classes=classes, name=str(image))
-    write_labels(target, segment(model, ready.images, ready.geometry, device), volume)
+def subjects_to_score(
+    given: Sequence[str] | None, held_out: Sequence[str], cache: VolumeCache
+) -> list[str]:
+    """Those given, of which "all" is every labelled one; by default the model's held-out subjects.
+
+    Data that hold none of these are another set than the model's: all of its labelled subjects.
+
+    Raises:
+        DataError: no subject with labels, or only some of the held-out ones.
+    """
+    found = [subject for subject in held_out if subject in cache.subjects]
+    if given is not None and list(given) != [ALL]:
+        return list(given)
+    if given is None and found:
+        if len(found) < len(held_out):
+            missing = listed([subject for subject in held_out if subject not in found])
+            raise DataError(
+                f"the data lack {missing}, which were held out in fine-tuning; pass --subjects "
+                f"NAME ..., or --subjects {ALL} for every labelled subject"
+            )
+        return list(held_out)
+    if not cache.labelled_subjects:
+        raise DataError("no scan of the data has a label map, so there is nothing to score")
+    return cache.labelled_subjects
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -203,5 +203,12 @@ def about_model(
 
 
 def model_path(run: Path) -> Path:
-    """The model of a run folder, or the file itself."""
-    return run / MODEL if run.is_dir() else run
+    """The model of a run folder, or the file itself; RunError for a run that has none."""
+    if not run.is_dir():
+        return run
+    if not (run / MODEL).exists() and (run / ENCODER).exists():
+        raise RunError(
+            f"{run} is a run of pre-training, which holds an encoder and no model; run `finetune "
+            f"--encoder {run}` and give the folder of that run"
+        )
+    return run / MODEL
