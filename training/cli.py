@@ -229,7 +229,7 @@ def run_evaluate(namespace: Namespace) -> None:
     from .data.cache import open_cache, require_labels
     from .data.manifest import dataset_info
     from .data.preprocess import PreprocessConfig
-    from .data.review import require_scale_of_training, spacing_recorded
+    from .data.review import notices, require_scale_of_training, spacing_recorded
     from .evaluate import evaluate, subjects_to_score, write_scores
     from .figures import finetuning, summary
     from .inputs import tell
@@ -247,7 +247,7 @@ def run_evaluate(namespace: Namespace) -> None:
     settings = replace(settings, mixed_spacing=mixed, unknown_spacing=stated)
     folder = namespace.cache or namespace.out.parent / "cache"
     cache = open_cache(info.find(namespace.data), settings, info, folder)
-    tell(cache)
+    tell(namespace.out, notices(cache))
     names = [entry.name for entry in cache.volumes]
     require_scale_of_training(spacing_recorded(cache), about.get("spacing"), names, mixed)
     subjects = subjects_to_score(namespace.subjects, about["held_out"], cache)

@@ -15,13 +15,13 @@ from .checkpoint import RunError
 from .config import FinetuneConfig
 from .data.cache import VolumeCache, require_labels
 from .data.manifest import dataset_info
-from .data.review import require_classes, spacing_recorded
+from .data.review import notices, require_classes, spacing_recorded
 from .data.sampling import LabelledSlices, Shard, SliceBatch
 from .data.splits import Fold, folds_of, labelled_subset, pick
 from .engine import Device, fit
 from .evaluate import Scores, evaluate, write_scores
 from .figures import finetuning as finetuning_figures
-from .inputs import open_dataset
+from .inputs import open_dataset, tell
 from .models import UNet, load_encoder, load_unet, save_unet
 from .pretrain import ENCODER
 from .runlog import RunLog
@@ -42,6 +42,7 @@ def finetune(config: FinetuneConfig) -> Scores:
     dataset = LabelledSlices(cache, labelled, config.batch_size, config.seed, own)
     model, pretraining = initial_model(config)
     log = RunLog(config, "finetune", device.describe())
+    tell(config.out, notices(cache))
     device.to(model)
     if config.compile:
         model.compile()  # in place: the keys of the weights stay

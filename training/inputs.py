@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 from tqdm import tqdm
 
 from .config import RunConfig
 from .data.cache import VolumeCache, open_cache
 from .data.manifest import dataset_info
-from .data.review import notices
 from .data.text import printable
 from .distributed import first
+from .files import write_atomically
+
+NOTES = "data.txt"  # in a run folder: what the user should know of its data
 
 
 def open_dataset(config: RunConfig) -> VolumeCache:
@@ -25,16 +29,16 @@ def open_dataset(config: RunConfig) -> VolumeCache:
         scans = info.find(config.data_folder(), cine=config.cine)
         return open_cache(scans, config.preprocess, info, config.cache_folder)
 
-    def opened_and_told() -> None:
-        own.append(opened())
-        tell(own[0])
-
     own: list[VolumeCache] = []
-    first(opened_and_told)
+    first(lambda: own.append(opened()))
     return own[0] if own else opened()
 
 
-def tell(cache: VolumeCache) -> None:
-    """Says on the screen what is to be known of the data."""
-    for line in notices(cache):
+def tell(out: Path, lines: Sequence[str]) -> None:
+    """Says on the screen, and in `out`/data.txt, what is to be known of the data."""
+    for line in lines:
         tqdm.write(f"note: {printable(line)}", file=sys.stderr)
+    if lines:
+        write_atomically(out / NOTES, "".join(f"{printable(line)}\n" for line in lines))
+    else:
+        (out / NOTES).unlink(missing_ok=True)

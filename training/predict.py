@@ -87,6 +87,8 @@ def predict_file(
         raise DataError(f"{image.path}: its name is too long for one with _pred; shorten it")
     frames = frame_count(image.path)
     volume = read_image(image.path, ndim=3 if frames is None else 4)
+    for note in volume.notes:
+        tqdm.write(printable(f"note: {image.path}: {note}"), file=sys.stderr)
     if image.spacing is not None:
         volume = replace(volume, spacing=image.spacing)
     if frames is None:

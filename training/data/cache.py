@@ -43,6 +43,7 @@ class VolumeEntry(Scan):
     offset, num_slices: its slices are offset .. offset + num_slices of the arrays.
     spacing: of the stored volume in mm, None when not recorded.
     lost_voxels: labelled native voxels outside the canvas, of labelled_voxels.
+    oriented: whether its header says where its axes point.
     notes: what its header says that the user should know.
     """
 
@@ -52,6 +53,7 @@ class VolumeEntry(Scan):
     spacing: Spacing | None
     lost_voxels: int
     labelled_voxels: int
+    oriented: bool
     notes: tuple[str, ...]
 
     @property
@@ -276,6 +278,7 @@ def _build(
                         spacing=image.spacing,
                         lost_voxels=done.lost_voxels,
                         labelled_voxels=done.labelled_voxels,
+                        oriented=image.orientation is not None,
                         notes=image.notes,
                     )
                 )

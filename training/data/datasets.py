@@ -178,6 +178,7 @@ def require_own_files(scans: Sequence[Scan], root: Path) -> None:
     Such a subject would be trained on and tested on at once. Names that cannot be printed are
     refused here as well, before they reach tables, pictures and messages.
     """
+    root = root if root.is_dir() else root.parent  # of a manifest's own file
     owners: dict[tuple[int, int], Scan] = {}
     problems = []
     for scan in scans:

@@ -94,6 +94,12 @@ def notices(cache: VolumeCache) -> list[str]:
             f"{listed(shown, SHOWN_SCANS)}; they cannot be learnt or found: raise preprocess.size "
             f"or preprocess.spacing"
         )
+    stored = [entry.name for entry in volumes if not entry.oriented]
+    if 0 < len(stored) < len(volumes):
+        lines.append(
+            f"{len(stored)} of {len(volumes)} scans record no orientation, and are taken as stored, "
+            f"perhaps in the reverse order of the others: {listed(stored, SHOWN_SCANS)}"
+        )
     empty = [entry.name for entry in volumes if entry.labelled and not entry.labelled_voxels]
     if empty:
         lines.append(f"label maps without any class: {listed(empty, SHOWN_SCANS)}")

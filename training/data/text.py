@@ -62,3 +62,8 @@ def name_problem(text: str) -> str | None:
     if "/" in text or "\\" in text:
         return f"expected no slash, got {text!r}"
     return None
+
+
+def unmarked(text: str) -> str:
+    """The text for a picture: matplotlib takes what is between two dollar signs for a formula."""
+    return text.replace("$", r"\$")
