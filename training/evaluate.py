@@ -24,7 +24,8 @@ from .files import write_atomically
 from .models import UNet
 
 ALL = "all"  # in place of the names of subjects
-BATCH = 16  # slices per forward pass: bounds the memory of a CT with hundreds of slices
+BATCH = 16  # slices per forward pass at most: a CT has hundreds ...
+BATCH_PIXELS = 2**20  # ... and no more than this at once: 16 of 256 x 256, 4 of 512 x 512
 
 
 @dataclass
@@ -54,15 +55,16 @@ def segment(
     """Labels (X, Y, Z) at native resolution of preprocessed slices (Z, size, size)."""
     model.eval()
     labels = np.empty(geometry.native_slices, dtype=np.uint8)
+    batch = max(1, min(BATCH, BATCH_PIXELS // geometry.size**2))
     with torch.inference_mode(), device.autocast():
-        for start in range(0, len(slices), BATCH):
-            part = torch.from_numpy(np.array(slices[start : start + BATCH]))[:, None]
+        for start in range(0, len(slices), batch):
+            part = torch.from_numpy(np.array(slices[start : start + batch]))[:, None]
             part = part.to(device.device, memory_format=torch.channels_last)
             # Probabilities of a few slices at a time: those of a CT with hundreds take gigabytes.
             scores = model(part).float().softmax(dim=1).cpu()
             if not torch.isfinite(scores).all():
                 raise ValueError("expected finite scores, got NaN or Inf")
-            labels[start : start + BATCH] = geometry.restore_slices(scores, 0.0, 1.0)
+            labels[start : start + batch] = geometry.restore_slices(scores, 0.0, 1.0)
     return geometry.stored(labels)
 
 

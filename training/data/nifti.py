@@ -23,7 +23,7 @@ from .stream import check_sum as _check_sum
 MAX_EXTENT = 4096  # voxels per axis: no scanner reaches it, a corrupt header does
 MAX_VOXELS = 2**31
 GZIP_MAX_RATIO = 1040  # deflate cannot shrink bytes further (1032:1, and some slack)
-ROUNDING = 1e-3  # of a label: scl_slope makes 1.00000002 of 1, at most 1e-5 of the highest value
+ROUNDING = 0.01  # of a label: scl_slope makes 1.00000002 of 1, and 850.006 of 850 in 16 bits
 SHOWN_VALUES = 5
 
 Spacing = tuple[float, float, float]

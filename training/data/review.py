@@ -97,7 +97,7 @@ def notices(cache: VolumeCache) -> list[str]:
     stored = [entry.name for entry in volumes if not entry.oriented]
     if 0 < len(stored) < len(volumes):
         lines.append(
-            f"{len(stored)} of {len(volumes)} scans record no orientation, and are taken as stored, "
+            f"{len(stored)} of {len(volumes)} scans record no orientation and are taken as stored, "
             f"perhaps in the reverse order of the others: {listed(stored, SHOWN_SCANS)}"
         )
     empty = [entry.name for entry in volumes if entry.labelled and not entry.labelled_voxels]
