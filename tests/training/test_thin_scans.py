@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import nibabel as nib
 import pytest
 
 from salkernels.training.config import FinetuneConfig, OptimConfig, PretrainConfig
@@ -13,9 +14,18 @@ from salkernels.training.models import UNetConfig
 from salkernels.training.pretrain import ENCODER, pretrain
 
 
+def single(root, subjects):
+    """A phantom cut down to the middle slice of each scan."""
+    for path in write_phantom(root, subjects=subjects, slices=5, size=32).rglob("*.nii.gz"):
+        image = nib.load(path)
+        image.slicer[:, :, 2:3].to_filename(path.with_name(f"cut_{path.name}"))
+        path.with_name(f"cut_{path.name}").replace(path)
+    return root
+
+
 @pytest.fixture(scope="module")
 def thin(tmp_path_factory):
-    return write_phantom(tmp_path_factory.mktemp("thin") / "data", subjects=4, slices=1, size=32)
+    return single(tmp_path_factory.mktemp("thin") / "data", subjects=4)
 
 
 def deep(root, subjects=2):
@@ -37,7 +47,7 @@ def test_every_method_ends_well_or_says_that_more_slices_are_needed(thin, pretra
 @pytest.mark.parametrize("method", ["sal", "pcl", "gcl"])
 def test_single_slices_beside_deep_scans_are_learnt_from(tmp_path, pretrain_config, method):
     data = deep(tmp_path / "data", subjects=2)
-    one = write_phantom(tmp_path / "one", subjects=3, slices=1, size=32)
+    one = single(tmp_path / "one", subjects=3)
     (one / "patient003").rename(data / "patient003")
     config = pretrain_config(data=data, method=method, optim=OptimConfig(steps=2))
     pretrain(config)
