@@ -94,9 +94,11 @@ def _matrix(get: Any) -> Affine | None:
     """A matrix that has a code and says something."""
     try:
         matrix, _ = get(coded=True)
-    except HeaderDataError:  # a quaternion that is none
+    except (HeaderDataError, ValueError):  # a quaternion that is none
         return None
-    if matrix is None:
+    if matrix is None or not np.isfinite(matrix).all() or not abs(np.linalg.det(matrix)) > 0:
+        return None
+    if None in nib.aff2axcodes(matrix):  # type: ignore[no-untyped-call]  # axes of nearly no length
         return None
     # nibabel and SimpleITK write an identity (theirs is in LPS) with a code > 0 when they know
     # nothing: unit voxels, no rotation, origin exactly 0. No scanner produces that.
