@@ -117,34 +117,8 @@ def make_parser(arguments: Sequence[str]) -> ArgumentParser:
         sub.set_defaults(settings)
         commands.add_subcommand(name, sub, help=text)
 
-    evaluate = ArgumentParser(description="Dice of a fine-tuned model on labelled scans.")
-    _add_model(evaluate)
-    evaluate.add_argument("--data", type=Path, required=True, help="folder of the data set")
-    evaluate.add_argument("--out", type=Path, required=True, help="folder for the results")
-    evaluate.add_argument("--cache", type=Path | None, default=None, help="preprocessed slices")
-    evaluate.add_argument(
-        "--subjects", type=str, nargs="+", default=None,
-        help="subjects to evaluate, or `all` that have labels; by default those that were held out "
-        "in fine-tuning, and all of a data set that has none of them",
-    )  # fmt: skip
-    evaluate.add_argument(
-        "--dataset", type=str | None, default=None,
-        help="layout of the data where it is not that of the training: acdc, chd or manifest",
-    )  # fmt: skip
-    _add_spacing(evaluate)
-    commands.add_subcommand("evaluate", evaluate, help="Dice of a fine-tuned model")
-
-    predict = ArgumentParser(description="Label maps of NIfTI images, on the images' own grid.")
-    _add_model(predict)
-    predict.add_argument(
-        "--input", type=Path, nargs="+", required=True,
-        help="NIfTI files, folders of them (of any layout; label maps are left out), lists of "
-        "paths (.txt) or manifests (.json)",
-    )  # fmt: skip
-    predict.add_argument("--out", type=Path, required=True, help="folder for the label maps")
-    predict.add_argument("--overwrite", type=bool, default=False, help="replace existing files")
-    _add_spacing(predict)
-    commands.add_subcommand("predict", predict, help="segment NIfTI images")
+    commands.add_subcommand("evaluate", _evaluate_parser(), help="Dice of a fine-tuned model")
+    commands.add_subcommand("predict", _predict_parser(), help="segment NIfTI images")
 
     show = ArgumentParser(description="Redraw the curves of a run and list its figures.")
     show.add_argument("run", type=Path, help="run folder")
@@ -152,6 +126,39 @@ def make_parser(arguments: Sequence[str]) -> ArgumentParser:
 
     text = "a table of the paper: pre-train every method, fine-tune on folds x M, compare"
     commands.add_subcommand("experiment", _experiment_parser(preset, text), help=text)
+    return parser
+
+
+def _evaluate_parser() -> ArgumentParser:
+    parser = ArgumentParser(description="Dice of a fine-tuned model on labelled scans.")
+    _add_model(parser)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data set")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--cache", type=Path | None, default=None, help="preprocessed slices")
+    parser.add_argument(
+        "--subjects", type=str, nargs="+", default=None,
+        help="subjects to evaluate, or `all` that have labels; by default those that were held out "
+        "in fine-tuning, and all of a data set that has none of them",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dataset", type=str | None, default=None,
+        help="layout of the data where it is not that of the training: acdc, chd or manifest",
+    )  # fmt: skip
+    _add_spacing(parser)
+    return parser
+
+
+def _predict_parser() -> ArgumentParser:
+    parser = ArgumentParser(description="Label maps of NIfTI images, on the images' own grid.")
+    _add_model(parser)
+    parser.add_argument(
+        "--input", type=Path, nargs="+", required=True,
+        help="NIfTI files, folders of them (of any layout; label maps are left out), lists of "
+        "paths (.txt) or manifests (.json)",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, required=True, help="folder for the label maps")
+    parser.add_argument("--overwrite", type=bool, default=False, help="replace existing files")
+    _add_spacing(parser)
     return parser
 
 
