@@ -208,6 +208,9 @@ def test_a_window_from_the_command_line_reaches_model_and_cache(tmp_path, phanto
     assert main([*again, f"--cache={cache_folder}", "--device=cpu"]) == 0
     table = (out / "dice.csv").read_text()
     assert (tmp_path / "again" / "dice.csv").read_text() == table
+    saved = [f"--config={out / 'config.yaml'}", f"--out={tmp_path / 'repeat'}"]
+    assert main(["finetune", *saved]) == 0
+    assert (tmp_path / "repeat" / "dice.csv").read_text() == table
 
 
 def test_the_plan_of_an_unknown_spacing_is_that_of_the_statement():

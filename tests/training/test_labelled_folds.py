@@ -1,10 +1,12 @@
 """Who is trained on and tested on where some scans are labelled and most are not; own splits."""
 
 import json
+import re
+import shutil
+from pathlib import Path
 
 import pytest
 
-from salkernels.training.data.datasets import DATASETS
 from salkernels.training.data.errors import DataError
 from salkernels.training.data.phantom import write_phantom
 from salkernels.training.data.splits import kfold, read_splits
@@ -146,5 +148,24 @@ def test_files_of_splits_that_do_not_fit(tmp_path, text, reason):
         read_splits(tmp_path / "none.json", scans)
 
 
-def test_data_sets_have_what_the_fixture_needs(some):
-    assert sum(scan.label is not None for scan in DATASETS["acdc"].find(some)) == 7
+def test_the_example_of_the_documentation_can_be_fine_tuned_on(some, finetune_config, tmp_path):
+    """Its subjects, labels and options, on files of the phantom."""
+    text = (Path(__file__).parents[2] / "docs/training/own-data.md").read_text()
+    content = json.loads(re.search(r"## Or by hand\s+```json\n(.*?)```", text, re.DOTALL)[1])
+    options = re.search(r"--(num_folds) (\d) --(labelled)\s(\d)", text)
+    sources = iter(sorted(some.glob("*/*_frame01.nii.gz")))
+    labels = iter(sorted(some.glob("*/*_frame01_gt.nii.gz")))
+    for row in content["scans"]:
+        image = next(sources)
+        if "label" in row:
+            label = next(labels)
+            image = label.with_name(label.name.replace("_gt", ""))
+        for key, source in (("image", image), ("label", label)):
+            if key in row:
+                (tmp_path / row[key]).parent.mkdir(exist_ok=True)
+                shutil.copy(source, tmp_path / row[key])
+    content["classes"] = ["background", "RV", "myocardium", "LV"]
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    numbers = {options[1]: int(options[2]), options[3]: int(options[4])}
+    config = finetune_config(dataset="manifest", data=tmp_path, **numbers)
+    assert {row["subject"] for row in finetune(config).rows} < {"p01", "p02"}

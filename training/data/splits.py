@@ -138,7 +138,10 @@ def labelled_subset(train: Iterable[str], m: int, fold: int, seed: int = 0) -> t
     """
     order = _shuffled(train, f"labelled/{seed}/{fold}")
     if not 1 <= m <= len(order):
-        raise DataError(f"{m} labelled subjects: expected 1 to {len(order)}, all of the training")
+        raise DataError(
+            f"{m} labelled subjects: expected 1 to {len(order)}, all that the fold trains on; pass "
+            f"another --labelled"
+        )
     return tuple(sorted(order[:m]))
 
 
