@@ -200,7 +200,7 @@ def run_pretrain(namespace: Namespace) -> None:
     config = _build(PretrainConfig, namespace)
     path = pretrain(config)
     if is_main():
-        print(f"encoder: {path}\nfigures: {config.out / 'figures'}")
+        _say(f"encoder: {path}\nfigures: {config.out / 'figures'}")
 
 
 def run_finetune(namespace: Namespace) -> None:
@@ -209,7 +209,7 @@ def run_finetune(namespace: Namespace) -> None:
 
     config = _build(FinetuneConfig, namespace)
     finetune(config)
-    print(f"{summary(config.out)}\nfigures: {config.out / 'figures'}")
+    _say(f"{summary(config.out)}\nfigures: {config.out / 'figures'}")
 
 
 def run_demo(namespace: Namespace) -> None:
@@ -229,7 +229,7 @@ def run_demo(namespace: Namespace) -> None:
         raise ValueError(
             f"draws must be 1 to {finetuning.num_folds}, one per fold, got {namespace.draws}"
         )
-    print(demo(namespace.out, pretraining, finetuning, namespace.draws))
+    _say(demo(namespace.out, pretraining, finetuning, namespace.draws))
 
 
 def run_evaluate(namespace: Namespace) -> None:
@@ -262,7 +262,7 @@ def run_evaluate(namespace: Namespace) -> None:
     scores = evaluate(model, cache, subjects, device, progress=True)
     write_scores(namespace.out, scores, {**about, "evaluated": list(subjects)})
     finetuning(namespace.out, model, cache, subjects, device)
-    print(summary(namespace.out))
+    _say(summary(namespace.out))
 
 
 def run_predict(namespace: Namespace) -> None:
@@ -292,7 +292,7 @@ def run_experiment(namespace: Namespace) -> None:
         command=f"python training/run.py {shlex.join(sys.argv[1:])}",
         preset=namespace.preset,
     )
-    print(experiment(config, pretraining, finetuning))
+    _say(experiment(config, pretraining, finetuning))
 
 
 def run_show(namespace: Namespace) -> None:
@@ -305,8 +305,8 @@ def run_show(namespace: Namespace) -> None:
             + (f"; the runs in it are {', '.join(runs)}" if runs else "")
         )
     drawn = run_figures(namespace.run)
-    print(summary(namespace.run))
-    print("\n".join(f"figure: {path}" for path in drawn))
+    _say(summary(namespace.run))
+    _say("\n".join(f"figure: {path}" for path in drawn))
 
 
 COMMANDS = {
@@ -318,6 +318,11 @@ COMMANDS = {
     "show": run_show,
     "experiment": run_experiment,
 }
+
+
+def _say(text: str) -> None:
+    """Prints text that may hold names of files."""
+    print(printable(text))
 
 
 def _spell_out(arguments: Sequence[str]) -> list[str]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,16 @@ from tqdm import tqdm
 from .data.cache import VolumeCache
 from .data.datasets import DatasetInfo, read_truth
 from .data.errors import DataError, listed
-from .data.preprocess import Geometry
+from .data.images import Image
+from .data.nifti import Volume, frame_count, read_image, write_labels
+from .data.preprocess import Geometry, PreprocessConfig, preprocess
+from .data.review import require_scale_of_training
+from .data.text import printable
 from .engine import Device
 from .files import write_atomically
 from .models import UNet
 
+MAX_FILE_NAME = 255  # bytes, on every common file system
 ALL = "all"  # in place of the names of subjects
 BATCH = 16  # slices per forward pass at most: a CT has hundreds ...
 BATCH_PIXELS = 2**20  # ... and no more than this at once: 16 of 256 x 256, 4 of 512 x 512
@@ -146,7 +153,46 @@ def subjects_to_score(
     return cache.labelled_subjects
 
 
+def predict_file(
+    model: UNet, about: dict[str, Any], image: Path | Image, target: Path, device: Device
+) -> None:
+    """Segments one NIfTI file, of a 4D one every frame, and writes the labels with its header."""
+    if not isinstance(image, Image):
+        image = Image(image)
+    if len(os.fsencode(target.name)) > MAX_FILE_NAME:  # before the work, not after it
+        raise DataError(f"{image.path}: its name is too long for one with _pred; shorten it")
+    frames = frame_count(image.path)
+    volume = read_image(image.path, ndim=3 if frames is None else 4)
+    for note in volume.notes:
+        tqdm.write(printable(f"note: {image.path}: {note}"), file=sys.stderr)
+    if image.spacing is not None:
+        volume = replace(volume, spacing=image.spacing)
+    if frames is None:
+        labels = _segmented(model, about, volume, image.path, device)
+    else:
+        single = (replace(volume, array=volume.array[..., t]) for t in range(frames))
+        each = [_segmented(model, about, frame, image.path, device) for frame in single]
+        labels = np.stack(each, axis=-1)
+    write_labels(target, labels, volume)
+
+
 def _mean(values: Sequence[float]) -> float:
     """The mean of those that are not NaN, and NaN of none."""
     known = [value for value in values if not np.isnan(value)]
     return float(np.mean(known)) if known else float("nan")
+
+
+def _segmented(
+    model: UNet, about: dict[str, Any], volume: Volume, path: Path, device: Device
+) -> npt.NDArray[np.uint8]:
+    settings = PreprocessConfig(**about["preprocess"])
+    recorded = volume.spacing is not None or settings.unknown_spacing > 0
+    require_scale_of_training(
+        "recorded" if recorded else "unknown",
+        about.get("spacing"),
+        [str(path)],
+        settings.mixed_spacing,
+    )
+    classes = len(about["class_names"])
+    ready = preprocess(volume, None, settings, num_classes=classes, name=str(path))
+    return segment(model, ready.images, ready.geometry, device)

@@ -19,11 +19,11 @@ from salkernels.training.evaluate import (
     Scores,
     dice_per_class,
     evaluate,
+    predict_file,
     write_scores,
 )
 from salkernels.training.figures import summary
 from salkernels.training.inputs import open_dataset
-from salkernels.training.predict import predict_file
 
 ACDC = DATASETS["acdc"]
 CPU = Device(torch.device("cpu"), torch.float32)

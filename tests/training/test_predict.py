@@ -20,10 +20,9 @@ from salkernels.training.data.nifti import image_grid, read_image, read_labels
 from salkernels.training.data.phantom import write_phantom
 from salkernels.training.data.preprocess import PreprocessConfig
 from salkernels.training.engine import Device
-from salkernels.training.evaluate import subjects_to_score
+from salkernels.training.evaluate import predict_file, subjects_to_score
 from salkernels.training.finetune import finetune
 from salkernels.training.inputs import open_dataset
-from salkernels.training.predict import predict_file
 
 CPU = Device(torch.device("cpu"), torch.float32)
 
@@ -214,17 +213,15 @@ from pathlib import Path
 import numpy as np, torch
 torch.set_num_threads(1)
 from salkernels.training.engine import Device
-from salkernels.training.evaluate import segment
-from salkernels.training.data.nifti import read_image
-from salkernels.training.data.preprocess import PreprocessConfig, preprocess
-from salkernels.training.predict import predict_file
+from salkernels.training.data.preprocess import PreprocessConfig
+from salkernels.training.evaluate import predict_file
 from salkernels.training.models import UNet, UNetConfig
 
 folder, job = Path(sys.argv[1]), sys.argv[2]
 model = UNet(UNetConfig(width=2, depth=2), classes=8)
 names = ["background", *"abcdefg"]
 settings = PreprocessConfig(spacing=1.0, size=256)
-about = {"class_names": names, "preprocess": settings}
+about = {"class_names": names, "preprocess": vars(settings)}
 cpu = Device(torch.device("cpu"), torch.float32)
 predict_file(model, about, folder / "small.nii", folder / "p.nii", cpu)  # what is loaded once
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -234,8 +231,7 @@ else:
     from salkernels.training.data.datasets import DATASETS, Scan
     from salkernels.training.data.cache import open_cache
     from salkernels.training.evaluate import evaluate
-    from dataclasses import replace
-    info = replace(DATASETS["chd"])
+    info = DATASETS["chd"]
     scans = [Scan("s", "ct", "", folder / "large.nii", folder / "labels.nii")]
     cache = open_cache(scans, settings, info, folder / "cache", progress=False)
     evaluate(model, cache, ["s"], cpu, progress=False)
