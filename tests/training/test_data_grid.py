@@ -224,3 +224,6 @@ def test_metres_are_named(tmp_path):
     volume = read_image(save(tmp_path / "a.nii", truth(), AFFINE, unit="meter"))
     with pytest.raises(DataError, match=r"a\.nii: pixels of 1500 x 1500 mm.*gives metres"):
         plan(volume, PreprocessConfig(), "a.nii")
+    small = read_image(save(tmp_path / "b.nii", truth(), AFFINE / 1000))
+    with pytest.raises(DataError, match=r"b\.nii: pixels of 0\.0015 x .*look like metres"):
+        plan(small, PreprocessConfig(), "b.nii")
