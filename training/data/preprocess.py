@@ -346,7 +346,7 @@ def _zooms(
         if unit:
             why = f"its header gives {unit} (xyzt_units): correct the unit if the numbers are mm"
         elif low <= 1000 * min(pixel) <= 1000 * max(pixel) <= high:
-            why = "the numbers look like metres: correct the unit in its header (xyzt_units)"
+            why += ": the numbers look like metres, so correct the unit (xyzt_units)"
         raise DataError(f"{name}: pixels of {got} mm, expected {low}..{high}; {why}")
     return pixel[0] / config.spacing, pixel[1] / config.spacing
 
