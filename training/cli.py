@@ -10,7 +10,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -19,6 +19,7 @@ from jsonargparse import ArgumentParser, Namespace
 from .checkpoint import RunError
 from .config import FinetuneConfig, Precision, PretrainConfig, RunConfig
 from .data.nifti import DataError
+from .data.text import printable
 from .experiment.tables import TABLES
 from .presets import BEST, FINETUNE, PRETRAIN, PresetName
 
@@ -30,7 +31,13 @@ SET_BY_EXPERIMENT = {
     "data", "out", "cache", "resume", "seed", "threads", "method", "encoder", "fold", "labelled",
     "leave_out_fold",
 }  # fmt: skip
-SWITCHES = ("--resume", "--cine", "--overwrite", "--only_pretrain")  # true where no value follows
+SWITCHES = (
+    "--resume",
+    "--cine",
+    "--overwrite",
+    "--only_pretrain",
+    "--mixed_spacing",
+)  # true where no value follows
 ERRORS = (RunError, DataError, ValueError, TypeError, OSError)
 
 
@@ -70,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{parser.prog} {command}: interrupted", file=sys.stderr)
         return 130
     except ERRORS as error:
-        print(f"{parser.prog} {command}: error: {error}", file=sys.stderr)
+        print(f"{parser.prog} {command}: error: {printable(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, (RunError, DataError, ValueError)) else 1
     return 0
 
@@ -110,23 +117,8 @@ def make_parser(arguments: Sequence[str]) -> ArgumentParser:
         sub.set_defaults(settings)
         commands.add_subcommand(name, sub, help=text)
 
-    evaluate = ArgumentParser(description="Dice of a fine-tuned model on labelled scans.")
-    _add_model(evaluate)
-    evaluate.add_argument("--data", type=Path, required=True, help="folder of the data set")
-    evaluate.add_argument("--out", type=Path, required=True, help="folder for the results")
-    evaluate.add_argument("--cache", type=Path | None, default=None, help="preprocessed slices")
-    evaluate.add_argument(
-        "--subjects", type=str, nargs="+", default=None,
-        help="subjects to evaluate; by default those that were held out in fine-tuning",
-    )  # fmt: skip
-    commands.add_subcommand("evaluate", evaluate, help="Dice of a fine-tuned model")
-
-    predict = ArgumentParser(description="Label maps of NIfTI images, on the images' own grid.")
-    _add_model(predict)
-    predict.add_argument("--input", type=Path, required=True, help="NIfTI file, or folder of them")
-    predict.add_argument("--out", type=Path, required=True, help="folder for the label maps")
-    predict.add_argument("--overwrite", type=bool, default=False, help="replace existing files")
-    commands.add_subcommand("predict", predict, help="segment NIfTI images")
+    commands.add_subcommand("evaluate", _evaluate_parser(), help="Dice of a fine-tuned model")
+    commands.add_subcommand("predict", _predict_parser(), help="segment NIfTI images")
 
     show = ArgumentParser(description="Redraw the curves of a run and list its figures.")
     show.add_argument("run", type=Path, help="run folder")
@@ -134,6 +126,39 @@ def make_parser(arguments: Sequence[str]) -> ArgumentParser:
 
     text = "a table of the paper: pre-train every method, fine-tune on folds x M, compare"
     commands.add_subcommand("experiment", _experiment_parser(preset, text), help=text)
+    return parser
+
+
+def _evaluate_parser() -> ArgumentParser:
+    parser = ArgumentParser(description="Dice of a fine-tuned model on labelled scans.")
+    _add_model(parser)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data set")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--cache", type=Path | None, default=None, help="preprocessed slices")
+    parser.add_argument(
+        "--subjects", type=str, nargs="+", default=None,
+        help="subjects to evaluate, or `all` that have labels; by default those that were held out "
+        "in fine-tuning, and all of a data set that has none of them",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dataset", type=str | None, default=None,
+        help="layout of the data where it is not that of the training: acdc, chd or manifest",
+    )  # fmt: skip
+    _add_spacing(parser)
+    return parser
+
+
+def _predict_parser() -> ArgumentParser:
+    parser = ArgumentParser(description="Label maps of NIfTI images, on the images' own grid.")
+    _add_model(parser)
+    parser.add_argument(
+        "--input", type=Path, nargs="+", required=True,
+        help="NIfTI files, folders of them (of any layout; label maps are left out), lists of "
+        "paths (.txt) or manifests (.json)",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, required=True, help="folder for the label maps")
+    parser.add_argument("--overwrite", type=bool, default=False, help="replace existing files")
+    _add_spacing(parser)
     return parser
 
 
@@ -175,7 +200,7 @@ def run_pretrain(namespace: Namespace) -> None:
     config = _build(PretrainConfig, namespace)
     path = pretrain(config)
     if is_main():
-        print(f"encoder: {path}\nfigures: {config.out / 'figures'}")
+        _say(f"encoder: {path}\nfigures: {config.out / 'figures'}")
 
 
 def run_finetune(namespace: Namespace) -> None:
@@ -184,7 +209,7 @@ def run_finetune(namespace: Namespace) -> None:
 
     config = _build(FinetuneConfig, namespace)
     finetune(config)
-    print(f"{summary(config.out)}\nfigures: {config.out / 'figures'}")
+    _say(f"{summary(config.out)}\nfigures: {config.out / 'figures'}")
 
 
 def run_demo(namespace: Namespace) -> None:
@@ -204,58 +229,48 @@ def run_demo(namespace: Namespace) -> None:
         raise ValueError(
             f"draws must be 1 to {finetuning.num_folds}, one per fold, got {namespace.draws}"
         )
-    print(demo(namespace.out, pretraining, finetuning, namespace.draws))
+    _say(demo(namespace.out, pretraining, finetuning, namespace.draws))
 
 
 def run_evaluate(namespace: Namespace) -> None:
     from .data.cache import open_cache, require_labels
     from .data.manifest import dataset_info
     from .data.preprocess import PreprocessConfig
-    from .evaluate import evaluate, write_scores
+    from .data.review import notices, require_scale_of_training, spacing_recorded
+    from .evaluate import evaluate, subjects_to_score, write_scores
     from .figures import finetuning, summary
+    from .inputs import tell
 
     model, about, device = _load_model(namespace)
-    info = dataset_info(about["dataset"], namespace.data)
+    info = dataset_info(namespace.dataset or about["dataset"], namespace.data)
     if list(info.class_names) != about["class_names"]:
         raise RunError(
             f"the model knows the classes {', '.join(about['class_names'])}, but {namespace.data} "
             f"has {', '.join(info.class_names)}"
         )
     settings = PreprocessConfig(**about["preprocess"])
+    mixed = namespace.mixed_spacing or settings.mixed_spacing
+    stated = namespace.spacing or settings.unknown_spacing
+    settings = replace(settings, mixed_spacing=mixed, unknown_spacing=stated)
     folder = namespace.cache or namespace.out.parent / "cache"
     cache = open_cache(info.find(namespace.data), settings, info, folder)
-    subjects = namespace.subjects or about["held_out"]
+    tell(namespace.out, notices(cache))
+    names = [entry.name for entry in cache.volumes]
+    require_scale_of_training(spacing_recorded(cache), about.get("spacing"), names, mixed)
+    subjects = subjects_to_score(namespace.subjects, about["held_out"], cache)
     require_labels(cache, subjects)
     scores = evaluate(model, cache, subjects, device, progress=True)
     write_scores(namespace.out, scores, {**about, "evaluated": list(subjects)})
     finetuning(namespace.out, model, cache, subjects, device)
-    print(summary(namespace.out))
+    _say(summary(namespace.out))
 
 
 def run_predict(namespace: Namespace) -> None:
-    from tqdm import tqdm
+    from .predict import predict
 
-    from .evaluate import predict_file
-
-    files = _nifti_files(namespace.input)
-    stems = [file.name.removesuffix(".gz").removesuffix(".nii") for file in files]
-    targets = [namespace.out / f"{stem}_pred.nii.gz" for stem in stems]
-    existing = [str(target) for target in targets if target.exists()]
-    if existing and not namespace.overwrite:
-        raise RunError(f"already there: {', '.join(existing[:5])}; pass --overwrite")
-    if len(set(targets)) < len(targets):
-        raise RunError("two input files have the same name; predict their folders one by one")
     model, about, device = _load_model(namespace)
-    namespace.out.mkdir(parents=True, exist_ok=True)
-    failures = []
-    for file, target in zip(tqdm(files, "predicting", disable=None), targets, strict=True):
-        try:
-            predict_file(model, about, file, target, device)
-        except DataError as error:
-            failures.append(str(error))
-    print(f"{len(files) - len(failures)} label maps in {namespace.out}")
-    if failures:
-        raise DataError("these files were left out:\n" + "\n".join(failures))
+    options = {name: namespace[name] for name in ("overwrite", "spacing", "mixed_spacing")}
+    predict(model, about, namespace.input, namespace.out, device, **options)
 
 
 def run_experiment(namespace: Namespace) -> None:
@@ -277,7 +292,7 @@ def run_experiment(namespace: Namespace) -> None:
         command=f"python training/run.py {shlex.join(sys.argv[1:])}",
         preset=namespace.preset,
     )
-    print(experiment(config, pretraining, finetuning))
+    _say(experiment(config, pretraining, finetuning))
 
 
 def run_show(namespace: Namespace) -> None:
@@ -290,8 +305,8 @@ def run_show(namespace: Namespace) -> None:
             + (f"; the runs in it are {', '.join(runs)}" if runs else "")
         )
     drawn = run_figures(namespace.run)
-    print(summary(namespace.run))
-    print("\n".join(f"figure: {path}" for path in drawn))
+    _say(summary(namespace.run))
+    _say("\n".join(f"figure: {path}" for path in drawn))
 
 
 COMMANDS = {
@@ -303,6 +318,11 @@ COMMANDS = {
     "show": run_show,
     "experiment": run_experiment,
 }
+
+
+def _say(text: str) -> None:
+    """Prints text that may hold names of files."""
+    print(printable(text))
 
 
 def _spell_out(arguments: Sequence[str]) -> list[str]:
@@ -346,6 +366,17 @@ def _add_model(parser: ArgumentParser) -> None:
     parser.add_argument("--precision", type=Precision, default="fp32", help="of the forward pass")
 
 
+def _add_spacing(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--spacing", type=float, default=0.0,
+        help="in-plane pixel size in mm of scans whose header records none",
+    )  # fmt: skip
+    parser.add_argument(
+        "--mixed_spacing", type=bool, default=False,
+        help="accept scans with a recorded spacing beside ones without",
+    )  # fmt: skip
+
+
 def _load_model(namespace: Namespace) -> Any:
     from .engine import Device
     from .finetune import model_path
@@ -354,12 +385,3 @@ def _load_model(namespace: Namespace) -> Any:
     device = Device.of(RunConfig(device=namespace.device, precision=namespace.precision))
     model, about = load_unet(model_path(namespace.model))
     return device.to(model), about, device
-
-
-def _nifti_files(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return [path]
-    files = sorted(p for p in path.iterdir() if p.name.endswith((".nii", ".nii.gz")))
-    if not files:
-        raise DataError(f"{path} holds no NIfTI file (.nii or .nii.gz)")
-    return files

@@ -76,6 +76,8 @@ class RunConfig:
         dataset: its layout: "acdc" (which also reads phantoms), "chd", or "manifest".
         out: run folder; everything that the run writes is in it.
         cache: folder of preprocessed slices, shared by runs; by default `cache` beside `out`.
+        splits: JSON file of folds, [{"train": [subjects], "val": [subjects]}, ...] as nnU-Net
+            writes it, in place of folds that are drawn; `fold` and `leave_out_fold` count in it.
         cine: use all frames of 4D cine files for pre-training where the release has them.
         crop: side of the network's square input in pixels of the cached slices.
         seed: of weights, batches and augmentation.
@@ -96,6 +98,7 @@ class RunConfig:
     dataset: str = "acdc"
     out: Path = Path("runs/run")
     cache: Path | None = None
+    splits: Path | None = None
     cine: bool = False
     crop: int = 96
     seed: int = 0
@@ -124,6 +127,11 @@ class RunConfig:
         for name in ("seed", "threads", "workers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        if self.model.in_channels != 1:
+            raise ValueError(
+                f"model.in_channels must be 1, the channels of a slice of a scan, got "
+                f"{self.model.in_channels}; give several sequences of a subject as several scans"
+            )
         stride = self.model.stride
         if self.crop < stride or self.crop % stride:
             raise ValueError(
@@ -135,6 +143,11 @@ class RunConfig:
                 f"crop ({self.crop}) is larger than the cached slices (preprocess.size "
                 f"{self.preprocess.size})"
             )
+
+    def require_fold(self, name: str, number: int, count: int) -> None:
+        """Raises a ValueError for a number that no fold has; a file of splits has its own count."""
+        if number < 0 or (self.splits is None and number >= count):
+            raise ValueError(f"{name} must be in [0, {count}), got {number}")
 
     @property
     def cache_folder(self) -> Path:
@@ -194,10 +207,8 @@ class PretrainConfig(RunConfig):
         for name in ("pairs", "monitor_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.leave_out_fold is not None and not 0 <= self.leave_out_fold < self.num_folds:
-            raise ValueError(
-                f"leave_out_fold must be in [0, {self.num_folds}), got {self.leave_out_fold}"
-            )
+        if self.leave_out_fold is not None:
+            self.require_fold("leave_out_fold", self.leave_out_fold, self.num_folds)
         if self.method == "pirl":
             piece_side(self.crop, self.model.stride)
         if self.method == "sal" and self.sal.common_frame and self.augment.elastic:
@@ -252,8 +263,7 @@ class FinetuneConfig(RunConfig):
             )
         if self.labelled < 0:
             raise ValueError(f"labelled must be >= 1 subjects, or 0 for all, got {self.labelled}")
-        if not 0 <= self.fold < self.num_folds:
-            raise ValueError(f"fold must be in [0, {self.num_folds}), got {self.fold}")
+        self.require_fold("fold", self.fold, self.num_folds)
         if self.batch_size < 1 or self.select_every < 1:
             raise ValueError("batch_size and select_every must be at least 1")
         if self.encoder_lr < 0:

@@ -5,26 +5,34 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from monai.metrics import compute_dice
 from tqdm import tqdm
 
 from .data.cache import VolumeCache
-from .data.datasets import DatasetInfo, read_scan
-from .data.nifti import DataError, read_image, write_labels
+from .data.datasets import DatasetInfo, read_truth
+from .data.errors import DataError, listed
+from .data.images import Image
+from .data.nifti import Volume, frame_count, read_image, write_labels
 from .data.preprocess import Geometry, PreprocessConfig, preprocess
+from .data.review import require_scale_of_training
+from .data.text import printable
 from .engine import Device
 from .files import write_atomically
 from .models import UNet
 
-BATCH = 16  # slices per forward pass: bounds the memory of a CT with hundreds of slices
+MAX_FILE_NAME = 255  # bytes, on every common file system
+ALL = "all"  # in place of the names of subjects
+BATCH = 16  # slices per forward pass at most: a CT has hundreds ...
+BATCH_PIXELS = 2**20  # ... and no more than this at once: 16 of 256 x 256, 4 of 512 x 512
 
 
 @dataclass
@@ -53,16 +61,18 @@ def segment(
 ) -> npt.NDArray[np.uint8]:
     """Labels (X, Y, Z) at native resolution of preprocessed slices (Z, size, size)."""
     model.eval()
-    scores = torch.empty(0)
+    labels = np.empty(geometry.native_slices, dtype=np.uint8)
+    batch = max(1, min(BATCH, BATCH_PIXELS // geometry.size**2))
     with torch.inference_mode(), device.autocast():
-        for start in range(0, len(slices), BATCH):
-            part = torch.from_numpy(np.array(slices[start : start + BATCH]))[:, None]
+        for start in range(0, len(slices), batch):
+            part = torch.from_numpy(np.array(slices[start : start + batch]))[:, None]
             part = part.to(device.device, memory_format=torch.channels_last)
-            part = model(part).float().softmax(dim=1)
-            if start == 0:  # at once: a list and its concatenation would be gigabytes twice
-                scores = part.new_empty((len(slices), *part.shape[1:]), device="cpu")
-            scores[start : start + BATCH] = part
-    return geometry.restore(scores)
+            # Probabilities of a few slices at a time: those of a CT with hundreds take gigabytes.
+            scores = model(part).float().softmax(dim=1).cpu()
+            if not torch.isfinite(scores).all():
+                raise ValueError("expected finite scores, got NaN or Inf")
+            labels[start : start + batch] = geometry.restore_slices(scores, 0.0, 1.0)
+    return geometry.stored(labels)
 
 
 def evaluate(
@@ -75,7 +85,7 @@ def evaluate(
     for scan in tqdm(scans, "evaluating", unit="scan", disable=None if progress else True):
         entry = cache.volumes[scan]
         predicted = segment(model, cache.image(scan), entry.geometry, device)
-        _, truth = read_scan(entry, info)
+        truth = read_truth(entry, info)
         if truth is None:
             raise DataError(f"{entry.name}: its label map has gone since the cache was built")
         dice = dice_per_class(predicted, truth, info)
@@ -94,13 +104,13 @@ def dice_per_class(
     A class that only one of the two holds scores 0, so an invented structure costs as much as a
     missed one; NaN where neither holds it.
     """
-    guess, answer = (
-        torch.from_numpy(np.stack([volume == k for k in range(info.num_classes)]))[None]
-        for volume in (predicted, truth)
-    )
-    dice = compute_dice(guess, answer, include_background=False, ignore_empty=False)[0]
-    absent = ~(guess | answer).flatten(2).any(dim=2)[0, 1:]
-    return [float(value) for value in dice.masked_fill(absent, torch.nan)]
+    dice = []
+    for label in range(1, info.num_classes):  # one by one: a volume of each at once is too much
+        guess, answer = predicted == label, truth == label
+        either = np.count_nonzero(guess) + np.count_nonzero(answer)
+        both = np.count_nonzero(guess & answer)
+        dice.append(2 * both / either if either else float("nan"))
+    return dice
 
 
 def write_scores(out: Path, scores: Scores, about: dict[str, Any]) -> None:
@@ -117,18 +127,72 @@ def write_scores(out: Path, scores: Scores, about: dict[str, Any]) -> None:
     write_atomically(out / "dice.csv", table.getvalue())
 
 
+def subjects_to_score(
+    given: Sequence[str] | None, held_out: Sequence[str], cache: VolumeCache
+) -> list[str]:
+    """Those given, of which "all" is every labelled one; by default the model's held-out subjects.
+
+    Data that hold none of these are another set than the model's: all of its labelled subjects.
+
+    Raises:
+        DataError: no subject with labels, or only some of the held-out ones.
+    """
+    found = [subject for subject in held_out if subject in cache.subjects]
+    if given is not None and list(given) != [ALL]:
+        return list(given)
+    if given is None and found:
+        if len(found) < len(held_out):
+            missing = listed([subject for subject in held_out if subject not in found])
+            raise DataError(
+                f"the data lack {missing}, which were held out in fine-tuning; pass --subjects "
+                f"NAME ..., or --subjects {ALL} for every labelled subject"
+            )
+        return list(held_out)
+    if not cache.labelled_subjects:
+        raise DataError("no scan of the data has a label map, so there is nothing to score")
+    return cache.labelled_subjects
+
+
 def predict_file(
-    model: UNet, about: dict[str, Any], image: Path, target: Path, device: Device
+    model: UNet, about: dict[str, Any], image: Path | Image, target: Path, device: Device
 ) -> None:
-    """Segments one NIfTI file and writes the labels with its affine and header."""
-    volume = read_image(image)
-    settings = PreprocessConfig(**about["preprocess"])
-    classes = len(about["class_names"])
-    ready = preprocess(volume, None, settings, num_classes=classes, name=str(image))
-    write_labels(target, segment(model, ready.images, ready.geometry, device), volume)
+    """Segments one NIfTI file, of a 4D one every frame, and writes the labels with its header."""
+    if not isinstance(image, Image):
+        image = Image(image)
+    if len(os.fsencode(target.name)) > MAX_FILE_NAME:  # before the work, not after it
+        raise DataError(f"{image.path}: its name is too long for one with _pred; shorten it")
+    frames = frame_count(image.path)
+    volume = read_image(image.path, ndim=3 if frames is None else 4)
+    for note in volume.notes:
+        tqdm.write(printable(f"note: {image.path}: {note}"), file=sys.stderr)
+    if image.spacing is not None:
+        volume = replace(volume, spacing=image.spacing)
+    if frames is None:
+        labels = _segmented(model, about, volume, image.path, device)
+    else:
+        single = (replace(volume, array=volume.array[..., t]) for t in range(frames))
+        each = [_segmented(model, about, frame, image.path, device) for frame in single]
+        labels = np.stack(each, axis=-1)
+    write_labels(target, labels, volume)
 
 
 def _mean(values: Sequence[float]) -> float:
     """The mean of those that are not NaN, and NaN of none."""
     known = [value for value in values if not np.isnan(value)]
     return float(np.mean(known)) if known else float("nan")
+
+
+def _segmented(
+    model: UNet, about: dict[str, Any], volume: Volume, path: Path, device: Device
+) -> npt.NDArray[np.uint8]:
+    settings = PreprocessConfig(**about["preprocess"])
+    recorded = volume.spacing is not None or settings.unknown_spacing > 0
+    require_scale_of_training(
+        "recorded" if recorded else "unknown",
+        about.get("spacing"),
+        [str(path)],
+        settings.mixed_spacing,
+    )
+    classes = len(about["class_names"])
+    ready = preprocess(volume, None, settings, num_classes=classes, name=str(path))
+    return segment(model, ready.images, ready.geometry, device)

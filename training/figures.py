@@ -27,6 +27,7 @@ from .data.cache import VolumeCache
 from .data.datasets import read_scan
 from .data.preprocess import for_display
 from .data.sampling import TwoSubjects
+from .data.text import unmarked
 from .engine import Device, step_generator
 from .evaluate import dice_per_class, segment
 from .methods import METHODS, Method
@@ -140,7 +141,7 @@ def input_slices(out: Path, cache: VolumeCache, config: PretrainConfig, method: 
                 index, depth = int(batch.slice_index[sample]), int(batch.num_slices[sample])
                 axes.set_title(f"{index + 1} of {depth}", fontsize=8)
             if column == 0:
-                axes.set_ylabel(f"{batch.names[sample]}\nview {view + 1}", fontsize=7)
+                axes.set_ylabel(f"{unmarked(batch.names[sample])}\nview {view + 1}", fontsize=7)
     title = f"one pre-training batch, slices of two scans:\n{method.pictured}"
     figure.suptitle(title, fontsize=10)
     _save(figure, out / "figures" / "input_slices.png")
@@ -158,6 +159,8 @@ def matches(out: Path, cache: VolumeCache, config: PretrainConfig) -> None:
     }
     scan = max(range(len(cache.volumes)), key=cache.num_slices)
     depth = cache.num_slices(scan)
+    if depth < 2:
+        return  # no two slices to match
     # Not neighbours, which look alike pixel by pixel, but the farthest that still are a pair.
     apart = max(1, math.ceil(config.sal.t * depth) - 1)
     first = (depth - apart) // 2
@@ -176,7 +179,7 @@ def matches(out: Path, cache: VolumeCache, config: PretrainConfig) -> None:
         field = match_field(found[title], scale, pair, window)
         label = f"{title} pre-training, ω = {window}"
         _match_row(grid[number], pair, field, window, label, cache)
-    name = cache.volumes[scan].name
+    name = unmarked(cache.volumes[scan].name)
     figure.suptitle(
         f"{name}, slices {first + 1} and {first + 1 + apart} of {depth}: best match in the window, "
         f"by the encoder's features at scale {scale}" + " (before E)" * (config.method == "sal")
@@ -243,9 +246,11 @@ def overlays(
                 axes.set_xlabel(f"mean 3D Dice of this scan {np.nanmean(dice):.2f}", fontsize=8)
             if scan == scans[0]:
                 axes.set_title(name, fontsize=10)
-        row[0].set_ylabel(f"{entry.name}\nslice {middle + 1} of {len(slices)}", fontsize=8)
+        row[0].set_ylabel(
+            f"{unmarked(entry.name)}\nslice {middle + 1} of {len(slices)}", fontsize=8
+        )
     handles = [
-        Line2D([], [], color=CLASS_COLOURS[k - 1], label=info.class_names[k])
+        Line2D([], [], color=_colour(k), label=unmarked(info.class_names[k]))
         for k in range(1, info.num_classes)
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
@@ -274,7 +279,7 @@ def dice_bars(path: Path, results: Mapping[str, Sequence[Mapping[str, float]]]) 
         for draw in range(len(tables[0])):
             y = [table[draw, column] for table in tables]
             axes.plot(x, y, "o-", color="0.2", ms=3, lw=0.7, alpha=0.7)
-    axes.set_xticks(range(len(classes) + 1), [*classes, "mean"])
+    axes.set_xticks(range(len(classes) + 1), [*map(unmarked, classes), "mean"])
     axes.set(ylabel="3D Dice on held-out subjects", ylim=(0, 1))
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -373,7 +378,12 @@ def _image(axes: Axes, slice2d: Array, cache: VolumeCache) -> None:
 def _outlines(axes: Axes, labels: Array, classes: int) -> None:
     for k in range(1, classes):
         if (labels == k).any():
-            axes.contour(labels == k, [0.5], colors=CLASS_COLOURS[k - 1], linewidths=1.2)
+            axes.contour(labels == k, [0.5], colors=_colour(k), linewidths=1.2)
+
+
+def _colour(label: int) -> str:
+    """Of a class; they come again where there are many."""
+    return CLASS_COLOURS[(label - 1) % len(CLASS_COLOURS)]
 
 
 def _around(labels: Array, margin: float = 0.5) -> tuple[slice, slice]:

@@ -15,12 +15,13 @@ from .checkpoint import RunError
 from .config import FinetuneConfig
 from .data.cache import VolumeCache, require_labels
 from .data.manifest import dataset_info
+from .data.review import notices, require_classes, spacing_recorded
 from .data.sampling import LabelledSlices, Shard, SliceBatch
-from .data.splits import Fold, kfold, labelled_subset
+from .data.splits import Fold, folds_of, labelled_subset, pick
 from .engine import Device, fit
 from .evaluate import Scores, evaluate, write_scores
 from .figures import finetuning as finetuning_figures
-from .inputs import open_dataset
+from .inputs import open_dataset, tell
 from .models import UNet, load_encoder, load_unet, save_unet
 from .pretrain import ENCODER
 from .runlog import RunLog
@@ -35,10 +36,13 @@ def finetune(config: FinetuneConfig) -> Scores:
     cache = open_dataset(config)
     fold, labelled = split(config, cache)
     require_labels(cache, [*labelled, *fold.test])
+    require_classes(cache, labelled)
+    require_classes(cache, fold.test)
     own = Shard(accumulate=config.optim.accumulate)
     dataset = LabelledSlices(cache, labelled, config.batch_size, config.seed, own)
     model, pretraining = initial_model(config)
     log = RunLog(config, "finetune", device.describe())
+    tell(config.out, notices(cache))
     device.to(model)
     if config.compile:
         model.compile()  # in place: the keys of the weights stay
@@ -101,9 +105,12 @@ def segmentation_loss() -> torch.nn.Module:
 
 def split(config: FinetuneConfig, cache: VolumeCache) -> tuple[Fold, tuple[str, ...]]:
     """The fold, and its M labelled training subjects: the same for every method."""
-    fold = kfold(cache.subjects, config.num_folds, config.split_seed)[config.fold]
-    count = config.labelled or len(fold.train)
-    return fold, labelled_subset(fold.train, count, config.fold, config.split_seed)
+    folds = folds_of(cache, config.num_folds, config.split_seed, config.splits)
+    fold = pick(folds, config.fold, "fold")
+    train = [subject for subject in fold.train if subject in cache.labelled_subjects]
+    require_labels(cache, train or fold.train)
+    count = config.labelled or len(train)
+    return fold, labelled_subset(train, count, config.fold, config.split_seed)
 
 
 def initial_model(config: FinetuneConfig) -> tuple[UNet, dict[str, Any] | None]:
@@ -183,6 +190,7 @@ def about_model(
         "dataset": config.dataset,
         "class_names": list(cache.info.class_names),
         "preprocess": asdict(config.preprocess),
+        "spacing": spacing_recorded(cache),
         "encoder": str(config.encoder) if config.encoder is not None else None,
         "fold": config.fold,
         "num_folds": config.num_folds,
@@ -196,5 +204,12 @@ def about_model(
 
 
 def model_path(run: Path) -> Path:
-    """The model of a run folder, or the file itself."""
-    return run / MODEL if run.is_dir() else run
+    """The model of a run folder, or the file itself; RunError for a run that has none."""
+    if not run.is_dir():
+        return run
+    if not (run / MODEL).exists() and (run / ENCODER).exists():
+        raise RunError(
+            f"{run} is a run of pre-training, which holds an encoder and no model; run `finetune "
+            f"--encoder {run}` and give the folder of that run"
+        )
+    return run / MODEL

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
 from .config import RunConfig
 from .data.cache import VolumeCache, open_cache
 from .data.manifest import dataset_info
+from .data.text import printable
 from .distributed import first
+from .files import write_atomically
+
+NOTES = "data.txt"  # in a run folder: what the user should know of its data
 
 
 def open_dataset(config: RunConfig) -> VolumeCache:
@@ -22,3 +32,13 @@ def open_dataset(config: RunConfig) -> VolumeCache:
     own: list[VolumeCache] = []
     first(lambda: own.append(opened()))
     return own[0] if own else opened()
+
+
+def tell(out: Path, lines: Sequence[str]) -> None:
+    """Says on the screen, and in `out`/data.txt, what is to be known of the data."""
+    for line in lines:
+        tqdm.write(f"note: {printable(line)}", file=sys.stderr)
+    if lines:
+        write_atomically(out / NOTES, "".join(f"{printable(line)}\n" for line in lines))
+    else:
+        (out / NOTES).unlink(missing_ok=True)

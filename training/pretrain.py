@@ -15,12 +15,14 @@ from tqdm import tqdm
 from .augment import augment
 from .config import PretrainConfig
 from .data.cache import VolumeCache
+from .data.errors import DataError, listed
+from .data.review import notices
 from .data.sampling import Shard, SliceBatch, TwoSubjects
-from .data.splits import kfold
+from .data.splits import folds_of, pick
 from .distributed import first, is_main, parallel, processes, rank, synchronise_norms, world
 from .engine import Device, fit, step_generator
 from .figures import pretraining as pretraining_figures
-from .inputs import open_dataset
+from .inputs import open_dataset, tell
 from .methods import METHODS, Method, Outcome, Views
 from .models import save_encoder
 from .runlog import RunLog, read_metrics
@@ -52,7 +54,9 @@ class Pretraining:
         self.cache = open_dataset(config)
         self.seen = subjects(config, self.cache)
         self.corpus = Slices(self.cache, self.seen)
+        thin = thin_scans(config, self.cache, self.seen)
         self.log = RunLog(config, "pretrain", self.device.describe())
+        first(lambda: tell(config.out, [*notices(self.cache), *thin]))
         torch.manual_seed(config.seed)
         settings = getattr(config, config.method, None)
         self.method = METHODS[config.method](config.model, settings, self.corpus)
@@ -147,7 +151,37 @@ def subjects(config: PretrainConfig, cache: VolumeCache) -> tuple[str, ...]:
     """The subjects that pre-training sees: all, unless a fold is to be left out."""
     if config.leave_out_fold is None:
         return tuple(cache.subjects)
-    return kfold(cache.subjects, config.num_folds, config.split_seed)[config.leave_out_fold].train
+    folds = folds_of(cache, config.num_folds, config.split_seed, config.splits)
+    held_out = pick(folds, config.leave_out_fold, "leave_out_fold").test
+    return tuple(subject for subject in cache.subjects if subject not in held_out)
+
+
+def thin_scans(config: PretrainConfig, cache: VolumeCache, seen: Sequence[str]) -> list[str]:
+    """What to tell of scans with too few slices for a method that goes by position.
+
+    Raises:
+        DataError: all have one slice, so that every slice is at the same position.
+    """
+    method = METHODS[config.method]
+    if not method.positional:
+        return []
+    scans = [cache.volumes[scan] for subject in seen for scan in cache.of_subject(subject)]
+    if all(scan.num_slices == 1 for scan in scans):
+        raise DataError(
+            f"every scan has one slice, but {config.method} learns from where in its scan a slice "
+            f"lies; expected several slices, as in {scans[0].name}: pass another --method, such as "
+            f"simclr"
+        )
+    t = getattr(getattr(config, config.method), "t", None)
+    # |i - j| < t V has no solution but i = j.
+    alone = [scan.name for scan in scans if t is not None and t * scan.num_slices <= 1]
+    if not alone:
+        return []
+    return [
+        f"{config.method}.t {t:g} times the number of slices is at most 1 in {len(alone)} of "
+        f"{len(scans)} scans, so that no two of their slices are a pair: {listed(alone)}; raise "
+        f"--{config.method}.t"
+    ]
 
 
 def make_views(

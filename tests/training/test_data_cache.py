@@ -102,16 +102,21 @@ def test_the_key_follows_files_and_settings(data):
         "clip_low": 1.0,
         "clip_high": 99.0,
         "orientation": "RAS",
+        "unknown_spacing": 1.0,
+        "mixed_spacing": True,
+        "window": (0.0, 500.0),
     }.items():
         assert changed(config=replace(CONFIG, **{name: value})), name
     assert changed(info=replace(ACDC, name="other"))
     assert changed(info=replace(ACDC, above_max="background"))
+    assert changed(info=replace(ACDC, values=((0,), (1,), (2,), (3,))))
     assert changed(scans=scans[1:])
     for name, value in {
         "subject": "patient9",
         "frame": "frame99",
         "role": "",
         "group": "X",
+        "stated_spacing": (1.0, 1.0, 8.0),
     }.items():
         assert changed(scans=[replace(scans[0], **{name: value}), *scans[1:]]), name
     assert changed(scans=[replace(scans[0], label=None), *scans[1:]])
@@ -138,10 +143,13 @@ def test_pickles_are_small_and_reopen(data, tmp_path):
 
 
 def test_require_labels(data, tmp_path):
-    lost = data / "patient002" / "patient002_frame01_gt.nii.gz"
-    lost.unlink()
+    """A subject with labels for some of its scans is learnt from, and scored, by those."""
+    (data / "patient002" / "patient002_frame01_gt.nii.gz").unlink()
+    for path in (data / "patient003").glob("*_gt.nii.gz"):
+        path.unlink()
     cache = open_cache(ACDC.find(data, cine=True), CONFIG, ACDC, tmp_path / "cache")
-    require_labels(cache, ["patient001", "patient003"])  # unlabelled cine frames are expected
+    assert cache.labelled_subjects == ["patient001", "patient002"]
+    require_labels(cache, ["patient001", "patient002"])
     with pytest.raises(DataError, match="pre-training only") as caught:
-        require_labels(cache, ["patient001", "patient002"])
-    assert str(caught.value).splitlines()[1:] == ["  patient002_frame01"]
+        require_labels(cache, ["patient001", "patient003"])
+    assert str(caught.value).splitlines()[1:] == ["  patient003"]

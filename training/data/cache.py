@@ -29,8 +29,10 @@ from tqdm import tqdm
 from .datasets import DatasetInfo, Scan, read_scan
 from .nifti import DataError, Spacing, raise_problems, read_image
 from .preprocess import Geometry, PreprocessConfig, preprocess
+from .review import require_labels as require_labels
+from .review import require_one_scale
 
-CACHE_VERSION = 1  # raise it whenever the same settings would give other slices
+CACHE_VERSION = 2  # raise it whenever the same settings would give other slices
 _HEADER_BYTES = 128
 
 
@@ -40,7 +42,9 @@ class VolumeEntry(Scan):
 
     offset, num_slices: its slices are offset .. offset + num_slices of the arrays.
     spacing: of the stored volume in mm, None when not recorded.
-    lost_voxels: labelled native voxels outside the canvas.
+    lost_voxels: labelled native voxels outside the canvas, of labelled_voxels.
+    oriented: whether its header says where its axes point.
+    notes: what its header says that the user should know.
     """
 
     offset: int
@@ -48,6 +52,9 @@ class VolumeEntry(Scan):
     geometry: Geometry
     spacing: Spacing | None
     lost_voxels: int
+    labelled_voxels: int
+    oriented: bool
+    notes: tuple[str, ...]
 
     @property
     def labelled(self) -> bool:
@@ -58,7 +65,8 @@ class VolumeEntry(Scan):
     def from_dict(cls, values: dict[str, Any]) -> VolumeEntry:
         """From asdict, after JSON."""
         made = {"geometry": Geometry.from_dict(values["geometry"]), "image": Path(values["image"])}
-        made["spacing"] = values["spacing"] and tuple(values["spacing"])
+        for name in ("spacing", "stated_spacing", "notes"):
+            made[name] = values[name] if values[name] is None else tuple(values[name])
         made["label"] = values["label"] and Path(values["label"])
         return cls(**{**values, **made})
 
@@ -90,6 +98,11 @@ class VolumeCache:
         self.size = self.config.size
         self.subjects = sorted({volume.subject for volume in self.volumes})
         self._map()
+
+    @property
+    def labelled_subjects(self) -> list[str]:
+        """Those with a label map for at least one scan, sorted."""
+        return sorted({volume.subject for volume in self.volumes if volume.labelled})
 
     def num_slices(self, volume: int) -> int:
         """Slices of a volume."""
@@ -148,7 +161,8 @@ def open_cache(
     """Open the cache of these scans and settings below `cache_dir`; build it when there is none.
 
     Safe to call from several processes at once: one builds, the others wait and open.
-    Raises DataError: no scans, unusable files (all in one message), or a disk that refuses.
+    Raises DataError: no scans, unusable files (all in one message), scans of which only some record
+    a spacing, or a disk that refuses.
     """
     scans = sorted(scans, key=lambda scan: (scan.subject, scan.frame))
     if not scans:
@@ -178,6 +192,7 @@ def open_cache(
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             why = "the disk is full; free space or choose another cache folder" if full else error
             raise DataError(f"{folder}: the cache cannot be built: {why}") from error
+    require_one_scale(cache)
     return cache
 
 
@@ -196,16 +211,9 @@ def cache_key(scans: Sequence[Scan], config: PreprocessConfig, info: DatasetInfo
         return [Path(os.path.relpath(path, root)).as_posix(), stat.st_size, stat.st_mtime_ns]
 
     settings = [CACHE_VERSION, asdict(config), info.name, info.class_names, info.above_max]
+    settings.append(info.values)
     states = [{**vars(s), "image": state(s.image), "label": state(s.label)} for s in scans]
     return hashlib.sha256(json.dumps([settings, states], sort_keys=True).encode()).hexdigest()
-
-
-def require_labels(cache: VolumeCache, subjects: Sequence[str]) -> None:
-    """Raise a DataError that names these subjects' unlabelled scans; cine frames do not count."""
-    volumes = [cache.volumes[i] for subject in subjects for i in cache.of_subject(subject)]
-    missing = [v.name for v in volumes if not v.labelled and v.role != "cine"]
-    remedy = "add their label files, or use these subjects for pre-training only"
-    raise_problems(f"scans without labels cannot be learnt from or scored; {remedy}:", missing)
 
 
 def _opened(folder: Path, key: str, scans: Sequence[Scan], info: DatasetInfo) -> VolumeCache | None:
@@ -269,6 +277,9 @@ def _build(
                         geometry=done.geometry,
                         spacing=image.spacing,
                         lost_voxels=done.lost_voxels,
+                        labelled_voxels=done.labelled_voxels,
+                        oriented=image.orientation is not None,
+                        notes=image.notes,
                     )
                 )
                 total += len(done.images)

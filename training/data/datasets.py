@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,9 +12,22 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from .nifti import DataError, Volume, image_shape, raise_problems, read_image, read_labels
+from .grid import Grid, on_grid
+from .nifti import (
+    DataError,
+    Spacing,
+    Values,
+    Volume,
+    image_grid,
+    image_shape,
+    raise_problems,
+    read_image,
+    read_labels,
+)
+from .text import is_file, read_text
 
-_SEARCH_DEPTH = 6  # folders below the root: enough for any release, and loops of links end
+_SEARCH_DEPTH = 6  # folders below the root: enough for any release
+REST_OF_ARCHIVES = "__MACOSX"  # a folder that archives of one system have beside the true ones
 _PATIENT = re.compile(r"patient\d+")
 _CT = re.compile(r"(ct_\d+)_(image|label)\.nii(?:\.gz)?")
 
@@ -27,9 +41,10 @@ class Scan:
         frame: "frame01" or "ct".
         role: "ED", "ES", "cine" (another time frame, never labelled) or "".
         image: the NIfTI file.
-        label: its label map, None when there is none.
+        label: its label map, None when there is none; may be 4D where `time_index` names a frame.
         time_index: frame of a 4D file, from 0; None when the file is the volume.
         group: diagnosis, where the dataset has one.
+        stated_spacing: mm along X, Y, Z as the user states it; it replaces the header's.
     """
 
     subject: str
@@ -39,6 +54,7 @@ class Scan:
     label: Path | None
     time_index: int | None = None
     group: str | None = None
+    stated_spacing: Spacing | None = None
 
     @property
     def name(self) -> str:
@@ -57,6 +73,8 @@ class DatasetInfo:
         above_max: what a label above the last class is, see nifti.read_labels.
         clip: default intensity percentiles, low and high.
         finder: (root, cine) -> scans in a fixed order; use `find`.
+        values: the values in label maps that stand for each class, background first; None where
+            a class is its own value.
     """
 
     name: str
@@ -65,6 +83,7 @@ class DatasetInfo:
     above_max: Literal["background", "error"]
     clip: tuple[float, float]
     finder: Callable[[Path, bool], list[Scan]]
+    values: Values | None = None
 
     @property
     def num_classes(self) -> int:
@@ -85,13 +104,16 @@ class DatasetInfo:
         """Find the scans below `root`, sorted by name; with `cine` also unlabelled time frames.
 
         Raises:
-            DataError: no scan, a subject twice, or missing files; all of them in one message.
+            DataError: no scan, a subject twice, missing files, or one file of two subjects; all
+                of them in one message.
         """
         root = Path(root).expanduser()
         try:
-            return self.finder(root, cine)
+            scans = self.finder(root, cine)
+            require_own_files(scans, root)
         except OSError as error:
             raise DataError(f"{root}: cannot be searched: {error}") from error
+        return scans
 
 
 def read_scan(
@@ -113,17 +135,66 @@ def read_scan(
             image = read_image(scan.image, time_index=scan.time_index)
     except DataError as error:
         problems.append(str(error))
+    if scan.stated_spacing is not None and image is not None:
+        image = replace(image, spacing=scan.stated_spacing)
     try:
         if scan.label is not None:
-            label = read_labels(scan.label, max_label=info.max_label, above=info.above_max).array
-            if image is not None and image.array.shape != label.shape:
-                size = f"shape {label.shape} does not fit the image's {image.array.shape}"
-                raise DataError(f"{scan.label}: {size}")
+            label, note = _labels(scan, info, image.grid if image is not None else None)
+            if image is not None and note:
+                image = replace(image, notes=(*image.notes, note))
     except DataError as error:
         problems.append(str(error))
     if problems or image is None:
         raise DataError("\n".join(problems))
     return image, label
+
+
+def read_truth(scan: Scan, info: DatasetInfo) -> npt.NDArray[np.uint8] | None:
+    """A scan's label map as read_scan gives it, without the image's voxels; errors likewise."""
+    if scan.label is None:
+        return None
+    ndim = 3 if scan.time_index is None else 4
+    return _labels(scan, info, image_grid(scan.image, ndim=ndim))[0]
+
+
+def _labels(scan: Scan, info: DatasetInfo, image: Grid | None) -> tuple[npt.NDArray[np.uint8], str]:
+    """The label map on the image's grid, and what is to be said of it, or ""."""
+    assert scan.label is not None  # the caller looked
+    labels = read_labels(
+        scan.label,
+        max_label=info.max_label,
+        above=info.above_max,
+        values=info.values,
+        time_index=scan.time_index,
+    )
+    if image is None or labels.grid is None:
+        return labels.array, ""
+    return on_grid(scan.label, labels.array, labels.grid, image)
+
+
+def require_own_files(scans: Sequence[Scan], root: Path) -> None:
+    """Raise a DataError where an image or label map is that of two subjects, by links too.
+
+    Such a subject would be trained on and tested on at once. Names that cannot be printed are
+    refused here as well, before they reach tables, pictures and messages.
+    """
+    root = root if root.is_dir() else root.parent  # of a manifest's own file
+    owners: dict[tuple[int, int], Scan] = {}
+    problems = []
+    for scan in scans:
+        for path in filter(None, (scan.image, scan.label)):
+            shown = os.path.relpath(path, root)
+            if not shown.isprintable():
+                problems.append(f"{shown!a}: has characters that cannot be printed; rename it")
+                continue
+            state = path.stat()
+            first = owners.setdefault((state.st_dev, state.st_ino), scan)
+            if first.subject != scan.subject:
+                problems.append(
+                    f"{shown}: belongs to {first.subject} and to {scan.subject}; expected files "
+                    f"of each subject's own"
+                )
+    raise_problems(f"{root}: cannot be used as it is:", problems)
 
 
 @dataclass(frozen=True)
@@ -142,22 +213,20 @@ def read_info(path: Path) -> PatientInfo:
         DataError: missing or garbled.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(path).splitlines()
     except OSError as error:
         raise DataError(f"{path}: expected the ED and ES frames there: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: expected text, 'key: value' per line") from error
     values: dict[str, str] = {}
     for line in filter(str.strip, lines):
         key, colon, value = line.partition(":")
         if not colon:
-            raise DataError(f"{path}: expected 'key: value', got {line.strip()[:60]!r}")
+            raise DataError(f"{path}: expected 'key: value', got {line.strip()[:60]!a}")
         values[key.strip()] = value.strip()
 
     def number(key: str) -> int:
         text = values.get(key, "")
         if not re.fullmatch(r"[1-9]\d{0,3}", text):
-            raise DataError(f"{path}: expected '{key}: <frame number from 1>', got {text[:60]!r}")
+            raise DataError(f"{path}: expected '{key}: <frame number from 1>', got {text[:60]!a}")
         return int(text)
 
     ed, es = number("ED"), number("ES")
@@ -228,7 +297,7 @@ def find_chd(root: Path, cine: bool) -> list[Scan]:
     for folder in _folders(root):
         for path in sorted(folder.iterdir()):
             match = _CT.fullmatch(path.name)
-            if match is None or not path.is_file():
+            if match is None or not is_file(path):
                 continue
             subject, kind = match.groups()
             first = found[kind].setdefault(subject, path)
@@ -246,22 +315,52 @@ def find_chd(root: Path, cine: bool) -> list[Scan]:
 
 
 def _require_folder(root: Path, name: str) -> None:
-    if not root.is_dir():
-        raise DataError(f"{root}: expected the folder of {name}, found no folder there")
+    if root.is_dir():
+        return
+    what = f"expected the folder of {name}, found no folder there"
+    if is_file(root):
+        what += " but a file; give the folder that it lies in"
+        if root.suffix == ".json":
+            what += ", or pass --dataset manifest if it is a manifest"
+    raise DataError(f"{root}: {what}")
 
 
-def _folders(root: Path, depth: int = _SEARCH_DEPTH) -> Iterator[Path]:
-    """`root` and the folders below it, in a fixed order; hidden ones are left out."""
-    yield root
-    if depth > 0 and not _PATIENT.fullmatch(root.name):
-        for child in sorted(root.iterdir()):
-            if child.is_dir() and not child.name.startswith("."):
-                yield from _folders(child, depth - 1)
+def _folders(root: Path) -> Iterator[Path]:
+    """`root` and the folders below it, in a fixed order; see `folders_below`."""
+    return folders_below(root, lambda folder: not _PATIENT.fullmatch(folder.name))
+
+
+def folders_below(root: Path, enter: Callable[[Path], bool] = lambda _: True) -> Iterator[Path]:
+    """`root` and the folders below it, in a fixed order, each once, however links lead to it.
+
+    Hidden folders and what archives leave are left out, and what lies in folders not to `enter`.
+    """
+    seen: set[tuple[int, int]] = set()
+
+    def below(folder: Path, depth: int) -> Iterator[Path]:
+        into = enter(folder)
+        if into:
+            state = folder.stat()
+            if (state.st_dev, state.st_ino) in seen:  # links back would multiply the folders
+                return
+            seen.add((state.st_dev, state.st_ino))
+        yield folder
+        if into and depth > 0:
+            for child in sorted(folder.iterdir()):
+                if child.is_dir() and not left_out(child.name):
+                    yield from below(child, depth - 1)
+
+    return below(root, _SEARCH_DEPTH)
+
+
+def left_out(name: str) -> bool:
+    """Whether a file or folder is none of the data: hidden, or what archives leave beside them."""
+    return name.startswith(".") or name == REST_OF_ARCHIVES
 
 
 def _nifti(folder: Path, stem: str) -> Path | None:
     candidates = (folder / f"{stem}.nii.gz", folder / f"{stem}.nii")
-    return next((path for path in candidates if path.is_file()), None)
+    return next((path for path in candidates if is_file(path)), None)
 
 
 def _contents(root: Path, shown: int = 5) -> str:

@@ -14,28 +14,31 @@ from __future__ import annotations
 
 import argparse
 import csv
-import glob
 import io
 import json
+import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from ..files import write_atomically
-from .datasets import DATASETS, DatasetInfo, Scan
-from .nifti import DataError, raise_problems
+from .datasets import DATASETS, DatasetInfo, Scan, require_own_files
+from .nifti import DataError, Spacing, Values, raise_problems
+from .patterns import matching, one_person
+from .text import is_file, name_problem, printable, read_text
 
 MANIFEST = "manifest"  # what --dataset is called for it
 FILE = "manifest.json"
 DATASET_NAMES = (*DATASETS, MANIFEST)
-KEYS = {"name", "classes", "above_max", "root", "scans"}
-SCAN_KEYS = {"subject", "scan", "image", "label", "time_index", "group"}
+KEYS = {"name", "classes", "values", "above_max", "spacing", "root", "scans"}
+SCAN_KEYS = {"subject", "scan", "image", "label", "time_index", "group", "spacing"}
+COLUMNS = {"subject", "frame", "role"}  # of the table of Dice, beside one for each class
 MAX_CLASSES = 254  # labels are bytes, and 255 means unlabelled
-_NAME = re.compile(r"[^\s/\\]+")  # subjects and scans: columns of tables, parts of messages
-_FIELD = re.compile(r"\{(\w*)\}")
+MAX_BYTES = 2**26  # of a manifest or its table
+_BETWEEN_NUMBERS = re.compile(r"[\s,;x×]+")
 
 
 def dataset_info(name: str, data: str | Path) -> DatasetInfo:
@@ -57,10 +60,12 @@ def read_manifest(data: str | Path) -> DatasetInfo:
     """Read `data`/manifest.json, or the JSON file `data`, and check all but the images themselves.
 
     Keys: `scans` (needed); `classes`, by label value, background first (needed where there are
-    labels); `name`; `above_max`, "error" or "background": what a label above the last class is;
-    `root`, the folder that paths are relative to, by default the manifest's own.
+    labels); `values`, the stored value or values of each class where they are not 0, 1, 2, ...;
+    `above_max`, "error" or "background": what a label is that stands for no class; `spacing`, mm
+    along the stored axes, in place of what the headers say; `name`; `root`, the folder that paths
+    are relative to, by default the manifest's own.
     Keys of a scan: `subject`, `image` (needed); `label`; `scan`, its name where a subject has
-    several; `time_index`, from 0, if the image is 4D; `group`.
+    several; `time_index`, from 0, if the image is 4D; `group`; `spacing`.
 
     Raises:
         DataError: as dataset_info.
@@ -74,15 +79,17 @@ def read_manifest(data: str | Path) -> DatasetInfo:
     above = _text(content, "above_max", str(path), default="error")
     if above not in ("error", "background"):
         raise DataError(f"{path}: above_max: expected 'error' or 'background', got {above!r}")
-    scans = _scans(_rows(content.get("scans"), path), root, path)
+    spacing = _spacing(content, str(path))
+    scans = _scans(_rows(content.get("scans"), path), root, path, spacing)
     classes = _classes(content.get("classes"), path, any(scan.label for scan in scans))
     return DatasetInfo(
-        name=_text(content, "name", str(path), default=MANIFEST),
+        name=_name(content, "name", str(path), default=MANIFEST),
         class_names=classes,
         orientation="native",
         above_max="error" if above == "error" else "background",
         clip=(0.5, 99.5),
         finder=partial(_found, scans),
+        values=_values(content.get("values"), path, classes),
     )
 
 
@@ -92,12 +99,15 @@ def write_manifest(
     labels: str | None = None,
     classes: Sequence[str] = (),
     name: str | None = None,
+    values: Sequence[int] = (),
+    spacing: Sequence[float] = (),
 ) -> list[Scan]:
     """Write `data`/manifest.json for the files that match a pattern, and return its scans.
 
     images: pattern of paths below `data`, such as "imagesTr/{subject}_0000.nii.gz" or
         "{subject}/{scan}.nii.gz"; a field, and *, stand for any characters but a slash.
     labels: the same for label maps, with the same fields; a scan without one stays unlabelled.
+    values, spacing: see read_manifest.
 
     Raises:
         DataError: nothing matches, a field is unknown, or there is a manifest already.
@@ -106,9 +116,11 @@ def write_manifest(
     target = root / FILE
     if target.exists():
         raise DataError(f"{target}: already there; delete it to have it written again")
-    labelled = {} if labels is None else _matching(root, labels)
+    for pattern in filter(None, (images, labels)):
+        _inside(root, pattern)
+    labelled = {} if labels is None else matching(root, labels)
     # A label map beside its image often matches the image's pattern too.
-    found = {k: p for k, p in _matching(root, images).items() if p not in labelled.values()}
+    found = {k: p for k, p in matching(root, images).items() if p not in labelled.values()}
     if not found:
         raise DataError(f"{root}: no image matches {images!r}")
     lost = [f"{p}: label without an image" for key, p in labelled.items() if key not in found]
@@ -120,10 +132,15 @@ def write_manifest(
             row["label"] = labelled[key]
         rows.append(row)
     content: dict[str, Any] = {"name": name or root.resolve().name}
-    content |= {"classes": list(classes)} if classes else {}
+    said = {"classes": classes, "values": values, "spacing": spacing}
+    content |= {name: list(stated) for name, stated in said.items() if stated}
     content["scans"] = rows
-    _classes(content.get("classes"), target, bool(labelled))
-    scans = _scans([(str(n), row) for n, row in enumerate(rows)], root, target)
+    checked = _classes(content.get("classes"), target, bool(labelled))
+    _values(content.get("values"), target, checked)
+    _name(content, "name", str(target))
+    stated_spacing = _spacing(content, str(target))
+    scans = _scans([(row["image"], row) for row in rows], root, target, stated_spacing)
+    require_own_files(scans, root)
     write_atomically(target, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return scans
 
@@ -142,17 +159,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--classes", nargs="+", default=[], metavar="CLASS", help="by label value, background first"
     )
+    parser.add_argument(
+        "--values", nargs="+", type=int, default=[], metavar="N",
+        help="the value in the label maps of each class, where they are not 0, 1, 2, ...",
+    )  # fmt: skip
+    parser.add_argument(
+        "--spacing", nargs=3, type=float, default=[], metavar="MM",
+        help="of the voxels along X, Y and Z, where the headers do not say it",
+    )  # fmt: skip
     parser.add_argument("--name", help="of the data set; by default that of the folder")
     arguments = parser.parse_args(argv)
     try:
         scans = write_manifest(**vars(arguments))
     except DataError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        print(f"{parser.prog}: error: {printable(str(error))}", file=sys.stderr)
         return 2
     subjects = len({scan.subject for scan in scans})
     labelled = sum(scan.label is not None for scan in scans)
     path = arguments.data / FILE
-    print(f"{path}: {len(scans)} scans of {subjects} subjects, {labelled} with a label map")
+    told = f"{path}: {len(scans)} scans of {subjects} subjects, {labelled} with a label map"
+    print(printable(told))
+    if pair := one_person(scan.subject for scan in scans):
+        print(
+            f"{parser.prog}: note: {pair[0]} and {pair[1]} count as two subjects; if they are "
+            f"scans of one person, delete the file and write {{subject}}_{{scan}} in the "
+            f"patterns, or one may be trained on and the other tested on",
+            file=sys.stderr,
+        )
     return 0
 
 
@@ -164,13 +197,15 @@ def _found(scans: list[Scan], root: Path, cine: bool) -> list[Scan]:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(read_text(path, MAX_BYTES))
     except FileNotFoundError as error:
         raise DataError(
             f"{path}: no such file; write it by hand or with "
             f"`python -m salkernels.training.data.manifest`"
         ) from error
-    except (OSError, ValueError) as error:  # UnicodeDecodeError and JSONDecodeError are the latter
+    except DataError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:  # the last of brackets without end
         raise DataError(f"{path}: not readable as JSON: {error}") from error
 
 
@@ -179,8 +214,8 @@ def _rows(value: Any, path: Path) -> list[tuple[str, Any]]:
     if isinstance(value, str):
         table = _inside(path.parent, value)
         try:
-            text = table.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_text(table, MAX_BYTES)
+        except OSError as error:
             raise DataError(f"{table}: cannot be read: {error}") from error
         reader = csv.DictReader(
             io.StringIO(text), restkey="cells beyond the header", skipinitialspace=True, strict=True
@@ -202,12 +237,14 @@ def _rows(value: Any, path: Path) -> list[tuple[str, Any]]:
     return rows
 
 
-def _scans(rows: Sequence[tuple[str, Any]], root: Path, path: Path) -> list[Scan]:
+def _scans(
+    rows: Sequence[tuple[str, Any]], root: Path, path: Path, spacing: Spacing | None
+) -> list[Scan]:
     scans: dict[str, Scan] = {}
     problems = []
     for where, row in rows:
         try:
-            scan = _scan(row, root, where)
+            scan = _scan(row, root, where, spacing)
             if scan.name in scans:
                 raise DataError(f"{where}: {scan.name} is there twice; tell scans apart by 'scan'")
             scans[scan.name] = scan
@@ -217,18 +254,16 @@ def _scans(rows: Sequence[tuple[str, Any]], root: Path, path: Path) -> list[Scan
     return [scans[name] for name in sorted(scans)]
 
 
-def _scan(row: Any, root: Path, where: str) -> Scan:
+def _scan(row: Any, root: Path, where: str, spacing: Spacing | None) -> Scan:
     row = _object(row, where, SCAN_KEYS)
-    subject, scan = _text(row, "subject", where), _text(row, "scan", where, default="scan")
-    for key, value in (("subject", subject), ("scan", scan)):
-        if not _NAME.fullmatch(value):
-            raise DataError(f"{where}: {key}: expected no blank or slash, got {value!r}")
+    subject, scan = _name(row, "subject", where), _name(row, "scan", where, default="scan")
     image = _file(row, "image", root, where)
     label = _file(row, "label", root, where) if row.get("label") is not None else None
     if label == image:
         raise DataError(f"{where}: image and label are one file")
-    group = _text(row, "group", where) if row.get("group") is not None else None
-    return Scan(subject, scan, "", image, label, _time_index(row, where), group)
+    group = _name(row, "group", where) if row.get("group") is not None else None
+    own = _spacing(row, where) or spacing
+    return Scan(subject, scan, "", image, label, _time_index(row, where), group, own)
 
 
 def _time_index(row: Mapping[str, Any], where: str) -> int | None:
@@ -240,26 +275,45 @@ def _time_index(row: Mapping[str, Any], where: str) -> int | None:
     return int(value)
 
 
+def _spacing(row: Mapping[str, Any], where: str) -> Spacing | None:
+    """Three numbers in mm; a table has them in one cell, "1.5 1.5 8"."""
+    value = row.get("spacing")
+    if value is None:
+        return None
+    parts = _BETWEEN_NUMBERS.split(value.strip()) if isinstance(value, str) else value
+    try:
+        x, y, z = (float(part) for part in parts)
+        if not all(0 < step < 1000 for step in (x, y, z)):
+            raise ValueError
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"{where}: spacing: expected mm along the three stored axes, got {value!a}"
+        ) from error
+    return x, y, z
+
+
 def _file(row: Mapping[str, Any], key: str, root: Path, where: str) -> Path:
     try:
         path = _inside(root, _text(row, key, where))
     except DataError as error:
         raise DataError(f"{where}: {key}: {error}") from error
-    if not path.is_file():
+    if not is_file(path):
         raise DataError(f"{where}: {key}: no such file: {path}")
     return path
 
 
 def _inside(root: Path, text: str) -> Path:
-    """A path below `root`. A manifest may come from anyone: it must not name other files."""
+    """A path below `root`. A manifest may come from anyone: it must not name other files.
+
+    Links are followed wherever they lead, as in the other layouts: whoever sets one may read the
+    file, and data sets of links to a store are common.
+    """
     if PurePosixPath(text).is_absolute() or PureWindowsPath(text).drive or "\\" in text:
-        raise DataError(f"expected a path relative to {root}, with '/', got {text!r}")
-    path = root / text
-    if not path.resolve().is_relative_to(root.resolve()):  # by ".." or by a link
-        raise DataError(
-            f"{text!r} leaves {root}; copy the file there, or name its folder as 'root'"
-        )
-    return path
+        raise DataError(f"expected a path relative to {root}, with '/', got {text!a}")
+    plain = os.path.normpath(text)  # ".." behind a link would be that of the link's target
+    if plain.split(os.sep)[0] == os.pardir:
+        raise DataError(f"{text!a} leaves {root}; name the folder of its files as 'root'")
+    return root / plain
 
 
 def _classes(value: Any, path: Path, needed: bool) -> tuple[str, ...]:
@@ -271,7 +325,27 @@ def _classes(value: Any, path: Path, needed: bool) -> tuple[str, ...]:
             f"{path}: classes: expected 2 to {MAX_CLASSES} different names by label value, "
             f"background first, got {value!r}"
         )
+    for name in value:
+        if problem := name_problem(name):
+            raise DataError(f"{path}: classes: {problem}")
+        if name in COLUMNS:
+            raise DataError(f"{path}: classes: {name!r} is a column of the table of results")
     return tuple(value)
+
+
+def _values(value: Any, path: Path, classes: tuple[str, ...]) -> Values | None:
+    """The values in label maps of each class, from one or a list for each."""
+    if value is None:
+        return None
+    each = [v if isinstance(v, list) else [v] for v in value] if isinstance(value, list) else []
+    flat = [v for of_class in each for v in of_class]
+    good = all(isinstance(v, int) and not isinstance(v, bool) and abs(v) < 2**31 for v in flat)
+    if len(each) != len(classes) or not all(each) or not good or len(set(flat)) < len(flat):
+        raise DataError(
+            f"{path}: values: expected for each of the {len(classes)} classes an integer, or a "
+            f"list of them, each once, got {value!r:.200}"
+        )
+    return tuple(tuple(of_class) for of_class in each)
 
 
 def _object(value: Any, where: str, keys: set[str]) -> dict[str, Any]:
@@ -291,46 +365,12 @@ def _text(row: Mapping[str, Any], key: str, where: str, default: str | None = No
     return value.strip()
 
 
-def _matching(root: Path, pattern: str) -> dict[tuple[tuple[str, str], ...], str]:
-    """Files below `root` by what stands for the fields of the pattern."""
-    _inside(root, pattern)
-    names = _FIELD.findall(pattern)
-    if "subject" not in names or set(names) - {"subject", "scan", "group"}:
-        raise DataError(f"expected fields {{subject}}, {{scan}} or {{group}} in {pattern!r}")
-    seen: set[str] = set()
-
-    def field(match: re.Match[str]) -> str:
-        name = match[1]
-        again = name in seen
-        seen.add(name)
-        return f"(?P={name})" if again else f"(?P<{name}>[^/]+?)"
-
-    expression = re.compile(
-        _replaced(pattern, field, lambda text: re.escape(text).replace(r"\*", "[^/]*"))
-    )
-    wildcards = _replaced(pattern, lambda _: "*", lambda t: glob.escape(t).replace("[*]", "*"))
-    wildcards = re.sub(r"\*+", "*", wildcards)  # two in a row would look into folders below
-    files: dict[tuple[tuple[str, str], ...], str] = {}
-    for path in sorted(root.glob(wildcards)):
-        text = path.relative_to(root).as_posix()
-        match = expression.fullmatch(text)
-        if match is None or not path.is_file():
-            continue
-        key = tuple(sorted(match.groupdict().items()))
-        if key in files:
-            raise DataError(f"{root}: {files[key]} and {text} are one scan by {pattern!r}")
-        files[key] = text
-    return files
-
-
-def _replaced(
-    pattern: str, field: Callable[[re.Match[str]], str], literal: Callable[[str], str]
-) -> str:
-    parts, last = [], 0
-    for match in _FIELD.finditer(pattern):
-        parts += [literal(pattern[last : match.start()]), field(match)]
-        last = match.end()
-    return "".join([*parts, literal(pattern[last:])])
+def _name(row: Mapping[str, Any], key: str, where: str, default: str | None = None) -> str:
+    """A text that can stand in tables, pictures, messages and names of files."""
+    text = _text(row, key, where, default)
+    if problem := name_problem(text):
+        raise DataError(f"{where}: {key}: {problem}")
+    return text
 
 
 if __name__ == "__main__":

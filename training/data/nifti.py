@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gzip
 import math
 import os
-import struct
+import stat
 import uuid
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,33 +14,20 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
+from .errors import DataError as DataError  # the name that everyone imports from here
+from .errors import raise_problems as raise_problems
+from .grid import Grid, grid_of
+from .stream import Steps, check_header, is_gzip, load
+from .stream import check_sum as _check_sum
+
 MAX_EXTENT = 4096  # voxels per axis: no scanner reaches it, a corrupt header does
 MAX_VOXELS = 2**31
 GZIP_MAX_RATIO = 1040  # deflate cannot shrink bytes further (1032:1, and some slack)
-MAX_OFFSET = 2**24  # bytes before the voxels: header extensions are a few kB
-MAX_EXTENSIONS = 1000
-SHOWN_PROBLEMS = 20
+ROUNDING = 0.01  # of a label: scl_slope makes 1.00000002 of 1, and 850.006 of 850 in 16 bits
+SHOWN_VALUES = 5
 
 Spacing = tuple[float, float, float]
-_UNIT_IN_MM = {1: 1000.0, 2: 1.0, 3: 0.001}  # xyzt_units: metre, mm, micron; others count as mm
-
-
-class DataError(ValueError):
-    """The data cannot be used as they are; the message says what to do."""
-
-
-def raise_problems(title: str, problems: Sequence[str]) -> None:
-    """Raise one DataError that lists all problems, one per line; nothing happens without any.
-
-    Raises:
-        DataError: there is a problem; at most 20 are shown, then how many are left.
-    """
-    if not problems:
-        return
-    lines = [title, *(f"  {problem}" for problem in problems[:SHOWN_PROBLEMS])]
-    if len(problems) > SHOWN_PROBLEMS:
-        lines.append(f"  ... and {len(problems) - SHOWN_PROBLEMS} more")
-    raise DataError("\n".join(lines))
+Values = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -51,7 +36,7 @@ class Volume:
 
     array: (X, Y, Z) or (X, Y, Z, T) as stored, after scl_slope and scl_inter; float32 images,
         uint8 labels.
-    affine: (4, 4), voxel to world, in the header's own unit.
+    affine: (4, 4), voxel to world in mm, as `grid` says which of the header's is believed.
     spacing: mm per voxel along X, Y, Z; None when the header does not record it.
     orientation: where the axes point, "RAS" or "LPS" for example; None when not recorded.
     """
@@ -61,6 +46,8 @@ class Volume:
     spacing: Spacing | None
     orientation: str | None
     header: Any  # nibabel.Nifti1Header
+    grid: Grid | None = None  # all that the header says; None where a volume was made in memory
+    notes: tuple[str, ...] = ()  # what the user should know of it
 
 
 def read_image(path: str | Path, *, ndim: int = 3, time_index: int | None = None) -> Volume:
@@ -73,14 +60,12 @@ def read_image(path: str | Path, *, ndim: int = 3, time_index: int | None = None
         DataError: the file is missing, damaged, not NIfTI, of another shape, or not finite.
     """
     path = Path(path)
-    image, shape = _open(path, 4 if time_index is not None else ndim)
-    if time_index is not None and not 0 <= time_index < shape[3]:
-        raise DataError(f"{path}: frame {time_index} asked for, but it has {shape[3]} frames")
+    image, shape, steps = _open(path, 4 if time_index is not None else ndim)
+    stored = _frame(path, image, shape, time_index)
     try:
         with np.errstate(over="ignore", invalid="ignore"):  # the finite check below reports it
-            # A frame alone is cut out of the file; float64 from scl_slope ends at once.
-            stored = image.dataobj[..., time_index] if time_index is not None else image.dataobj
-            array = np.asarray(stored, dtype=np.float32)
+            # float64 from scl_slope ends at once.
+            array = np.asarray(stored(), dtype=np.float32)
         if time_index is None:
             _check_sum(path, array.size * image.get_data_dtype().itemsize)
     except Exception as error:  # zlib, gzip, struct, OS, NumPy: nibabel lets all of them through
@@ -89,48 +74,101 @@ def read_image(path: str | Path, *, ndim: int = 3, time_index: int | None = None
     if not np.isfinite(array).all():
         bad = int(array.size - np.isfinite(array).sum())
         raise DataError(f"{path}: {bad} of {array.size} voxels are NaN or infinite as float32")
-    return _volume(path, image, array)
+    return _volume(path, image, array, steps)
 
 
 def read_labels(
-    path: str | Path, *, max_label: int, above: Literal["background", "error"] = "error"
+    path: str | Path,
+    *,
+    max_label: int,
+    above: Literal["background", "error"] = "error",
+    values: Values | None = None,
+    time_index: int | None = None,
 ) -> Volume:
     """Read a label map (X, Y, Z) as uint8.
 
     max_label: the highest class index in use.
-    above: what a larger value is: an "error", or another structure and so "background" (0).
+    above: what another value is: an "error", or another structure and so "background" (0).
+    values: the stored values of each class, background first; without, a class is its own value.
+    time_index: take this frame where the label map is 4D; a 3D one is that of the frame.
 
     Raises:
-        DataError: as read_image; also a value that is not an integer, negative, or too large.
+        DataError: as read_image; also a value that is not an integer, or stands for no class.
     """
     path = Path(path)
     if not 0 < max_label < 255:
         raise ValueError(f"expected max_label in 1..254, got {max_label}")
     if above not in ("background", "error"):
         raise ValueError(f"expected above='background' or 'error', got {above!r}")
-    image, shape = _open(path, 3)
+    image, shape, steps = _open(path, *((3,) if time_index is None else (3, 4)))
+    frame = time_index if len(shape) == 4 else None
+    stored = _frame(path, image, shape, frame)
     try:
         # Without scl_slope this keeps the stored integer type, small for large CT.
-        stored = np.asanyarray(image.dataobj).reshape(shape)
-        _check_sum(path, stored.size * image.get_data_dtype().itemsize)
+        array = np.asanyarray(stored()).reshape(shape[:3])
+        if frame is None:
+            _check_sum(path, array.size * image.get_data_dtype().itemsize)
     except Exception as error:  # as in read_image
         raise _unreadable(path, error) from error
-    if stored.dtype.kind == "f":
-        if not np.isfinite(stored).all():
-            raise DataError(f"{path}: a label map has NaN or infinite values; expected integers")
-        if not (stored == np.rint(stored)).all():
+    if array.dtype.kind == "f":
+        array = _whole(path, array, max_label)
+    classes = _classes(path, array, max_label, above, values)
+    return _volume(path, image, classes, steps)
+
+
+def _frame(path: Path, image: Any, shape: tuple[int, ...], time_index: int | None) -> Any:
+    """A function that reads the voxels, of one frame only where one is named."""
+    if time_index is None:
+        return lambda: image.dataobj
+    if not 0 <= time_index < shape[3]:
+        raise DataError(f"{path}: frame {time_index} asked for, but it has {shape[3]} frames")
+    return lambda: image.dataobj[..., time_index]
+
+
+def _whole(path: Path, array: npt.NDArray[Any], max_label: int) -> npt.NDArray[Any]:
+    """The integers that a scaled label map means."""
+    if not np.isfinite(array).all():
+        raise DataError(f"{path}: a label map has NaN or infinite values; expected integers")
+    whole = np.rint(array)
+    if np.abs(array - whole).max() > ROUNDING:
+        raise DataError(
+            f"{path}: a label map has fractions; expected integers 0..{max_label}, "
+            "so resample labels with nearest neighbour"
+        )
+    return whole
+
+
+def _classes(
+    path: Path,
+    stored: npt.NDArray[Any],
+    max_label: int,
+    above: Literal["background", "error"],
+    values: Values | None,
+) -> npt.NDArray[np.uint8]:
+    """Stored values to classes."""
+    if values is None:
+        low, high = stored.min(), stored.max()
+        if low >= 0 and high <= max_label:
+            return stored.astype(np.uint8)
+        if low < 0 or above == "error":
             raise DataError(
-                f"{path}: a label map has fractions; expected integers 0..{max_label}, "
-                "so resample labels with nearest neighbour"
+                f"{path}: label {low if low < 0 else high:g} found; expected integers "
+                f"0..{max_label}, or 'values' in a manifest that says what stands for which class"
             )
-    low, high = stored.min(), stored.max()
-    if low < 0:
-        raise DataError(f"{path}: label {low:g} found; expected integers 0..{max_label}")
-    if high > max_label:
-        if above == "error":
-            raise DataError(f"{path}: label {high:g} found; expected integers 0..{max_label}")
-        stored = np.where(stored > max_label, 0, stored)
-    return _volume(path, image, stored.astype(np.uint8))
+        return np.where(stored > max_label, 0, stored).astype(np.uint8)
+    classes = np.zeros(stored.shape, dtype=np.uint8)
+    for label, of_class in enumerate(values):
+        if label:
+            classes[np.isin(stored, of_class)] = label
+    if above == "error":
+        rest = stored[classes == 0]
+        if (other := np.setdiff1d(rest, values[0])).size:
+            shown = ", ".join(f"{value:g}" for value in other[:SHOWN_VALUES])
+            raise DataError(
+                f"{path}: {shown} found, which stand for no class; expected the 'values' of the "
+                f"manifest, or above_max 'background'"
+            )
+    return classes
 
 
 def image_shape(path: str | Path, *, ndim: int = 3) -> tuple[int, ...]:
@@ -142,8 +180,20 @@ def image_shape(path: str | Path, *, ndim: int = 3) -> tuple[int, ...]:
     return _open(Path(path), ndim)[1]
 
 
+def frame_count(path: str | Path) -> int | None:
+    """Frames of a 4D file, None of a volume; errors as image_shape."""
+    shape = _open(Path(path), 3, 4)[1]
+    return shape[3] if len(shape) == 4 else None
+
+
+def image_grid(path: str | Path, *, ndim: int = 3) -> Grid:
+    """Where a file's voxels lie, by the header alone; errors as image_shape."""
+    image, (x, y, z, *_), steps = _open(Path(path), ndim)
+    return grid_of(Path(path), image.header, (x, y, z), steps)
+
+
 def write_labels(path: str | Path, labels: npt.NDArray[Any], like: Volume) -> None:
-    """Write labels (X, Y, Z) as uint8 NIfTI with the affine, spacing, codes and units of `like`.
+    """Write labels (X, Y, Z) or (X, Y, Z, T) as uint8 NIfTI with the grid and units of `like`.
 
     The file appears whole or not at all: it is written beside its place and renamed.
 
@@ -153,7 +203,7 @@ def write_labels(path: str | Path, labels: npt.NDArray[Any], like: Volume) -> No
     path = Path(path)
     if not path.name.endswith((".nii", ".nii.gz")):
         raise DataError(f"{path}: expected a name that ends in .nii or .nii.gz")
-    if labels.shape != like.array.shape[:3]:
+    if labels.shape[:3] != like.array.shape[:3] or labels.ndim not in (3, 4):
         raise DataError(
             f"{path}: labels have shape {labels.shape}, the image {like.array.shape[:3]}"
         )
@@ -168,7 +218,7 @@ def write_labels(path: str | Path, labels: npt.NDArray[Any], like: Volume) -> No
     temporary = path.parent / f".{uuid.uuid4().hex}{suffix}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        image: Any = kind(as_bytes, like.affine, header)  # type: ignore[no-untyped-call]
+        image: Any = kind(as_bytes, header.get_best_affine(), header)  # type: ignore[no-untyped-call]
         image.to_filename(temporary)
         os.replace(temporary, path)
     except OSError as error:
@@ -177,21 +227,20 @@ def write_labels(path: str | Path, labels: npt.NDArray[Any], like: Volume) -> No
         temporary.unlink(missing_ok=True)
 
 
-def _open(path: Path, ndim: int) -> tuple[Any, tuple[int, ...]]:
-    """Open a file and check its header; no voxel is read."""
-    try:
-        if not path.is_file():
-            raise DataError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}")
-        size = path.stat().st_size
-    except OSError as error:  # a folder that may not be entered, a name that is too long
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+def _open(path: Path, *ndims: int) -> tuple[Any, tuple[int, ...], Steps]:
+    """Open a file and check its header; no voxel is read.
+
+    ndims: dimensions that will do; singletons behind the fewest are dropped.
+    Returns: nibabel's image, its shape, and pixdim as stored.
+    """
+    size = _size(path)
     if not path.name.endswith((".nii", ".nii.gz")):
         raise DataError(f"{path}: expected a NIfTI file, .nii or .nii.gz")
     if size == 0:
         raise DataError(f"{path}: the file is empty; copy it again")
     try:
-        _check_header(path)
-        image: Any = nib.load(path)  # one file object per access: nothing stays open
+        steps = check_header(path)
+        image: Any = load(path)
         shape = tuple(int(extent) for extent in image.shape)
         kind = image.get_data_dtype()
         affine = np.asarray(image.affine, dtype=np.float64)
@@ -205,17 +254,19 @@ def _open(path: Path, ndim: int) -> tuple[Any, tuple[int, ...]]:
         name = "RGB" if kind.names else str(kind)
         raise DataError(f"{path}: expected real numbers, one per voxel; got voxels of type {name}")
     dims = shape
-    while len(dims) > ndim and dims[-1] == 1:
+    while len(dims) > min(ndims) and dims[-1] == 1:
         dims = dims[:-1]
-    if len(dims) != ndim:
-        raise DataError(f"{path}: expected {ndim} dimensions, got shape {shape}")
+    if len(dims) not in ndims:
+        hint = "; name one frame by time_index in a manifest" if len(dims) == 4 else ""
+        wanted = " or ".join(map(str, ndims))
+        raise DataError(f"{path}: expected {wanted} dimensions, got shape {shape}{hint}")
     if any(not 0 < extent <= MAX_EXTENT for extent in dims) or math.prod(dims) > MAX_VOXELS:
         raise DataError(
             f"{path}: shape {shape} is absurd; expected 1..{MAX_EXTENT} voxels per axis "
             f"and at most {MAX_VOXELS} in all"
         )
     promised = math.prod(dims) * kind.itemsize
-    if promised > size * (GZIP_MAX_RATIO if path.name.endswith(".gz") else 1):
+    if promised > size * (GZIP_MAX_RATIO if is_gzip(path) else 1):
         raise DataError(
             f"{path}: truncated: the header promises {promised} bytes of voxels, "
             f"the file has {size}; copy it again"
@@ -224,85 +275,27 @@ def _open(path: Path, ndim: int) -> tuple[Any, tuple[int, ...]]:
     # Axes that differ by many orders of magnitude are none to nibabel either.
     if flat or None in nib.aff2axcodes(affine):  # type: ignore[no-untyped-call]
         raise DataError(f"{path}: the affine is not finite or not invertible; repair the header")
-    return image, dims
+    return image, dims, steps
 
 
-def _check_header(path: Path) -> None:
-    """Refuse headers that nibabel repairs by guessing, and extensions that are not before the
-    voxels: it believes their sizes, and from 1 MB of gzip takes gigabytes into memory.
-    """
-    with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file:
-        head = file.read(544)
-        order, length, ndim = next(
-            (
-                (order, length, struct.unpack_from(f"{order}{dim}", head, at)[0])
-                for order in "<>"
-                for length, dim, at in ((348, "h", 40), (540, "q", 16))
-                if len(head) >= length + 4 and head[:4] == struct.pack(f"{order}i", length)
-            ),
-            ("", 0, 0),
-        )
-        if not 1 <= ndim <= 7:
-            raise DataError(
-                f"{path}: not a readable NIfTI file: it does not begin with a header of 348 or 540 "
-                f"bytes and 1 to 7 dimensions"
-            )
-        where = (f"{order}f", 108) if length == 348 else (f"{order}q", 168)
-        offset = struct.unpack_from(where[0], head, where[1])[0]
-        if not 0 <= offset <= MAX_OFFSET:  # NaN too
-            raise DataError(
-                f"{path}: the header puts the voxels at byte {offset}; expected at most "
-                f"{MAX_OFFSET}"
-            )
-        if head[length] == 0:
-            return
-        at, count = length + 4, 0
-        while count == 0 or offset - at >= 16:
-            file.seek(at)
-            described = file.read(4)
-            size = struct.unpack(f"{order}i", described)[0] if len(described) == 4 else 0
-            at, count = at + size, count + 1
-            if size < 8 or at > offset or count > MAX_EXTENSIONS:
-                raise DataError(
-                    f"{path}: damaged: extension {count} of the header has {size} bytes, and the "
-                    f"voxels begin at byte {offset:g}"
-                )
+def _size(path: Path) -> int:
+    try:
+        found = os.stat(path)
+    except (FileNotFoundError, ValueError) as error:  # the latter of NUL in a name
+        raise DataError(f"{path}: no such file") from error
+    except OSError as error:  # a folder that may not be entered, a name that is too long, a loop
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(found.st_mode):
+        what = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe or device"
+        raise DataError(f"{path}: is {what}, not a file")
+    return found.st_size
 
 
-def _check_sum(path: Path, end: int) -> None:
-    """Read a gzip file to its checksum, which nibabel never reaches: it stops at the last voxel.
-
-    end: bytes in use; a file that goes on for long after them is not read to its end.
-    """
-    if not path.name.endswith(".gz"):
-        return
-    with gzip.open(path) as file:
-        left = end + MAX_OFFSET
-        while left > 0 and (block := file.read(1 << 20)):
-            left -= len(block)
-
-
-def _volume(path: Path, image: Any, array: npt.NDArray[Any]) -> Volume:
-    """Attach the header, and decide what of it is recorded and what is only a default."""
-    header, affine = image.header, np.asarray(image.affine, dtype=np.float64)
-    pixdim = [abs(float(step)) for step in header["pixdim"][1:4]]
-    coded = int(header["sform_code"]) > 0 or int(header["qform_code"]) > 0
-    # nibabel and SimpleITK write an identity (theirs is in LPS) with a code > 0 when they know
-    # nothing: unit voxels, no rotation, origin exactly 0. No scanner produces that.
-    if coded and not affine[:3, 3].any() and (np.abs(affine[:3, :3]) == np.eye(3)).all():
-        coded = False
-    steps = [float(step) for step in np.linalg.norm(affine[:3, :3], axis=0)] if coded else pixdim
-    axes = nib.aff2axcodes(affine)  # type: ignore[no-untyped-call]
-    orientation = "".join(axes) if coded else None
-    if not coded and steps == [1.0, 1.0, 1.0]:
-        return Volume(array, affine, None, orientation, header)
-    unit = _UNIT_IN_MM.get(int(header["xyzt_units"]) & 7, 1.0)
-    # Headers hold float32: 1.5 rotated comes back as 1.49999999, and means 1.5.
-    x, y, z = (float(f"{step * unit:.6g}") for step in steps)
-    spacing = (x, y, z)
-    if not all(math.isfinite(step) and step > 0 for step in spacing):
-        raise DataError(f"{path}: voxel spacing {spacing} mm; expected positive numbers")
-    return Volume(array, affine, spacing, orientation, header)
+def _volume(path: Path, image: Any, array: npt.NDArray[Any], steps: Steps) -> Volume:
+    x, y, z = array.shape[:3]
+    grid = grid_of(path, image.header, (x, y, z), steps)
+    notes = (grid.note,) if grid.note else ()
+    return Volume(array, grid.affine, grid.spacing, grid.orientation, image.header, grid, notes)
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:

@@ -114,7 +114,7 @@ def _settings(cells: Sequence[Cell]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for cell in cells:
         plain = to_plain(cell.config)
-        for name in ("data", "out", "cache", "encoder"):
+        for name in ("data", "out", "cache", "encoder", "splits"):
             plain.pop(name, None)
         found.setdefault(cell.command, plain)
     return found

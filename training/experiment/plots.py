@@ -13,6 +13,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..data.text import unmarked
 from .summary import LOOKS, Results
 
 # Ten strong colours, then ten pale ones.
@@ -94,7 +95,7 @@ def classes(results: Results) -> Figure | None:
                     label = results.table.arm(arm).label if place == 0 else None
                     axes.bar(x, np.mean(values), 0.9 * width, color=colour, alpha=0.7, label=label)
                     axes.plot([x] * len(values), values, ".", color="k", ms=3)
-        axes.set_xticks(range(len(names)), names)
+        axes.set_xticks(range(len(names)), [*map(unmarked, names)])
         axes.set(title=f"M = {m or 'all'}", ylim=(0, 1), ylabel="3D Dice")
     _legend(*panels)
     return figure

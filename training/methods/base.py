@@ -68,6 +68,7 @@ class Method(nn.Module, ABC):
         geometry: how the method wants the views of a step to be transformed: each by itself, or
             the slices of one scan alike (`augment.geometry=auto` follows it).
         watched: a figure of `monitor` whose rows make up the history given to `warnings`.
+        positional: whether the loss goes by where in its scan a slice lies.
         trains: False for the start without pre-training.
         curves: title of the picture of the loss, and what its terms are called there.
         pictured: what the picture of a batch shows (`pictures`).
@@ -75,6 +76,7 @@ class Method(nn.Module, ABC):
 
     geometry: ClassVar[Geometry] = "independent"
     watched: ClassVar[str] = "cosine_encoder"
+    positional: ClassVar[bool] = False
     trains: ClassVar[bool] = True
     curves: ClassVar[tuple[str, dict[str, str]]] = ("loss", {"loss": ""})
     pictured: ClassVar[str] = "two views each"

@@ -37,6 +37,7 @@ class GCL(Contrastive):
     Changed: scans are not aligned by hand beforehand, and a batch is two scans, not many.
     """
 
+    positional: ClassVar[bool] = True
     curves: ClassVar[tuple[str, dict[str, str]]] = ("contrast of partitions (GCL)", {"loss": ""})
     settings: GCLConfig
 

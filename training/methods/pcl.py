@@ -36,6 +36,7 @@ class PCL(Contrastive):
     projection is that of the SAL paper (Sec. 2.3).
     """
 
+    positional: ClassVar[bool] = True
     curves: ClassVar[tuple[str, dict[str, str]]] = ("positional loss (GP)", {"loss": ""})
     settings: PCLConfig
 

@@ -89,6 +89,7 @@ class SAL(Method):
     """Encoder, embedding E for LA at scale s, projection for GP at the deepest scale (Eq. 3)."""
 
     geometry: ClassVar[Geometry] = "shared"  # or a window no longer shows the same anatomy
+    positional: ClassVar[bool] = True
     watched: ClassVar[str] = "la_control"
     curves: ClassVar[tuple[str, dict[str, str]]] = ("losses", {"loss": "total", "gp": "GP"})
 

@@ -1,0 +1,71 @@
+"""Label maps of NIfTI images, on the images' own grid."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from .checkpoint import RunError
+from .data.errors import listed
+from .data.images import find_images
+from .data.nifti import DataError
+from .data.preprocess import PreprocessConfig
+from .data.text import printable
+from .engine import Device
+from .evaluate import predict_file
+from .models import UNet
+
+
+def predict(
+    model: UNet,
+    about: dict[str, Any],
+    inputs: Sequence[Path],
+    out: Path,
+    device: Device,
+    *,
+    overwrite: bool = False,
+    spacing: float = 0.0,
+    mixed_spacing: bool = False,
+) -> None:
+    """Segments the images that find_images finds, into folders of `out` as the images lie in.
+
+    spacing: in-plane pixel size in mm of images whose header records none.
+    mixed_spacing: accept images whose spacing is not recorded where that of the training was, and
+        the other way round.
+
+    Raises:
+        RunError: label maps that are there already, or two of one name.
+        DataError: images that could not be segmented; the others are.
+    """
+    images, labels = find_images(inputs)
+    if labels:
+        names = listed([path.name for path in labels])
+        told = f"{len(labels)} label maps are left out, by their names: {names}"
+        print(f"note: {printable(told)}", file=sys.stderr)
+    targets = [out / image.folder / f"{image.stem}_pred.nii.gz" for image in images]
+    existing = [str(target) for target in targets if target.exists()] if out.exists() else []
+    if existing and not overwrite:
+        raise RunError(f"already there: {listed(existing)}; pass --overwrite")
+    if len(set(targets)) < len(targets):
+        raise RunError("two input files have the same name; predict their folders one by one")
+    settings = PreprocessConfig(**about["preprocess"])
+    mixed = mixed_spacing or settings.mixed_spacing
+    settings = replace(
+        settings, unknown_spacing=spacing or settings.unknown_spacing, mixed_spacing=mixed
+    )
+    about = {**about, "preprocess": asdict(settings)}
+    out.mkdir(parents=True, exist_ok=True)
+    failures = []
+    for image, target in zip(tqdm(images, "predicting", disable=None), targets, strict=True):
+        try:
+            predict_file(model, about, image, target, device)
+        except DataError as error:
+            failures.append(str(error))
+    print(printable(f"{len(images) - len(failures)} label maps in {out}"))
+    if failures:
+        raise DataError("these files were left out:\n" + "\n".join(failures))
