@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+TORCH ?= torch>=2.10
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := pyproject.toml setup.py $(shell find csrc buildtools -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
@@ -20,7 +21,7 @@ $(STAMP): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	# torch first: the build then uses it, and does not fetch another for itself
-	$(BIN)/python -m pip install --quiet "torch>=2.10"
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	touch $@
 

@@ -51,6 +51,23 @@ for backend in (None, "reference"):
     results.append((loss, *torch.autograd.grad(loss, features)))
 for ours, expected in zip(*results):
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+
+embeddings = torch.randn(6, 5, requires_grad=True)
+columns = torch.tensor([[0, 0, 0, 1, 1, 1], [1, 2, 4, 1, 2, 5], [9, 9, 9, 8, 8, 8]]).unbind()
+
+
+def objective(x, e):
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = salkernels.wla_loss(x, x.flip(0).bfloat16(), 2, valid=x.detach()[:, 0] > -1)
+    return salkernels.sal_loss(x, e, *columns, 2).loss + mixed + salkernels.GPLoss()(e, pairs)
+
+
+compiled = torch.compile(objective, fullgraph=True, backend="aot_eager")
+for ours, expected in zip(*(
+    (loss := call(features, embeddings), *torch.autograd.grad(loss, (features, embeddings)))
+    for call in (compiled, objective)
+)):
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
 print(f"python {sys.version.split()[0]}, torch {torch.__version__}: loss {loss.item():.4f}")
 PYTHON
     "$bin/python" -m salkernels >"$work/report.txt"
@@ -84,7 +101,7 @@ if [ "${1:-}" = --quick ]; then
 fi
 
 rows=("$@")
-[ ${#rows[@]} -gt 0 ] || rows=(3.10:2.10.0 3.11:2.10.0 3.11:2.13.0 3.11: 3.12: 3.13:)
+[ ${#rows[@]} -gt 0 ] || rows=(3.10:2.10.0 3.12:2.11.0 3.11:2.13.0 3.11: 3.12: 3.13:)
 skipped=()
 wheel=
 for row in "${rows[@]}"; do
