@@ -93,8 +93,12 @@ class Input:
 
     @property
     def exact(self) -> bool:
-        """Whether all arithmetic is exact, and with it every tie."""
-        return self.values == "one-hot"
+        """Whether all arithmetic is exact, and with it every tie.
+
+        A channel that is expanded makes vectors of it whose norm is no whole number.
+        """
+        layouts = (self.query_layout, self.key_layout)
+        return self.values == "one-hot" and not any(2 in layout.expanded for layout in layouts)
 
     def features(self, device: str = "cpu") -> tuple[Tensor, Tensor | None]:
         """Query (G, N, C, H, W) and key (G, M, C, H, W), or None: leaves that need a gradient."""
