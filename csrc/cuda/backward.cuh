@@ -15,7 +15,7 @@ inline bool backward_gathers(Problem p, int64_t shared_limit) {
 
 inline Plan plan_backward(Problem& p, int64_t shared_limit) {
   Plan plan;
-  if (p.mask != nullptr) SALKERNELS_ADD(plan, number_pairs_backward, 1, 1, kWarpScratch);
+  if (p.pairs != nullptr) SALKERNELS_ADD(plan, number_pairs_backward, 1, 1, 0);
   if (backward_tiling(p, shared_limit)) {
     const Tiling& t = p.tiling;
     const int64_t samples = p.maps[0].samples + (p.set_form ? 0 : p.maps[1].samples);
@@ -36,7 +36,7 @@ inline Plan plan_backward(Problem& p, int64_t shared_limit) {
   const int64_t rows =
       p.groups * most(p.maps[0].samples, p.maps[1].samples) * p.grid.pixels();
   SALKERNELS_ADD_BY_DTYPE(plan, norms, p.dtype, ceil_div(rows, kWarps), sides, 0);
-  SALKERNELS_ADD(plan, invert, ceil_div(least(p.capacity, p.table()) * p.windows(), kWarps), 1, 0);
+  SALKERNELS_ADD(plan, invert, ceil_div(p.num_pairs * p.windows(), kWarps), 1, 0);
   SALKERNELS_ADD_BY_DTYPE(plan, gather, p.dtype, ceil_div(rows, kWarps), sides, 0);
   return plan;
 }

@@ -116,8 +116,13 @@ __device__ inline Split split(uint32_t bits) {
   return {high, to_tf32(x - bits_to_float(high))};
 }
 
-// Features of a row are scaled by this to a unit vector. Of a zero vector, and of one whose norm
-// overflows, the unit vector is zero; a NaN stays one.
+// The norm of a row from its sum of squares. One beyond the range of F is as lost as a NaN: the unit
+// vector would be zero, without a word.
+template <class F>
+__device__ inline F row_norm(F squares) {
+  return squares - squares == F(0) ? sqrt(squares) : F(NAN);
+}
+// Features of a row are scaled by this to a unit vector; that of a zero vector is zero.
 template <class F>
 __device__ inline F unit_scale(F norm, F eps) {
   return norm == F(0) ? F(0) : F(1) / (norm <= eps ? eps : norm);
@@ -133,21 +138,15 @@ __device__ inline bool is_finite(F x) {
   return x - x == F(0);
 }
 
-// ∂L/∂m = −sign(1 − m)·grad; NaN where m is NaN.
-template <class F>
-__device__ inline F pixel_gradient(F max_sim, F grad) {
-  const F sign = max_sim < F(1) ? F(-1) : max_sim > F(1) ? F(1) : max_sim == F(1) ? F(0) : max_sim;
-  return sign * grad;
-}
-
-// The largest value so far and where: NaN is above all numbers, the first of equals stays.
+// The largest value so far and where: NaN is above all numbers, the first of equals stays. No cosine
+// is -INFINITY, which stands for one that does not count: it is never taken.
 template <class F>
 struct Best {
-  F value;
-  int place;  // -1: none yet
+  F value = -INFINITY;
+  int place = -1;  // none yet
 
   __device__ void take(F other, int where) {  // in ascending order of `where`
-    if (place < 0 || other > value || (other != other && value == value)) {
+    if (other > value || (other != other && value == value)) {
       value = other;
       place = where;
     }
@@ -157,7 +156,7 @@ struct Best {
     const bool lost = value != value, other_lost = other != other;
     const bool equal = lost == other_lost && (lost || other == value);
     const bool greater = lost == other_lost ? other > value : other_lost;
-    if (place < 0 || greater || (equal && where < place)) {
+    if (greater || (equal && where < place)) {
       value = other;
       place = where;
     }

@@ -55,14 +55,16 @@ __device__ void norms(const Problem& p) {
   const MapRow row = MapRow::of(p, maps, index);
   const T* start = static_cast<const T*>(maps.data) +
                    map_offset(maps.strides, row.unit, row.sample, row.pixel);
+  const bool valid = is_valid(p, maps, row.unit, row.sample, row.pixel);  // else nobody asks
   F squares = 0;
-  for (int64_t c = along_channels ? lane : 0; c < p.channels; c += along_channels ? 32 : 1) {
+  for (int64_t c = along_channels ? lane : 0; valid && c < p.channels;
+       c += along_channels ? 32 : 1) {
     const F x = widen(start[c * stride]);
     squares += x * x;
   }
   if (along_channels) squares = sum_of_warp(squares);
   if (along_channels && lane != 0) return;
-  static_cast<F*>(maps.norms)[index] = finish_norm<T>(squares, start, stride, p.channels);
+  static_cast<F*>(maps.norms)[index] = row_norm(squares);
 }
 
 // Pixels of a window are numbered window after window here, so that its lists are contiguous.
@@ -70,12 +72,12 @@ __device__ inline int64_t lists_of(const Problem& p, const Unit& unit, int64_t s
   return slot * p.grid.pixels() + unit.row * p.grid.width + int64_t(unit.column) * unit.rows;
 }
 
-// A counting sort of the query pixels of one pair and window by the key pixel that each chose.
+// A counting sort of the query pixels of one pair and window by the key pixel that each chose, if any.
 // chosen_end[l] is where the list of key pixel l ends in chosen_by, and that of l + 1 begins. One
 // warp takes 32 pixels at a time, in order, so that each list is in ascending order.
 __device__ inline void invert(const Problem& p) {
   const int64_t slot = warp_index() / p.windows();
-  if (slot >= num_pairs(p)) return;
+  if (slot >= p.num_pairs || !is_pair(p, slot)) return;
   const Unit unit = unit_of(p, warp_index() % p.windows());
   const int lane = threadIdx.x % 32, count = unit.pixels();
   int32_t* const end = p.chosen_end + lists_of(p, unit, slot);
@@ -130,15 +132,15 @@ struct Gather {
   __device__ Gather(const Problem& problem, int64_t first)
       : p(problem), first_channel(first) {}
 
-  __device__ void add(F gradient, F max_sim, const Maps& maps, const Unit& unit, int64_t sample,
+  __device__ void add(const Term<F>& term, const Maps& maps, const Unit& unit, int64_t sample,
                       int pixel) {
     const int64_t row = (unit.group * maps.samples + sample) * p.grid.pixels() +
                         plane_index(p, unit, pixel);
     const F norm = static_cast<const F*>(maps.norms)[row];
     const F scale = is_finite(norm) ? unit_scale(norm, F(p.eps)) : F(0);
     const T* x = static_cast<const T*>(maps.data) + map_offset(maps.strides, unit, sample, pixel);
-    const F weight = gradient * scale;
-    along += gradient * max_sim;
+    const F weight = term.gradient * scale;
+    along += term.gradient * term.max_sim;
     touched = true;
 #pragma unroll
     for (int j = 0; j < kChannels; ++j) {
@@ -156,21 +158,19 @@ struct Gather {
       const int64_t key = first + lane;
       const int64_t slot =
           key < p.maps[1].samples ? pair_slot(p, row.unit.group, row.sample, key) : -1;
-      F max_sim = 0, gradient = 0;
-      int match = 0;
+      Term<F> term = {0, 0};
+      int match = -1;
       if (slot >= 0) {
         const int64_t at = slot * p.grid.pixels() + plane_index(p, row.unit, row.pixel);
-        max_sim = static_cast<const F*>(p.max_sim)[at];
         match = load_match(p, row.unit, at);
-        gradient =
-            pixel_gradient(max_sim, pair_gradient<F>(p, row.unit.group, row.sample, key));
+        term = Term<F>::load(p, at);
       }
-      for (uint32_t left = __ballot_sync(kAllLanes, slot >= 0); left != 0; left &= left - 1) {
+      for (uint32_t left = __ballot_sync(kAllLanes, match >= 0); left != 0; left &= left - 1) {
         const int from = __ffs(int(left)) - 1;
-        const F g = __shfl_sync(kAllLanes, gradient, from);
-        const F m = __shfl_sync(kAllLanes, max_sim, from);
+        const F max_sim = __shfl_sync(kAllLanes, term.max_sim, from);
+        const F gradient = __shfl_sync(kAllLanes, term.gradient, from);
         const int l = __shfl_sync(kAllLanes, match, from);
-        add(g, m, p.maps[1], row.unit, first + from, l);
+        add({max_sim, gradient}, p.maps[1], row.unit, first + from, l);
       }
     }
   }
@@ -182,25 +182,20 @@ struct Gather {
       const int64_t slot =
           query < p.maps[0].samples ? pair_slot(p, row.unit.group, query, row.sample) : -1;
       int begin = 0, end = 0;
-      F grad = 0;
       if (slot >= 0) {
         const int32_t* ends = p.chosen_end + lists_of(p, row.unit, slot);
         begin = row.pixel == 0 ? 0 : ends[row.pixel - 1];
         end = ends[row.pixel];
-        grad = pair_gradient<F>(p, row.unit.group, query, row.sample);
       }
       for (uint32_t left = __ballot_sync(kAllLanes, end > begin); left != 0; left &= left - 1) {
         const int from = __ffs(int(left)) - 1;
         const int64_t pair = __shfl_sync(kAllLanes, int(slot), from);
         const int last = __shfl_sync(kAllLanes, end, from);
-        const F pair_grad = __shfl_sync(kAllLanes, grad, from);
         const int32_t* by = p.chosen_by + lists_of(p, row.unit, pair);
         for (int i = __shfl_sync(kAllLanes, begin, from); i < last; ++i) {
           const int pixel = by[i];
-          const F max_sim = static_cast<const F*>(
-              p.max_sim)[pair * p.grid.pixels() + plane_index(p, row.unit, pixel)];
-          add(pixel_gradient(max_sim, pair_grad), max_sim, p.maps[0], row.unit, first + from,
-              pixel);
+          const int64_t at = pair * p.grid.pixels() + plane_index(p, row.unit, pixel);
+          add(Term<F>::load(p, at), p.maps[0], row.unit, first + from, pixel);
         }
       }
     }
@@ -214,6 +209,7 @@ __device__ void gather(const Problem& p) {
   const Maps& maps = p.maps[side];
   if (warp_index() >= p.groups * maps.samples * p.grid.pixels()) return;
   const MapRow row = MapRow::of(p, maps, warp_index());
+  const bool valid = is_valid(p, maps, row.unit, row.sample, row.pixel);
   const F norm = static_cast<const F*>(maps.norms)[row.index];
   const F scale = unit_scale(norm, F(p.eps)), inverse = gradient_scale(norm, F(p.eps));
   const T* x = static_cast<const T*>(maps.data) +
@@ -223,15 +219,18 @@ __device__ void gather(const Problem& p) {
   constexpr int kChannels = Gather<T>::kChannels;
   for (int64_t first = 0; first < p.channels; first += 32 * kChannels) {
     Gather<T> total(p, first);
-    if (side == 0) total.as_query(row);
-    if (side == 1 || p.set_form) total.as_key(row);
+    if (valid && side == 0) total.as_query(row);
+    if (valid && (side == 1 || p.set_form)) total.as_key(row);
 #pragma unroll
     for (int j = 0; j < kChannels; ++j) {
       const int64_t c = first + j * 32 + total.lane;
       if (c >= p.channels) break;
-      const F value = scale == 0 ? F(0) : F(widen(x[c * maps.strides[2]]));
-      const F dx = (total.sums[j] - total.along * (value * scale)) * inverse;
-      narrow(total.touched ? dx : F(0), grad[c * maps.grad_strides[2]]);
+      F dx = 0;  // without a match there is none, be x an Inf or a NaN
+      if (total.touched) {
+        const F value = scale == 0 ? F(0) : F(widen(x[c * maps.strides[2]]));
+        dx = (total.sums[j] - total.along * (value * scale)) * inverse;
+      }
+      narrow(dx, grad[c * maps.grad_strides[2]]);
     }
   }
 }
@@ -252,9 +251,11 @@ __device__ void match_plain(const Problem& p) {
   const Maps &from = p.maps[0], &to = p.maps[1];
   const T* x = static_cast<const T*>(from.data) + map_offset(from.strides, unit, query, row.pixel);
   const F scale = unit_scale(static_cast<const F*>(from.norms)[index], F(p.eps));
-  const int lane = threadIdx.x % 32, count = unit.pixels();
-  Best<F> best = {0, -1};
+  const bool valid = is_valid(p, from, unit, query, row.pixel);
+  const int lane = threadIdx.x % 32, count = valid ? unit.pixels() : 0;
+  Best<F> best;
   for (int l = lane; l < count; l += 32) {
+    if (!is_valid(p, to, unit, key, l)) continue;
     const T* y = static_cast<const T*>(to.data) + map_offset(to.strides, unit, key, l);
     F dot = 0;
     for (int64_t c = 0; c < p.channels; ++c) {
@@ -263,14 +264,14 @@ __device__ void match_plain(const Problem& p) {
     const F key_scale = unit_scale(
         static_cast<const F*>(to.norms)[(group * keys + key) * plane + plane_index(p, unit, l)],
         F(p.eps));
-    best.take(scale == 0 || key_scale == 0 ? scale * key_scale : dot * scale * key_scale, l);
+    best.take(dot * scale * key_scale, l);
   }
   for (int step = 16; step > 0; step /= 2) {
     const F other = __shfl_xor_sync(kAllLanes, best.value, step);
     const int place = __shfl_xor_sync(kAllLanes, int(best.place), step);
     best.merge(other, place);
   }
-  if (lane == 0) store_match<F>(p, slot, unit, row.pixel, best.value, int(best.place));
+  if (lane == 0) store_match(p, slot, unit, row.pixel, best);
 }
 
 }  // namespace cuda

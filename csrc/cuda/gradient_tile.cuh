@@ -72,12 +72,13 @@ __device__ void add_weights(const Problem& p, GradientShared& shared, const Node
     if (pixel >= unit.pixels()) continue;
     const int64_t slot = pair_slot(p, unit.group, query, key);
     const int64_t at = slot * p.grid.pixels() + plane_index(p, unit, pixel);
-    const float max_sim = static_cast<const float*>(p.max_sim)[at];
-    const float gradient =
-        pixel_gradient(max_sim, pair_gradient<float>(p, unit.group, query, key));
-    const int row = first * pixels + pixel, column = second * pixels + load_match(p, unit, at);
-    const float weight =
-        gradient * (times_sim ? max_sim : reverse ? shared.scale[row] : shared.scale[column]);
+    const int match = load_match(p, unit, at);
+    if (match < 0) continue;
+    const auto term = Term<float>::load(p, at);
+    const int row = first * pixels + pixel, column = second * pixels + match;
+    const float weight = term.gradient * (times_sim ? term.max_sim
+                                          : reverse ? shared.scale[row]
+                                                    : shared.scale[column]);
     // Threads that mark the same row write the same.
     if (reverse) {
       weights[column * pitch + row] += weight;
@@ -202,8 +203,9 @@ __device__ bool find_rows(const Problem& p, GradientShared& shared, const Nodes&
         shared.grad_start[r] = static_cast<const unsigned char*>(maps.grad) +
                                map_offset(maps.grad_strides, unit, sample, pixel) * element;
         shared.grad_stride[r] = maps.grad_strides[2];
-        needed = shared.bits.any_of_row(member) ||
-                 shared.bits.any_of_column(member, side.members());
+        needed = (shared.bits.any_of_row(member) ||
+                  shared.bits.any_of_column(member, side.members())) &&
+                 is_valid(p, maps, unit, sample, pixel);
         if (needed) {
           shared.start[r] = static_cast<const unsigned char*>(maps.data) +
                             map_offset(maps.strides, unit, sample, pixel) * element;
@@ -275,9 +277,7 @@ __device__ void gradient_tile(const Problem& p) {
   total += __shfl_xor_sync(0xffffffffu, total, 1);
   bool lost = false;  // a row without a unit vector
   if (row < staged && half == 0) {
-    const T* start = reinterpret_cast<const T*>(shared.start[row]);
-    const float norm = finish_norm<T>(start == nullptr ? 0.0f : total, start,
-                                      start == nullptr ? 0 : shared.stride[row], p.channels);
+    const float norm = row_norm(total);  // 0 of a row that is not there
     const float scale = unit_scale(norm, float(p.eps));
     lost = !is_finite(norm);
     shared.scale[row] = lost ? 0.0f : scale;

@@ -31,6 +31,7 @@ struct Fp16 {
 
 constexpr int kStagePitch = kChunkWords + 4;  // words; 16-byte rows of ldmatrix fall on all banks
 constexpr int kSimPitch = kTile + 8;          // words; so do pairs of columns, and rows of 16 bytes
+constexpr float kAbsent = -1;                 // in place of a scale: of a row that takes no part
 
 // What a block works on.
 struct Work {
@@ -38,6 +39,7 @@ struct Work {
   int64_t first_unit;
   int64_t slot;  // of the one pair, if streamed; negative: nothing to do
   bool one_side;  // both sides are the same rows
+  bool asked;     // some query row takes part
 };
 
 struct alignas(16) MatchShared {
@@ -186,10 +188,12 @@ __device__ inline void multiply_chunk(Sums& sums, const WarpTile& tile, uint32_t
   }
 }
 
-// Where the rows of a side are, from a pixel of its window on; null for those that no pair needs.
+// Where the rows of a side are, from a pixel of its window on; null for those that no pair needs,
+// or that take no part. Whether this thread's row is any.
 template <class Needed>
-__device__ void fill_rows(const Side& side, int64_t first_pixel, const Maps& maps, int element,
-                          const Unit* units, const Needed& needed, const unsigned char** start) {
+__device__ bool fill_rows(const Problem& p, const Side& side, int64_t first_pixel,
+                          const Maps& maps, int element, const Unit* units, const Needed& needed,
+                          const unsigned char** start) {
   const int r = threadIdx.x % kTile;
   const unsigned char* row = nullptr;
   if (r < side.rows()) {
@@ -197,16 +201,19 @@ __device__ void fill_rows(const Side& side, int64_t first_pixel, const Maps& map
     if (side.exists(units, member) && needed(member)) {
       const Unit unit = units[side.unit(member)];
       const int64_t pixel = first_pixel + r % side.pixels;
-      if (pixel < unit.pixels()) {
+      const int64_t sample = side.sample(member);
+      if (pixel < unit.pixels() && is_valid(p, maps, unit, sample, int(pixel))) {
         row = static_cast<const unsigned char*>(maps.data) +
-              map_offset(maps.strides, unit, side.sample(member), int(pixel)) * element;
+              map_offset(maps.strides, unit, sample, int(pixel)) * element;
       }
     }
   }
   start[r] = row;
+  return row != nullptr;
 }
 
-// All products of a tile of queries with one of keys, scaled to cosines, in shared.buffer.
+// All products of a tile of queries with one of keys, scaled to cosines, in shared.buffer; -INFINITY
+// where either row takes no part, so that a query pixel which does not finds no match either.
 template <class Mode>
 __device__ __forceinline__ void tile_cosines(const Problem& p, MatchShared& shared,
                                              int query_rows, int key_rows, bool one_side,
@@ -261,10 +268,9 @@ __device__ __forceinline__ void tile_cosines(const Problem& p, MatchShared& shar
   if (row < side_rows) {
     const float total = one_side ? shared.squares[0][row] + shared.squares[1][row]
                                  : shared.squares[half][row];
-    const T* start = reinterpret_cast<const T*>(shared.start[side][row]);
-    const float norm =
-        finish_norm<T>(start == nullptr ? 0.0f : total, start, p.maps[side].strides[2], channels);
-    shared.scale[half][row] = unit_scale(norm, float(p.eps));
+    shared.scale[half][row] = shared.start[side][row] == nullptr
+                                  ? kAbsent
+                                  : unit_scale(row_norm(total), float(p.eps));
   }
   __syncthreads();
 
@@ -285,9 +291,8 @@ __device__ __forceinline__ void tile_cosines(const Problem& p, MatchShared& shar
         float pair[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          // A scale of 0 stands for a zero vector also where products overflow.
-          pair[i] = scale == 0 || scales[i] == 0
-                        ? scale * scales[i]
+          pair[i] = scale < 0 || scales[i] < 0
+                        ? -INFINITY
                         : sums.at[n / 2][m][n % 2][2 * upper + i] * scale * scales[i];
         }
         *reinterpret_cast<float2*>(sims + r * kSimPitch + column) = make_float2(pair[0], pair[1]);
@@ -326,7 +331,7 @@ __device__ void best_of_windows(const Problem& p, const MatchShared& shared,
     if (slot < 0) continue;
     const int row = member * pixels + pixel, column = other * pixels;
     const float* from = reverse ? sims + column * kSimPitch + row : sims + row * kSimPitch + column;
-    Best<float> best = {0, -1};
+    Best<float> best;
     const int count = unit.pixels();
     int l = 0;
     if (!reverse && pixels % 4 == 0) {
@@ -339,7 +344,7 @@ __device__ void best_of_windows(const Problem& p, const MatchShared& shared,
       }
     }
     for (; l < count; ++l) best.take(from[l * (reverse ? kSimPitch : 1)], l);
-    store_match<float>(p, slot, unit, pixel, best.value, int(best.place));
+    store_match(p, slot, unit, pixel, best);
   }
 }
 
@@ -377,7 +382,8 @@ __device__ inline Work work_of_tile(const Problem& p) {
            {second * t.samples[1], p.maps[1].samples, 0, units, int(t.samples[1]), pixels}},
           blockIdx.x / tile_pairs * units,
           0,
-          p.set_form && first == second};
+          p.set_form && first == second,
+          false};
 }
 
 __device__ inline Work work_of_stream(const Problem& p) {
@@ -391,7 +397,18 @@ __device__ inline Work work_of_stream(const Problem& p) {
   return {{{query, query + 1, chunk * pixels, 1, 1, pixels}, {key, key + 1, 0, 1, 1, pixels}},
           rest / table,
           slot,
+          false,
           false};
+}
+
+// The match of the query row that this thread shares with the next.
+__device__ inline void store_streamed(const Problem& p, const MatchShared& shared,
+                                      const Best<float>& best) {
+  const Side& queries = shared.work.sides[0];
+  const int row = threadIdx.x / 2, pixel = int(queries.first_pixel) + row;
+  if (threadIdx.x % 2 == 0 && row < queries.pixels && pixel < shared.units[0].pixels()) {
+    store_match(p, shared.work.slot, shared.units[0], pixel, best);
+  }
 }
 
 template <class Mode>
@@ -425,26 +442,29 @@ __device__ void match(const Problem& p) {
 
   const int element = int(sizeof(typename Mode::T));
   if (threadIdx.x < kTile) {
-    fill_rows(
-        queries, queries.first_pixel, p.maps[0], element, units,
+    const bool found = fill_rows(
+        p, queries, queries.first_pixel, p.maps[0], element, units,
         [&](int a) {
           return shared.bits.any_of_row(a) || (one_side && shared.bits.any_of_column(a, members));
         },
         shared.start[0]);
+    if (found) shared.work.asked = true;  // whoever writes it writes the same
   }
   // One tile of keys, or, streamed, all of a window, with a running maximum: two threads share a
   // query row then, and take turns of four key pixels.
   const int row = threadIdx.x / 2, turn = threadIdx.x % 2 * 4;
   const int end = streamed ? units[0].pixels() : keys.pixels;
   const float* const sims = reinterpret_cast<const float*>(shared.buffer) + row * kSimPitch;
-  Best<float> best = {0, -1};
+  Best<float> best;
   for (int from = 0; from < end; from += keys.pixels) {
-    if (threadIdx.x >= kTile) {
+    if (threadIdx.x >= kTile && !one_side) {
       fill_rows(
-          keys, from, p.maps[1], element, units,
+          p, keys, from, p.maps[1], element, units,
           [&](int b) { return shared.bits.any_of_column(b, members); }, shared.start[1]);
     }
-    __syncthreads();  // the rows are known, and the similarities of the tile before were read
+    // The rows are known, and the similarities of the tile before were read.
+    __syncthreads();
+    if (streamed && !work.asked) break;
     tile_cosines<Mode>(p, shared, queries.staged(), key_rows, one_side, active);
     if (streamed) {
       const int width = end - from < keys.pixels ? end - from : keys.pixels;
@@ -463,10 +483,7 @@ __device__ void match(const Problem& p) {
   if (!streamed) return;
   const float other = __shfl_xor_sync(0xffffffffu, best.value, 1);
   best.merge(other, __shfl_xor_sync(0xffffffffu, best.place, 1));
-  const int pixel = int(queries.first_pixel) + row;
-  if (turn == 0 && row < queries.pixels && pixel < end) {
-    store_match<float>(p, work.slot, units[0], pixel, best.value, best.place);
-  }
+  store_streamed(p, shared, best);
 }
 
 }  // namespace cuda

@@ -1,5 +1,5 @@
 // Which kernels run for a problem, on how many blocks, with how much shared memory. Nothing here
-// looks at the mask: it may be on the device, and the plan must not wait for it.
+// looks at the pairs: they may be on the device, and the plan must not wait for it.
 #pragma once
 
 #include <cstdint>

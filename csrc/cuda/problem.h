@@ -18,8 +18,10 @@ struct Maps {
   const void* data;  // (G, S, C, H, W)
   void* grad;        // (G, S, C, H, W)
   void* norms;       // (G, S, H·W): backward of large windows, and float64
+  const uint8_t* valid;  // (G, S, H·W) bool, from the first sample of this side on; null: all
   int64_t strides[5], grad_strides[5];  // in elements
   int64_t samples;
+  int64_t valid_stride;  // of a group, in bytes: the sides share one tensor
   int64_t vector, grad_vector;  // channels contiguous, rows of 16-byte pieces at aligned addresses
 };
 
@@ -36,16 +38,15 @@ struct Tiling {
 
 struct Problem {
   Maps maps[2];                 // query and key; the same twice in the set form
-  const uint8_t* mask;          // (G, N, M) bool; null: every pair
-  const void* grad_loss;        // (G, N, M)
-  int32_t* slots;               // (G, N, M) + 1: number of each pair, and last how many there are
-  void* argmax;                 // (capacity, H·W) uint8 or int32
-  void* max_sim;                // (capacity, H·W)
-  void* loss;                   // (G, N, M)
-  int32_t *chosen_end, *chosen_by;  // (capacity, H·W): see gather.cuh
-  int64_t mask_strides[3], grad_loss_strides[3];
+  const int64_t* pairs;         // (P,) places in (G, N, M), -1: room left over; null: every pair
+  int32_t* slots;               // (G, N, M): number of each pair, -1 where there is none
+  const void* grad_sim;         // (P, H·W) gradient of max_sim
+  void* argmax;                 // (P, H·W) uint8 or int32
+  void* max_sim;                // (P, H·W)
+  void* loss;                   // (P,)
+  int32_t *chosen_end, *chosen_by;  // (P, H·W): see gather.cuh
   int64_t set_form, wide_index;
-  int64_t groups, channels, capacity;
+  int64_t groups, channels, num_pairs;
   int64_t dtype, allow_tf32;
   double eps;
   Grid grid;

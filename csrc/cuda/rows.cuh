@@ -41,7 +41,7 @@ struct Side {
   }
 };
 
-// Number of a pair; negative where the mask has none, or `capacity` no room for it.
+// Number of a pair; negative where there is none.
 __device__ inline int64_t pair_slot(const Problem& p, int64_t group, int64_t query, int64_t key) {
   const int64_t flat = (group * p.maps[0].samples + query) * p.maps[1].samples + key;
   return p.slots == nullptr ? flat : p.slots[flat];
@@ -60,18 +60,18 @@ __device__ inline int64_t map_offset(const int64_t* strides, const Unit& unit, i
          (unit.column + pixel % unit.columns) * strides[4];
 }
 
-// `argmax` counts in columns of the nominal window, so that it reads the same at the edge.
-__device__ inline int nominal_offset(const Problem& p, const Unit& unit, int pixel) {
-  const int columns = int(p.grid.window_columns);
-  return columns == unit.columns ? pixel : pixel / unit.columns * columns + pixel % unit.columns;
+// Whether a pixel takes part, be it as a query or as a key.
+__device__ inline bool is_valid(const Problem& p, const Maps& maps, const Unit& unit,
+                                int64_t sample, int pixel) {
+  return maps.valid == nullptr ||
+         maps.valid[unit.group * maps.valid_stride + sample * p.grid.pixels() +
+                    plane_index(p, unit, pixel)] != 0;
 }
 
-template <class F>
-__device__ inline void store_match(const Problem& p, int64_t slot, const Unit& unit, int pixel,
-                                   F max_sim, int match) {
-  const int64_t at = slot * p.grid.pixels() + plane_index(p, unit, pixel);
-  const int offset = nominal_offset(p, unit, match);
-  static_cast<F*>(p.max_sim)[at] = max_sim;
+// The argmax of a query pixel that takes no part: -1, or the byte of that.
+__device__ inline int no_match(const Problem& p) { return p.wide_index ? -1 : 255; }
+
+__device__ inline void store_argmax(const Problem& p, int64_t at, int offset) {
   if (p.wide_index) {
     static_cast<int32_t*>(p.argmax)[at] = offset;
   } else {
@@ -79,11 +79,28 @@ __device__ inline void store_match(const Problem& p, int64_t slot, const Unit& u
   }
 }
 
-// The match of a query pixel that stands at `at`, as a pixel of the window. Clamped, since nothing
-// else keeps a foreign argmax from pointing out of the window.
+// `argmax` counts in columns of the nominal window, so that it reads the same at the edge.
+__device__ inline int nominal_offset(const Problem& p, const Unit& unit, int pixel) {
+  const int columns = int(p.grid.window_columns);
+  return columns == unit.columns ? pixel : pixel / unit.columns * columns + pixel % unit.columns;
+}
+
+// A query pixel without a match is as similar as can be: no penalty of 1 - max_sim counts it.
+template <class F>
+__device__ inline void store_match(const Problem& p, int64_t slot, const Unit& unit, int pixel,
+                                   const Best<F>& best) {
+  const int64_t at = slot * p.grid.pixels() + plane_index(p, unit, pixel);
+  const bool found = best.place >= 0;
+  static_cast<F*>(p.max_sim)[at] = found ? best.value : F(1);
+  store_argmax(p, at, found ? nominal_offset(p, unit, best.place) : no_match(p));
+}
+
+// The match of a query pixel that stands at `at`, as a pixel of the window; -1 if it has none.
+// Clamped, since nothing else keeps a foreign argmax from pointing out of the window.
 __device__ inline int load_match(const Problem& p, const Unit& unit, int64_t at) {
   const int offset = p.wide_index ? static_cast<const int32_t*>(p.argmax)[at]
                                   : int(static_cast<const uint8_t*>(p.argmax)[at]);
+  if (offset == no_match(p)) return -1;
   const int columns = int(p.grid.window_columns);
   const int pixel = columns == unit.columns
                         ? offset
@@ -92,13 +109,17 @@ __device__ inline int load_match(const Problem& p, const Unit& unit, int64_t at)
   return pixel < 0 ? 0 : pixel > last ? last : pixel;
 }
 
-// grad_loss / (H·W) of a pair.
+// A match as the backward sees it: ∂L/∂max_sim, which is NaN wherever max_sim is.
 template <class F>
-__device__ inline F pair_gradient(const Problem& p, int64_t group, int64_t query, int64_t key) {
-  const int64_t* s = p.grad_loss_strides;
-  const F grad = static_cast<const F*>(p.grad_loss)[group * s[0] + query * s[1] + key * s[2]];
-  return grad / F(p.grid.pixels());
-}
+struct Term {
+  F max_sim, gradient;
+
+  __device__ static Term load(const Problem& p, int64_t at) {
+    const F max_sim = static_cast<const F*>(p.max_sim)[at];
+    const F gradient = static_cast<const F*>(p.grad_sim)[at];
+    return {max_sim, max_sim == max_sim ? gradient : max_sim};
+  }
+};
 
 // The rows of a tile in device memory: where their channels start, null where there is nothing to
 // be read; and how far apart their channels are, for all (stride) or, if given, row by row.
@@ -195,18 +216,6 @@ __device__ inline float sum_of_squares(const uint32_t* row, int words, int step)
     }
   }
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
-}
-
-// The norm of a row from its sum of squares. Where that overflows, the row is read again, once in
-// a lifetime: a row of finite numbers keeps an infinite norm, one that holds an Inf gets NaN.
-template <class T, class F>
-__device__ F finish_norm(F squares, const T* row, int64_t stride, int64_t channels) {
-  const F norm = sqrt(squares);
-  if (norm - norm == F(0) || norm != norm) return norm;
-  for (int64_t c = 0; c < channels; ++c) {
-    if (!is_finite(widen(row[c * stride]))) return F(NAN);
-  }
-  return norm;
 }
 
 // One bit for each two members of a tile: whether `a` as a query and `b` as a key are a pair.

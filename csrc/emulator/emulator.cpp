@@ -1,6 +1,5 @@
-// See emulator.h. At the end: what the tests call through ctypes.
-#include "cuda/backward.cuh"
-#include "cuda/forward.cuh"
+// See emulator.h.
+#include "cuda/device.cuh"
 
 #include <sys/mman.h>
 
@@ -238,26 +237,25 @@ void copy_wait(int newest) {
   }
 }
 
-// order: 0 ascending, -1 descending, else the seed of a permutation of the threads.
-void run(const salkernels::cuda::Launch& launch, const salkernels::cuda::Problem& problem,
-         int64_t order_seed) {
-  using salkernels::cuda::kThreads;
-  if (block.fibers.empty()) {
-    block.fibers.resize(kThreads);
-    block.warps.resize(kThreads / 32);
-    for (int i = 0; i < kThreads; ++i) {
+void run(const std::function<void()>& body, int threads, int64_t blocks, int64_t rows,
+         int64_t shared_bytes, int64_t order_seed) {
+  if (block.fibers.size() != size_t(threads)) {
+    if (!block.fibers.empty()) fail("all launches must have the same number of threads");
+    block.fibers.resize(threads);
+    block.warps.resize(threads / 32);
+    for (int i = 0; i < threads; ++i) {
       block.fibers[i].index.x = unsigned(i);
       block.fibers[i].stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE,
                                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     }
   }
-  std::vector<int> order(kThreads);
-  for (int i = 0; i < kThreads; ++i) order[i] = order_seed < 0 ? kThreads - 1 - i : i;
+  std::vector<int> order(threads);
+  for (int i = 0; i < threads; ++i) order[i] = order_seed < 0 ? threads - 1 - i : i;
   if (order_seed > 0) std::shuffle(order.begin(), order.end(), std::mt19937(unsigned(order_seed)));
-  block.body = [&] { launch.kernel(problem); };
-  for (int64_t y = 0; y < launch.rows; ++y) {
-    for (int64_t x = 0; x < launch.blocks; ++x) {
-      run_block({unsigned(x), unsigned(y), 0}, size_t(launch.shared_bytes), order);
+  block.body = body;
+  for (int64_t y = 0; y < rows; ++y) {
+    for (int64_t x = 0; x < blocks; ++x) {
+      run_block({unsigned(x), unsigned(y), 0}, size_t(shared_bytes), order);
     }
   }
 }
@@ -361,46 +359,3 @@ void multiply_f16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
 
 }  // namespace cuda
 }  // namespace salkernels
-
-// ---- For the tests -------------------------------------------------------------------------------
-
-using namespace salkernels::cuda;
-
-extern "C" {
-
-struct Recorded {
-  char name[64];
-  int64_t blocks, rows, threads, shared_bytes;
-};
-
-// The launches of a problem, and the problem as they are given it.
-const char* emulator_plan(Problem* problem, int backward, int64_t shared_limit, Recorded* launches,
-                          int* count) {
-  const Plan plan =
-      backward ? plan_backward(*problem, shared_limit) : plan_forward(*problem);
-  *count = plan.count;
-  for (int i = 0; i < plan.count; ++i) {
-    const Launch& launch = plan.launches[i];
-    std::snprintf(launches[i].name, sizeof(launches[i].name), "%s", launch.name);
-    launches[i].blocks = launch.blocks;
-    launches[i].rows = launch.rows;
-    launches[i].threads = kThreads;
-    launches[i].shared_bytes = launch.shared_bytes;
-  }
-  return plan.error;
-}
-
-const char* emulator_run(Problem* problem, int backward, int64_t shared_limit, int64_t order) {
-  const Plan plan =
-      backward ? plan_backward(*problem, shared_limit) : plan_forward(*problem);
-  if (plan.error != nullptr) return plan.error;
-  for (int i = 0; i < plan.count; ++i) emulator::run(plan.launches[i], *problem, order);
-  return nullptr;
-}
-
-int emulator_needs_lists(const Problem* problem, int64_t shared_limit) {
-  return backward_gathers(*problem, shared_limit);
-}
-
-int64_t emulator_problem_bytes() { return sizeof(Problem); }
-}
