@@ -34,7 +34,7 @@ SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120:
 SANITIZE = ("-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined")
 LINE = 64  # bytes; torch aligns what it allocates to that, so no two tensors share one
 _I64 = ctypes.c_int64
-_TAKE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, *[_I64] * 4, ctypes.c_void_p)
+TAKE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, *[_I64] * 4, ctypes.c_void_p)
 
 
 class _Pointer(ctypes.Structure):
@@ -102,7 +102,7 @@ def load() -> tuple[Any, torch.library.Library]:
 class HostKernels:
     """The kernels as host code. `order`: of threads; 0 ascending, -1 descending, else a seed."""
 
-    _take: Any = _TAKE()  # a launch is not taken, but runs
+    _take: Any = TAKE()  # a launch is not taken, but runs
 
     def __init__(
         self, architecture: int = 80, allow_tf32: bool = False, order: int | None = None
@@ -160,20 +160,20 @@ class HostKernels:
 class CompiledKernels(HostKernels):
     """The PTX for sm_80 on `ptxemu`; `stats` holds the counters of the launches since `clear`."""
 
-    def __init__(self, allow_tf32: bool = False) -> None:
+    def __init__(self, allow_tf32: bool = False, modules: list[Any] | None = None) -> None:
         super().__init__(80, allow_tf32)
         if str(PTXEMU) not in sys.path:
             sys.path.insert(0, str(PTXEMU))
         import ptxemu  # type: ignore[import-not-found]
 
         self.emulator = ptxemu
-        self.modules = [
+        self.modules = modules or [  # those of another, or compiled anew
             ptxemu.from_nvcc(str(ROOT / "csrc" / "cuda" / f"{name}.cu"), arch="sm_80")
             for name in ("forward", "backward")
         ]
         self.stats: list[Any] = []
         self.failure: Exception | None = None
-        self._take = _TAKE(self._launch)
+        self._take = TAKE(self._launch)
 
     def _call(self, name: str, *arguments: Any) -> Any:
         self.failure = None

@@ -27,10 +27,8 @@ def run(case: Case) -> list[Row]:
         PROVIDER,
         case,
         compiled.stats,
-        lambda features, mask, window: compiled.pair_losses_forward(
-            features, None, mask, window, EPS, case.num_pairs
-        ),
-        lambda grad, features, mask, window, outputs: compiled.pair_losses_backward(
-            grad, features, None, mask, outputs[1], outputs[2], window, EPS
+        lambda features, pairs, window: compiled.match(features, None, pairs, None, window, EPS),
+        lambda grad_sim, features, pairs, window, outputs: compiled.match_backward(
+            grad_sim, features, None, pairs, None, *outputs[1:], window, EPS
         )[0],
     )

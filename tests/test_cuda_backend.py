@@ -46,7 +46,7 @@ def test_without_a_gpu_a_call_says_what_is_missing():
         salkernels.wla_loss(X, Y, 2, backend="cuda")
     assert reason in str(caught.value)
     with pytest.raises(RuntimeError, match="the cuda backend cannot run"):
-        torch.ops.salkernels.pair_losses(X[None], None, None, [2, 2], 1e-12, 4, "cuda")
+        torch.ops.salkernels.match(X[None], None, None, None, [2, 2], 1e-12, "cuda")
 
 
 def test_a_torch_without_cuda_is_named_before_the_library(monkeypatch):
@@ -106,7 +106,7 @@ def test_compiled_code_knows_a_gpu_that_there_is_no_code_for(gpu, monkeypatch):
         x = torch.empty(2, 8, 4, 4, device="cuda")
 
     def chosen(x):
-        reason = cuda.can_run(x, None, (2, 2))
+        reason = cuda.why_not(x, None, (2, 2))
         return x.new_empty(1 if reason is None else len(reason))
 
     for capability in ((8, 0), (7, 5)):
@@ -122,9 +122,9 @@ def test_compiled_code_knows_a_gpu_that_there_is_no_code_for(gpu, monkeypatch):
 
 def test_inputs_that_it_does_not_take(gpu):
     gpu((9, 0))
-    assert cuda.can_run(X, Y, (2, 2)) == "it runs on GPUs, and the features are on cpu"
+    assert cuda.why_not(X, Y, (2, 2)) == "it runs on GPUs, and the features are on cpu"
     integers = torch.empty(2, 2, 8, 4, 4, dtype=torch.int32, device="meta")
-    assert "the features are on meta" in cuda.can_run(integers, None, (2, 2))
+    assert "the features are on meta" in cuda.why_not(integers, None, (2, 2))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

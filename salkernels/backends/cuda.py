@@ -1,7 +1,7 @@
 """The CUDA C++ kernels: compiled ahead of time, for GPUs of compute capability 8.0 or later.
 
-Nothing waits for the device, so a call can be part of a CUDA graph. For the same reason a mask that
-holds more pairs than `capacity` is no error here: the loss of those beyond it is NaN.
+Nothing waits for the device, so a call can be part of a CUDA graph. For the same reason a pair that
+is out of range is no error here: it counts as room that is left over.
 
 fp32 products are as exact as fp32 (three tf32 products each) unless
 `torch.backends.cuda.matmul.allow_tf32` says that one will do.
@@ -13,13 +13,17 @@ import functools
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import _native
+from .._torch_private import constant_for_dynamo
+from ..reference import Outputs
 
 DEVICES = ("cuda",)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MINIMUM = (8, 0)  # compute capability
+
+_match = torch.ops.salkernels.native_match.default
+_match_backward = torch.ops.salkernels.native_match_backward.default
 
 
 def _load() -> str | None:
@@ -70,14 +74,10 @@ def built_for() -> str | None:
     return f"compute capability {', '.join(info['architectures'])}{ptx} (nvcc {info['nvcc']})"
 
 
+@constant_for_dynamo
 def _unsupported(index: int) -> str | None:
     """Why a GPU cannot run what was compiled, or None."""
     return _ask(index)
-
-
-# Not to be traced but called, when torch.compile comes to it: the answer is a constant of the
-# graph. This is what torch.compiler.assume_constant_result does, without loading the compiler.
-_unsupported._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -115,8 +115,7 @@ def _version(text: str) -> tuple[int, int]:
 
 def _driver_version() -> tuple[int, int]:
     """The latest CUDA that the driver supports; (0, 0) if it does not say."""
-    with _disable_current_modes():  # which would take it for an operator on fake tensors
-        number = int(torch.ops.salkernels_cuda.driver_version())
+    number = _native.number("cuda", "driver_version")
     return number // 1000, number % 1000 // 10
 
 
@@ -127,30 +126,35 @@ def _require(query: Tensor, key: Tensor | None, window: tuple[int, int]) -> None
         raise RuntimeError(f"the cuda backend cannot run: {reason}")
 
 
-def pair_losses_forward(
+def match(
     query: Tensor,  # (G, N, C, H, W)
     key: Tensor | None,  # (G, M, C, H, W)
-    mask: Tensor | None,  # (G, N, M) bool
+    pairs: Tensor | None,  # (P,) int64
+    valid: Tensor | None,  # (G, V, H, W) bool
     window: tuple[int, int],
     eps: float,
-    capacity: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `salkernels.reference.pair_losses_forward`."""
+) -> Outputs:
+    """As `salkernels.reference.match`."""
     _require(query, key, window)
-    return _forward(query, key, mask, window, eps, capacity, _allow_tf32())
+    return Outputs(*_match(query, key, pairs, valid, window, eps, _allow_tf32()))
 
 
-def pair_losses_backward(
-    grad_loss: Tensor,  # (G, N, M)
+def match_backward(
+    grad_sim: Tensor,  # (P, H, W)
     query: Tensor,
     key: Tensor | None,
-    mask: Tensor | None,
-    argmax: Tensor,  # (P, H, W)
+    pairs: Tensor | None,
+    valid: Tensor | None,
     max_sim: Tensor,  # (P, H, W)
+    argmax: Tensor,  # (P, H, W)
+    norm: Tensor,
     window: tuple[int, int],
     eps: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """As `salkernels.reference.pair_losses_backward`."""
+    """As `salkernels.reference.match_backward`."""
     _require(query, key, window)
-    grad_loss = grad_loss.to(max_sim.dtype)
-    return _backward(grad_loss, query, key, mask, argmax, max_sim, window, eps, _allow_tf32())
+    grad_sim = grad_sim.to(max_sim.dtype).contiguous()
+    grads: tuple[Tensor, Tensor | None] = _match_backward(
+        *(grad_sim, query, key, pairs, valid, max_sim, argmax, norm, window, eps, _allow_tf32())
+    )
+    return grads

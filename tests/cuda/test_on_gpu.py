@@ -6,9 +6,10 @@ from types import ModuleType
 
 import pytest
 import torch
-from test_on_host import LARGE, compare, maps
+from against_reference import SHAPES, VALID, compare, features, some_pairs, valid_pixels
 
 from salkernels.backends import cuda
+from salkernels.reference import Outputs
 
 on_a_gpu = pytest.mark.skipif(cuda.status() is not None, reason=str(cuda.status()))
 LAYOUTS = ("channels_last", "nchw")
@@ -25,33 +26,40 @@ class OnDevice:
         moved = (x.to(self.device) if isinstance(x, torch.Tensor) else x for x in arguments)
         return tuple(None if x is None else x.cpu() for x in function(*moved))
 
-    def pair_losses_forward(self, *arguments):
-        return self._run(self.backend.pair_losses_forward, arguments)
+    def match(self, *arguments):
+        return Outputs(*self._run(self.backend.match, arguments))
 
-    def pair_losses_backward(self, *arguments):
-        return self._run(self.backend.pair_losses_backward, arguments)
+    def match_backward(self, *arguments):
+        return self._run(self.backend.match_backward, arguments)
 
 
-def check(kernels, shape, layout, dtype=torch.float32):
-    groups, queries, keys, channels, height, width, window = shape
-    query = maps(groups, queries, channels, height, width, layout=layout, dtype=dtype)
-    key = maps(groups, keys, channels, height, width, layout=layout, dtype=dtype) if keys else None
-    mask = torch.rand(groups, queries, keys or queries) < 0.4
-    compare(kernels, query, key, None if mask.numel() > 10_000 else mask, window)
+def check(kernels, shape, layout, dtype=torch.float32, kind=None):
+    query, key, window = features(shape, layout=layout, dtype=dtype)
+    valid = None if kind is None else valid_pixels(query, key, window, kind)
+    pairs = None if query.shape[1] > 100 else some_pairs(query, key, left_over=1)
+    compare(kernels, query, key, pairs, valid, window)
 
 
 @on_a_gpu
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [*(row[0] for row in LARGE), PAPER], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, PAPER], ids=str)
 def test_every_way_to_tile_on_a_gpu(shape, layout):
     check(OnDevice(cuda, "cuda"), shape, layout)
 
 
 @on_a_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", [row[0] for row in LARGE], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_way_to_tile_in_other_dtypes_on_a_gpu(shape, dtype):
     check(OnDevice(cuda, "cuda"), shape, "channels_last", dtype)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", VALID)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_pixels_that_take_no_part_on_a_gpu(shape, kind, dtype):
+    check(OnDevice(cuda, "cuda"), shape, "channels_last", dtype, kind)
 
 
 def test_the_comparison_itself_runs_without_a_gpu():
@@ -59,9 +67,10 @@ def test_the_comparison_itself_runs_without_a_gpu():
     from salkernels import reference
 
     kernels = OnDevice(reference, "cpu")
-    check(kernels, LARGE[0][0], "nchw")
-    kernels.pair_losses_backward = lambda *arguments: tuple(
-        None if x is None else 1.01 * x for x in OnDevice.pair_losses_backward(kernels, *arguments)
+    for kind in (None, "some"):
+        check(kernels, SHAPES[0], "nchw", kind=kind)
+    kernels.match_backward = lambda *arguments: tuple(
+        None if x is None else 1.01 * x for x in OnDevice.match_backward(kernels, *arguments)
     )
     with pytest.raises(AssertionError):
-        check(kernels, LARGE[0][0], "nchw")
+        check(kernels, SHAPES[0], "nchw")

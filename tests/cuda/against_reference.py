@@ -1,0 +1,147 @@
+"""Inputs that take every way through the kernels, and a comparison with the definition in fp64."""
+
+from __future__ import annotations
+
+import torch
+
+from salkernels import reference
+
+EPS = 1e-12
+
+# Relative error of losses, maxima and gradients (as one vector), by dtype of the features.
+TOLERANCES = {
+    torch.float64: 1e-12,  # a few roundings of 2^-53 over some hundred products
+    torch.float32: 1e-5,  # the same, of 2^-24
+    torch.bfloat16: 5e-3,  # gradients are rounded to 2^-9; sums are fp32
+    torch.float16: 1e-3,  # to 2^-12
+}
+
+LARGE = [  # G, N, M (0: set form), C, H, W, window
+    ((1, 9, 0, 40, 4, 8, (4, 4)), "two tiles of samples: 9 x 16 rows"),
+    ((1, 23, 0, 36, 3, 7, (3, 4)), "three tiles, the last with one sample less"),
+    ((2, 3, 5, 24, 6, 10, (5, 5)), "keys and queries differ, and groups"),
+    ((2, 2, 7, 68, 9, 9, (8, 8)), "one query sample a tile, two tiles of keys"),
+    ((40, 1, 1, 21, 2, 6, (2, 2)), "many windows of many groups in a block"),
+    ((1, 2, 0, 8, 3, 200, (1, 2)), "more windows than a tile takes"),
+    ((1, 130, 0, 4, 1, 2, (1, 1)), "more samples than rows of a tile, at one pixel"),
+    ((1, 3, 0, 50, 12, 13, (12, 12)), "streamed, with a narrow edge window"),
+    ((2, 2, 3, 16, 17, 19, (17, 16)), "streamed, with an index of int32"),
+    ((1, 4, 0, 520, 2, 6, (2, 2)), "more channels than are staged at a time"),
+    ((1, 2, 0, 8, 15, 18, (15, 17)), "streamed, with the largest index of uint8"),
+]
+SHAPES, SHAPE_NAMES = zip(*LARGE, strict=True)
+VALID = ("some", "windows", "samples", "none")
+
+
+def maps(*shape, dtype=torch.float32, layout="channels_last"):
+    """(G, N, C, H, W)"""
+    groups, samples, channels, height, width = shape
+    if layout == "channels_last":
+        return torch.randn(groups, samples, height, width, channels).to(dtype).movedim(-1, 2)
+    return torch.randn(shape).to(dtype)
+
+
+def features(shape, **how):
+    """Query, key (None in the set form) and window of a row of LARGE."""
+    groups, queries, keys, channels, height, width, window = shape
+    query = maps(groups, queries, channels, height, width, **how)
+    key = maps(groups, keys, channels, height, width, **how) if keys else None
+    return query, key, window
+
+
+def some_pairs(query, key, share=0.4, left_over=0):
+    """(P,) pairs drawn from a table, and room that is left over."""
+    table = torch.rand(query.shape[0], query.shape[1], (query if key is None else key).shape[1])
+    table = table < share
+    if table.numel() > 1000:
+        table = table.triu(-1) & table.tril(1)  # the emulators take their time
+    places = table.flatten().nonzero().squeeze(1)
+    return torch.cat((places, places.new_full((left_over,), -1)))
+
+
+def valid_pixels(query, key, window, kind):
+    """(G, V, H, W) bool: of `kind` one of VALID."""
+    groups, queries, _, height, width = query.shape
+    shape = (groups, queries + (0 if key is None else key.shape[1]), height, width)
+    if kind == "some":
+        return torch.rand(shape) < 0.6
+    if kind == "none":
+        return torch.zeros(shape, dtype=torch.bool)
+    valid = torch.rand(shape) < 0.8
+    if kind == "samples":
+        valid[torch.rand(shape[:2]) < 0.5] = False
+        return valid
+    for top in range(0, height, window[0]):
+        for left in range(0, width, window[1]):
+            part = valid[:, :, top : top + window[0], left : left + window[1]]
+            part &= torch.rand(*shape[:2], 1, 1) < 0.5
+    return valid
+
+
+def spoil(query, key, valid):
+    """The features with NaN, Inf and numbers out of range where they are not valid."""
+    samples = query.shape[1]
+
+    def spoiled(x, of):
+        bad = torch.tensor([torch.nan, torch.inf, -torch.inf, torch.finfo(x.dtype).max])
+        return torch.where(of[:, :, None], x, bad.to(x.dtype)[torch.randint(0, 4, x.shape)])
+
+    parts = spoiled(query, valid[:, :samples]), None
+    return parts if key is None else (parts[0], spoiled(key, valid[:, samples:]))
+
+
+def relative(actual, expected, least=1e-300):
+    """Error as a vector, relative to its length or to `least`; NaN in the same places."""
+    if actual is None or expected is None:
+        assert actual is expected
+        return 0.0
+    assert actual.shape == expected.shape
+    actual, expected = actual.double(), expected.double()
+    assert torch.equal(actual.isnan(), expected.isnan()), "NaN elsewhere"
+    error = (actual - expected).nan_to_num(0, torch.inf, torch.inf).norm()
+    return float(error / expected.nan_to_num(0).norm().clamp_min(least))
+
+
+def _double(x):
+    return None if x is None else x.double()
+
+
+def compare(kernels, query, key, pairs, valid, window, grad_sim=None, tolerance=None):
+    """Forward and backward against the definition in fp64; what is not valid holds anything."""
+    clean = query, key
+    if valid is not None:
+        query, key = spoil(query, key, valid)
+    arguments = (pairs, valid, window, EPS)
+    expected = reference.match(_double(clean[0]), _double(clean[1]), *arguments)
+    actual = kernels.match(query, key, *arguments)
+    for ours, planned in zip(actual, reference.outputs(query, key, pairs, window), strict=True):
+        assert (ours.shape, ours.dtype) == (planned.shape, planned.dtype)
+    tolerance = tolerance or TOLERANCES[query.dtype]
+    # Of a sample with itself the loss is nothing but rounding, of numbers of order one.
+    assert relative(actual.loss, expected.loss, 1) < min(tolerance, 1e-5)
+    assert relative(actual.max_sim, expected.max_sim, 1) < min(tolerance, 1e-5)
+    absent = reference.no_match(actual.argmax.dtype)
+    assert torch.equal(actual.argmax == absent, expected.argmax == absent)
+    # Random features tie to within rounding once in a long while.
+    differ = (actual.argmax != expected.argmax).sum()
+    assert differ <= 1 + actual.argmax.numel() // 1000
+
+    grad_sim = torch.randn_like(actual.max_sim) if grad_sim is None else grad_sim
+    saved = (pairs, valid, *actual[1:], window, EPS)
+    grads = kernels.match_backward(grad_sim, query, key, *saved)
+    wide = (pairs, valid, actual.max_sim.double(), *actual[2:], window, EPS)
+    wanted = reference.match_backward(
+        grad_sim.double(), _double(clean[0]), _double(clean[1]), *wide
+    )
+    # What is left of the gradient of a sample's match with itself is rounding, of numbers as large
+    # as the terms: each a unit vector over a norm.
+    terms = grad_sim.double()[actual.argmax != absent].nan_to_num(0)
+    least = float(terms.norm()) / query.shape[2] ** 0.5
+    for ours, theirs in zip(grads, wanted, strict=True):
+        assert ours is theirs is None or ours.dtype == query.dtype
+        assert relative(ours, theirs, max(least, 1e-300)) < tolerance
+    if valid is not None:
+        parts = valid[:, : query.shape[1]], valid[:, query.shape[1] :]
+        for grad, of in zip(grads, parts, strict=True):
+            assert grad is None or not torch.where(of[:, :, None], 0, grad).count_nonzero()
+    return actual, grads
