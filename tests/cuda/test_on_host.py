@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -176,8 +177,14 @@ def test_a_foreign_argmax_stays_inside_the_window(host_kernels):
             assert grad.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30, 1e200])
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [
+        *product((torch.float32, torch.bfloat16, torch.float64), (torch.nan, torch.inf, 1e30)),
+        (torch.float64, 1e200),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("window", [(2, 2), (3, 9), (17, 18)])
 def test_values_out_of_range_reach_what_they_touch_and_nothing_else(
     value, window, dtype, host_kernels
@@ -194,7 +201,7 @@ def test_values_out_of_range_reach_what_they_touch_and_nothing_else(
     pairs = table.flatten().nonzero().squeeze(1)
     arguments = (query, None, pairs, None, window, EPS)
     expected, actual = (b.match(*arguments) for b in (reference, host_kernels))
-    assert actual.max_sim.isnan().any() == (dtype != torch.float64 or not value < 1e160)
+    assert actual.max_sim.isnan().any() == (dtype != torch.float64 or value != 1e30)
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs, equal_nan=True, rtol=1e-5, atol=1e-6)
     saved = (torch.randn_like(actual.max_sim), *arguments[:4], *actual[1:], window, EPS)
