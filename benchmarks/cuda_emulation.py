@@ -2,7 +2,7 @@
 
 The host library is `csrc/register_cuda.cpp`, the registration that a GPU runs, with `csrc/cuda` as
 host code by `csrc/emulator`: the operators of `salkernels.schema` in a library of their own, for
-tensors of the CPU. `HostKernels` calls them. `CompiledKernels` calls them too, but takes each launch
+tensors of the CPU. `HostKernels` calls them. `CompiledKernels` does too, but takes each launch
 before it runs, and runs the PTX that nvcc gives for sm_80 in its place, on `ptxemu`, a folder of
 tools that may lie beside the repository; it also counts memory traffic. Both have the functions of
 a backend, so that every test of a backend can run them.
@@ -89,7 +89,7 @@ def build(sanitize: bool = False) -> Path:
 
 @cache
 def load() -> tuple[Any, torch.library.Library]:
-    """The host library as ctypes sees it, and its operators, which live as long as they are kept."""
+    """The host library as ctypes sees it, and its operators, there as long as they are kept."""
     operators = torch.library.Library("salkernels_emulator", "DEF")
     schema.define(operators, schema.NATIVE)
     path = str(build(os.environ.get("SALKERNELS_EMULATOR_SANITIZE") == "1"))
@@ -180,7 +180,9 @@ class CompiledKernels(HostKernels):
         try:
             return super()._call(name, *arguments)
         except RuntimeError:
-            raise self.failure or sys.exc_info()[1] from None
+            if self.failure is None:
+                raise
+            raise self.failure from None
 
     def _launch(
         self, name: bytes, blocks: int, rows: int, threads: int, shared: int, problem: int

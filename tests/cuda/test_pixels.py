@@ -20,6 +20,7 @@ from against_reference import (
 from benchmarks import cuda_emulation
 from benchmarks.cuda_emulation import HostKernels
 from salkernels import reference
+from salkernels.backends import cuda
 
 # One of each: tiles of all samples, of some, several windows, streamed by bytes and by int32.
 REGIMES = [SHAPES[i] for i in (9, 1, 2, 3, 4, 7, 8)]
@@ -88,17 +89,31 @@ def test_any_gradient_of_the_maxima(shape, dtype, host_kernels):
     _, grads = compare(host_kernels, query, key, pairs, None, window, zero)
     assert not any(g.count_nonzero() for g in grads if g is not None)
     some = torch.where(torch.rand(plane) < 0.1, torch.randn(plane, dtype=dtype) * 1e3, 0)
-    compare(host_kernels, query, key, pairs, None, window, some)
     lost = some.clone()
     lost[0, 0, 0] = torch.nan
     _, grads = compare(host_kernels, query, key, pairs, None, window, lost)
     rows = sum(int(g.isnan().any(dim=2).sum()) for g in grads if g is not None)
     assert 1 <= rows <= 2, "the query, and the key that it chose, which may be one row"
-    # Strides of its own, and a wider dtype: the backend makes of it what the kernels take.
-    strided = some.double().mT.contiguous().mT
-    assert not strided.is_contiguous() or 1 in plane[1:]
-    compare(host_kernels, query, key, pairs, None, window, strided)
-    compare(host_kernels, query, key, pairs, None, window, zero.new_ones(1, 1, 1).expand(plane))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("window", [(2, 2), (10, 13)])
+def test_the_backend_gives_the_operators_what_they_take(window, dtype, host_kernels, monkeypatch):
+    """The module that a GPU runs, on the host's operators: gradients of any strides and dtype."""
+    monkeypatch.setattr(cuda, "_require", lambda *_: None)
+    for name in ("match", "match_backward"):
+        operator = getattr(torch.ops.salkernels_emulator, f"native_{name}").default
+        monkeypatch.setattr(cuda, f"_{name}", operator)
+    query, key = (maps(2, n, 16, 10, 13, dtype=dtype) for n in (3, 2))
+    pairs = some_pairs(query, key, 0.7)
+    plane = (len(pairs), 10, 13)
+    for grad_sim in (
+        torch.randn(plane).mT.contiguous().mT,
+        torch.randn(plane, dtype=torch.float64)[:, ::2].repeat_interleave(2, 1),
+        torch.randn(1, 1, 1).expand(plane),
+        torch.ones(plane, dtype=torch.bfloat16),
+    ):
+        compare(cuda, query, key, pairs, None, window, grad_sim)
 
 
 @pytest.mark.parametrize("shape", REGIMES, ids=str)
@@ -122,9 +137,7 @@ def test_room_that_is_left_over_is_filled(shape, host_kernels):
     assert (full.argmax[len(pairs) :] == reference.no_match(full.argmax.dtype)).all()
     grad_sim = torch.ones_like(full.max_sim)
     grad_sim[len(pairs) :] = torch.nan
-    again = host_kernels.match_backward(
-        grad_sim, query, key, more, None, *full[1:], window, EPS
-    )
+    again = host_kernels.match_backward(grad_sim, query, key, more, None, *full[1:], window, EPS)
     for ours, theirs in zip(again, grads, strict=True):
         assert ours is theirs or torch.equal(ours, theirs)
 
