@@ -116,8 +116,8 @@ __device__ inline Split split(uint32_t bits) {
   return {high, to_tf32(x - bits_to_float(high))};
 }
 
-// The norm of a row from its sum of squares. One beyond the range of F is as lost as a NaN: the unit
-// vector would be zero, without a word.
+// The norm of a row from its sum of squares. One beyond the range of F is as lost as a NaN: the
+// unit vector would be zero, without a word.
 template <class F>
 __device__ inline F row_norm(F squares) {
   return squares - squares == F(0) ? sqrt(squares) : F(NAN);
@@ -138,8 +138,8 @@ __device__ inline bool is_finite(F x) {
   return x - x == F(0);
 }
 
-// The largest value so far and where: NaN is above all numbers, the first of equals stays. No cosine
-// is -INFINITY, which stands for one that does not count: it is never taken.
+// The largest value so far and where: NaN is above all numbers, the first of equals stays. No
+// cosine is -INFINITY, which stands for one that does not count: it is never taken.
 template <class F>
 struct Best {
   F value = -INFINITY;

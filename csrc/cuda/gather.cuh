@@ -72,9 +72,9 @@ __device__ inline int64_t lists_of(const Problem& p, const Unit& unit, int64_t s
   return slot * p.grid.pixels() + unit.row * p.grid.width + int64_t(unit.column) * unit.rows;
 }
 
-// A counting sort of the query pixels of one pair and window by the key pixel that each chose, if any.
-// chosen_end[l] is where the list of key pixel l ends in chosen_by, and that of l + 1 begins. One
-// warp takes 32 pixels at a time, in order, so that each list is in ascending order.
+// A counting sort of the query pixels of one pair and window by the key pixel that each chose, if
+// any. chosen_end[l] is where the list of key pixel l ends in chosen_by, and that of l + 1 begins.
+// One warp takes 32 pixels at a time, in order, so that each list is in ascending order.
 __device__ inline void invert(const Problem& p) {
   const int64_t slot = warp_index() / p.windows();
   if (slot >= p.num_pairs || !is_pair(p, slot)) return;
@@ -115,6 +115,17 @@ __device__ inline void invert(const Problem& p) {
     __syncwarp();
   }
 }
+
+// A match as the backward sees it. Where max_sim is NaN, so are the gradients of both rows: x̂·V,
+// which is made of the maxima, takes it there.
+template <class F>
+struct Term {
+  F max_sim, gradient;
+
+  __device__ static Term load(const Problem& p, int64_t at) {
+    return {static_cast<const F*>(p.max_sim)[at], static_cast<const F*>(p.grad_sim)[at]};
+  }
+};
 
 // The sum over one row's matches, for kChannels channels of each lane.
 template <class T>

@@ -57,7 +57,8 @@ struct Nodes {
 };
 
 // Writes to W the weights of matches, or with `reverse` adds them to its mirror image. `times_sim`:
-// times max_sim, whose sum is x̂·V; else to be multiplied by features that are not unit vectors yet.
+// times max_sim, whose sum is x̂·V, and takes a max_sim that is NaN to the gradients of both rows;
+// else to be multiplied by features that are not unit vectors yet.
 template <bool reverse, bool times_sim>
 __device__ void add_weights(const Problem& p, GradientShared& shared, const Nodes& nodes,
                             float* weights, int pitch) {
@@ -74,11 +75,11 @@ __device__ void add_weights(const Problem& p, GradientShared& shared, const Node
     const int64_t at = slot * p.grid.pixels() + plane_index(p, unit, pixel);
     const int match = load_match(p, unit, at);
     if (match < 0) continue;
-    const auto term = Term<float>::load(p, at);
     const int row = first * pixels + pixel, column = second * pixels + match;
-    const float weight = term.gradient * (times_sim ? term.max_sim
-                                          : reverse ? shared.scale[row]
-                                                    : shared.scale[column]);
+    const float weight = static_cast<const float*>(p.grad_sim)[at] *
+                         (times_sim ? static_cast<const float*>(p.max_sim)[at]
+                          : reverse ? shared.scale[row]
+                                    : shared.scale[column]);
     // Threads that mark the same row write the same.
     if (reverse) {
       weights[column * pitch + row] += weight;

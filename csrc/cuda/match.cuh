@@ -212,8 +212,8 @@ __device__ bool fill_rows(const Problem& p, const Side& side, int64_t first_pixe
   return row != nullptr;
 }
 
-// All products of a tile of queries with one of keys, scaled to cosines, in shared.buffer; -INFINITY
-// where either row takes no part, so that a query pixel which does not finds no match either.
+// All products of a tile of queries with one of keys, scaled to cosines, in shared.buffer;
+// -INFINITY where either row takes no part: a query pixel that does not finds no match either.
 template <class Mode>
 __device__ __forceinline__ void tile_cosines(const Problem& p, MatchShared& shared,
                                              int query_rows, int key_rows, bool one_side,

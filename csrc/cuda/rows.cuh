@@ -109,18 +109,6 @@ __device__ inline int load_match(const Problem& p, const Unit& unit, int64_t at)
   return pixel < 0 ? 0 : pixel > last ? last : pixel;
 }
 
-// A match as the backward sees it: ∂L/∂max_sim, which is NaN wherever max_sim is.
-template <class F>
-struct Term {
-  F max_sim, gradient;
-
-  __device__ static Term load(const Problem& p, int64_t at) {
-    const F max_sim = static_cast<const F*>(p.max_sim)[at];
-    const F gradient = static_cast<const F*>(p.grad_sim)[at];
-    return {max_sim, max_sim == max_sim ? gradient : max_sim};
-  }
-};
-
 // The rows of a tile in device memory: where their channels start, null where there is nothing to
 // be read; and how far apart their channels are, for all (stride) or, if given, row by row.
 struct RowTable {

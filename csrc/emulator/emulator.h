@@ -21,8 +21,8 @@
 
 namespace emulator {
 
-// Runs `body` as each thread of each block of a grid. Of the threads of a block those that can go on
-// do so in an order: 0 ascending, -1 descending, else the seed of a permutation.
+// Runs `body` as each thread of each block of a grid. Threads of a block that can go on do so in
+// an order: 0 ascending, -1 descending, else the seed of a permutation.
 void run(const std::function<void()>& body, int threads, int64_t blocks, int64_t rows,
          int64_t shared_bytes, int64_t order);
 

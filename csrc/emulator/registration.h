@@ -1,5 +1,5 @@
 // In place of what only a GPU has, for the host build of register_cuda.cpp: the same registration,
-// as another library, for tensors of the CPU. There is one device, and its only stream is the caller.
+// as another library, for tensors of the CPU. There is one device, whose only stream is the caller.
 #pragma once
 
 #include "register.h"
