@@ -46,21 +46,32 @@ from test_edges import (
     test_no_pair_gives_zero_with_zero_gradient,
     test_one_channel_has_no_gradient,
 )
-from test_parity import test_pairwise, test_set
+from test_parity import test_pairwise, test_set, test_set_of_valid_pixels_with_any_penalty
 from test_ties import (
     test_of_all_equal_keys_the_first_wins,
     test_the_first_nan_wins,
     test_the_gradient_goes_to_the_first_of_equals_only,
     test_the_second_best_place_is_row_by_row,
 )
+from test_valid import (
+    test_a_pair_without_a_pixel_carries_no_weight,
+    test_all_valid_is_as_without,
+    test_any_mask_on_its_way_to_a_bool_counts,
+    test_nobody_takes_part,
+    test_what_an_invalid_pixel_holds_reaches_nobody,
+)
+from test_valid import test_pairwise as test_pairwise_of_valid_pixels
 
 from benchmarks import cuda_emulation
 from benchmarks.cuda_emulation import HostKernels
 from salkernels import reference
 
 __all__ = [
+    "test_a_pair_without_a_pixel_carries_no_weight",
     "test_a_vector_at_eps_is_dead_and_one_above_is_alive",
     "test_all_dead",
+    "test_all_valid_is_as_without",
+    "test_any_mask_on_its_way_to_a_bool_counts",
     "test_dead_vectors_get_no_gradient",
     "test_default_eps_lets_small_features_through",
     "test_dtypes_of_what_comes_out",
@@ -72,13 +83,17 @@ __all__ = [
     "test_nan_in_one_pair_of_a_batch",
     "test_nan_reaches_its_pairs_and_no_other",
     "test_no_pair_gives_zero_with_zero_gradient",
+    "test_nobody_takes_part",
     "test_of_all_equal_keys_the_first_wins",
     "test_one_channel_has_no_gradient",
     "test_pairwise",
+    "test_pairwise_of_valid_pixels",
     "test_set",
+    "test_set_of_valid_pixels_with_any_penalty",
     "test_the_first_nan_wins",
     "test_the_gradient_goes_to_the_first_of_equals_only",
     "test_the_second_best_place_is_row_by_row",
+    "test_what_an_invalid_pixel_holds_reaches_nobody",
 ]
 
 SANITIZED = os.environ.get("SALKERNELS_EMULATOR_SANITIZE") == "1"
