@@ -64,9 +64,9 @@ class Partners(NamedTuple):
 def _pixel_weights(terms, pixel, slot, present, sizes):
     """g, m and the match of pixels of pairs; g = 0 where there is no pair."""
     at = pixel.to(tl.int64) * sizes.pairs + slot
+    g = tl.load(terms.grad_sim + at, mask=present, other=0.0)
     m = tl.load(terms.max_sim + at, mask=present, other=1.0)
     match = tl.load(terms.argmax + at, mask=present, other=0).to(tl.int32)
-    g = tl.load(terms.grad_sim + at, mask=present, other=0.0)
     # NaN stays in g alone: 0 · NaN would take it to pixels that are no match.
     return tl.where(m == m, g, m), tl.where(m == m, m, 1.0), match
 
