@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from salkernels import reference
+from salkernels.reference import Outputs
 
 from .cases import LAYOUTS, Case
 
@@ -115,33 +116,34 @@ def measure(
     provider: str,
     case: Case,
     stats: list[Any],
-    forward: Callable[[Tensor, Tensor, tuple[int, int]], tuple[Tensor, ...]],
-    backward: Callable[[Tensor, Tensor, Tensor, tuple[int, int], tuple[Tensor, ...]], Tensor],
+    forward: Callable[[Tensor, Tensor, tuple[int, int]], Outputs],
+    backward: Callable[[Tensor, Tensor, Tensor, tuple[int, int], Outputs], Tensor],
 ) -> list[Row]:
     """Forward and backward of a case, compared with the definition; `stats` fills as they run.
 
-    `forward(features, mask, window)` gives loss, argmax, max_sim and whatever else is kept;
-    `backward(grad, features, mask, window, outputs)` the gradient of the features.
+    `forward(features, pairs, window)` gives the outputs of the operator;
+    `backward(grad_sim, features, pairs, window, outputs)` the gradient of the features.
     """
     generator = torch.Generator().manual_seed(0)
     shape = (case.samples, case.channels, case.height, case.width)
     features = torch.randn(shape, generator=generator).to(case.torch_dtype)
     features = features.contiguous(memory_format=LAYOUTS[case.layout])[None]
-    mask, window = case.pairs[None], (case.window, case.window)
+    pairs, window = case.pairs.flatten().nonzero().squeeze(1), (case.window, case.window)
     size = features.numel() * features.element_size()
 
     stats.clear()
-    outputs = forward(features, mask, window)
-    expected = reference.pair_losses_forward(features, None, mask, window, EPS, case.num_pairs)
-    error = max(float((outputs[i] - expected[i]).abs().max()) for i in (0, 2))
+    outputs = forward(features, pairs, window)
+    expected = reference.match(features, None, pairs, None, window, EPS)
+    error = max(float((outputs[i] - expected[i]).abs().max()) for i in (0, 1))
     written = sum(t.numel() * t.element_size() for t in outputs)
     rows = [row_of(provider, case, "forward", stats, size, written, error)]
 
     stats.clear()
-    grad = torch.randn(outputs[0].shape, generator=generator)
-    actual = backward(grad, features, mask, window, outputs).double()
-    saved = (expected[1], expected[2], window, EPS)
-    wanted = reference.pair_losses_backward(grad, features, None, mask, *saved)[0].double()
+    noise = torch.randn(outputs.max_sim.shape, generator=generator)
+    grad_sim = torch.empty_like(outputs.max_sim).copy_(noise)  # as the maxima lie
+    actual = backward(grad_sim, features, pairs, window, outputs).double()
+    call = (features, None, pairs, None, *expected[1:], window, EPS)
+    wanted = reference.match_backward(grad_sim, *call)[0].double()
     error = float((actual - wanted).norm() / wanted.norm())
     rows.append(row_of(provider, case, "backward", stats, size, size, error))
     return rows
