@@ -175,10 +175,15 @@ def match_backward(
     else:
         from ..triton_kernels import launch
 
-        grad_sim = grad_sim.to(torch.float32)
-        maps = (_pixel_by_pixel(x) for x in (grad_sim, max_sim, argmax, norm))
-        problem = launch.Problem(query, key, pairs, valid, window, eps)
-        launch.backward(problem, *maps, grad_query, grad_key)
+        launch.backward(
+            launch.Problem(query, key, pairs, valid, window, eps),
+            _pixel_by_pixel(grad_sim.to(torch.float32)),
+            _pixel_by_pixel(max_sim),
+            _pixel_by_pixel(argmax),
+            _pixel_by_pixel(norm),
+            grad_query,
+            grad_key,
+        )
     return grad_query.to(query.dtype), None if grad_key is None else grad_key.to(query.dtype)
 
 

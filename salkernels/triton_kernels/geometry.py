@@ -233,7 +233,9 @@ def channel_offsets(channel, node, maps, sizes, FORM: tl.constexpr):
 
 
 @triton.jit
-def load_channels(pointers, start, node, loaded, maps, sizes, FORM: tl.constexpr, CUT: tl.constexpr):
+def load_channels(
+    pointers, start, node, loaded, maps, sizes, FORM: tl.constexpr, CUT: tl.constexpr
+):
     """A block of channels of some rows, 0 for those that are not to be loaded."""
     channel = start + tl.arange(0, CUT.CHANNELS)
     offset = channel_offsets(channel, node, maps, sizes, FORM)

@@ -42,6 +42,7 @@ from .geometry import (
     tf32_parts,
 )
 
+
 class Terms(NamedTuple):
     """What each pixel of each pair adds, pixel by pixel, with the pairs innermost: (H, W, P)."""
 
@@ -179,9 +180,7 @@ def gradient_kernel(
             if other != first:
                 apart = apart | _joined(tile, tile - first + other, plan, sizes, FORM, CUT)
     if not apart:
-        _within_a_tile(
-            tile, window, maps, grads, terms, norm, plan, sizes, eps, FORM, CUT, PRODUCT
-        )
+        _within_a_tile(tile, window, maps, grads, terms, norm, plan, sizes, eps, FORM, CUT, PRODUCT)
     if not FORM.MERGED:
         if apart:
             _across_tiles(

@@ -144,9 +144,7 @@ class Layout:
         return Form(self.problem.key is None, self.merged, same)
 
 
-def forward(
-    problem: Problem, loss: Tensor, max_sim: Tensor, argmax: Tensor, norm: Tensor
-) -> None:
+def forward(problem: Problem, loss: Tensor, max_sim: Tensor, argmax: Tensor, norm: Tensor) -> None:
     """Fills loss (P,), max_sim and argmax (P, H, W) and norm (nodes, H, W), all of them."""
     layout, tile = Layout.of(problem, "match")
     maps = _maps(problem.query, problem.key)
@@ -166,8 +164,8 @@ def forward(
             (maps, valid, norm, sizes, form, Cut(1, norm_tile.rows, norm_tile.block)),
         )
         programs = problem.num_pairs * layout.windows * layout.blocks
-        arguments = (maps, valid, listed, found, *common, form)
-        _launch(match.stream_match_kernel, programs, tile, arguments, **compiled)
+        given = (maps, valid, listed, found, *common, form)
+        _launch(match.stream_match_kernel, programs, tile, given, **compiled)
     else:
         arguments = (maps, valid, plan(layout), found, *common, form)
         programs = layout.groups_of_tiles * layout.tiles * layout.windows

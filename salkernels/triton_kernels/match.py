@@ -303,18 +303,27 @@ def loss_kernel(
         place = tl.load(listed + pair, mask=inside, other=0)
         present = inside & (place >= 0) & (place < sizes.groups * sizes.N * sizes.M)
         if tl.max((inside & ~present).to(tl.int32), 0) > 0:
-            nothing = tl.full((LINES, PAIRS), -1, tl.int32).to(found.argmax.dtype.element_ty)
-            for start in range(0, pixels, LINES):
-                pixel = start + tl.arange(0, LINES)
-                at = pixel.to(tl.int64)[:, None] * sizes.pairs + pair[None, :]
-                empty = (pixel < pixels)[:, None] & (inside & ~present)[None, :]
-                tl.store(found.max_sim + at, 1.0, mask=empty)
-                tl.store(found.argmax + at, nothing, mask=empty)
+            _fill_rest(pair, inside & ~present, found, pixels, sizes, LINES)
+    # Neighbouring threads take neighbouring pairs only where the compiler does not see that they
+    # are neighbours: else each takes some, one by one because of the mask, from more sectors.
+    column = tl.where(present, pair, 0)
     total = tl.zeros((LINES, PAIRS), tl.float32)
     for start in range(0, lines, LINES):
         line = start + tl.arange(0, LINES)
         total += tl.load(
-            partial + line.to(tl.int64)[:, None] * sizes.pairs + pair[None, :],
+            partial + line.to(tl.int64)[:, None] * sizes.pairs + column[None, :],
             mask=(line < lines)[:, None] & present[None, :], other=0.0,
         )  # fmt: skip
     tl.store(loss + pair, tl.sum(total, 0) / pixels, mask=inside)
+
+
+@triton.jit
+def _fill_rest(pair, empty, found, pixels, sizes, LINES: tl.constexpr):
+    """Writes the matches of rows that no pair has."""
+    column = tl.where(empty, pair, 0)
+    for start in range(0, pixels, LINES):
+        pixel = start + tl.arange(0, LINES)
+        place = pixel.to(tl.int64)[:, None] * sizes.pairs + column[None, :]
+        mask = (pixel < pixels)[:, None] & empty[None, :]
+        tl.store(found.max_sim + place, 1.0, mask=mask)
+        tl.store(found.argmax + place, -1, mask=mask)  # 255 as a byte
