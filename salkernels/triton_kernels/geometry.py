@@ -6,7 +6,8 @@ each, `LANES` nodes x `PIXELS` pixels = rows. Extents that are no power of two a
 padding is masked, never loaded.
 
 Arguments come in tuples with names, below: Triton passes them on as if each part were an argument
-of its own, also those that are compiled in (`FORM`, `CUT`, `PRODUCT`).
+of its own, also those that are compiled in (`FORM`, `CUT`, `PRODUCT`). A part of the latter that
+stands alone in a shape gets a name first: Triton 3.6 takes no bare number there.
 
 Letters: G groups, N query and M key samples, V nodes of a group (N, or N + M), C channels, P pairs.
 """

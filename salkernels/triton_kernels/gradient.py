@@ -200,6 +200,7 @@ def _within_a_tile(
     not fit into the registers while it is put together.
     """
     ROWS: tl.constexpr = CUT.LANES * CUT.PIXELS
+    CHANNELS: tl.constexpr = CUT.CHANNELS
     r = tl.arange(0, ROWS)
     u = tl.arange(0, ROWS // 2)
     v = ROWS // 2 + u
@@ -230,7 +231,7 @@ def _within_a_tile(
         y = load_channels(
             half_v.pointers, start, half_v.node, half_v.finite, maps, sizes, FORM, CUT
         )
-        total = tl.zeros((ROWS, CUT.CHANNELS), tl.float32)
+        total = tl.zeros((ROWS, CHANNELS), tl.float32)
         total = _times_rows(weight_u, x, total, PRODUCT)
         total = _times_rows(weight_v, y, total, PRODUCT)
         # A NaN row has no inverse, but its weights are NaN: NaN · 0 is the NaN it must get.
@@ -248,6 +249,7 @@ def _across_tiles(
     D of all tiles together is needed before the part along x̂ can be taken off.
     """
     ROWS: tl.constexpr = CUT.LANES * CUT.PIXELS
+    CHANNELS: tl.constexpr = CUT.CHANNELS
     r = tl.arange(0, ROWS)
     u = tl.arange(0, ROWS // 2)
     rows = rows_of(r, tile, window, plan, sizes, FORM, CUT)
@@ -260,7 +262,7 @@ def _across_tiles(
             weight, part = _both_roles(tile, r, other, c, window, terms, plan, sizes, FORM, CUT)
             along += part
     for start in range(0, sizes.channels, CUT.CHANNELS):
-        total = tl.zeros((ROWS, CUT.CHANNELS), tl.float32)
+        total = tl.zeros((ROWS, CHANNELS), tl.float32)
         for half in range(2 * tiles):
             other = leading + half // 2
             c = half % 2 * (ROWS // 2) + u
@@ -287,6 +289,8 @@ def stream_gradient_kernel(
     FORM: tl.constexpr, CUT: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of pixels of one node in one window, and of a block of channels."""
+    PIXELS: tl.constexpr = CUT.PIXELS
+    CHANNELS: tl.constexpr = CUT.CHANNELS
     nodes = count_nodes(sizes, FORM)
     blocks = tl.cdiv(sizes.window_rows * sizes.window_columns, CUT.PIXELS)
     channel_blocks = tl.cdiv(sizes.channels, CUT.CHANNELS)
@@ -301,8 +305,8 @@ def stream_gradient_kernel(
     pixel = block * CUT.PIXELS + p
     rows = _pixels_of_node(itself, pixel, window, sizes)
     own = _partners(maps, norm, rows, sizes, eps, FORM)
-    total = tl.zeros((CUT.PIXELS, CUT.CHANNELS), tl.float32)
-    along = tl.zeros((CUT.PIXELS,), tl.float32)
+    total = tl.zeros((PIXELS, CHANNELS), tl.float32)
+    along = tl.zeros((PIXELS,), tl.float32)
     for node in range(nodes):
         other = Lanes(itself.group, node, True)
         slot = slots_of(itself, other, plan, sizes, FORM)

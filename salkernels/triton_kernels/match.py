@@ -203,6 +203,7 @@ def _norms(norm, rows, sizes, FORM: tl.constexpr):
 @triton.jit
 def norm_kernel(maps, valid, norm, sizes, FORM: tl.constexpr, CUT: tl.constexpr):
     """Norms of a run of pixels of one node."""
+    PIXELS: tl.constexpr = CUT.PIXELS
     nodes = count_nodes(sizes, FORM)
     pixels = sizes.height * sizes.width
     blocks = tl.cdiv(pixels, CUT.PIXELS)
@@ -213,7 +214,7 @@ def norm_kernel(maps, valid, norm, sizes, FORM: tl.constexpr, CUT: tl.constexpr)
     rows = Rows(group, node, pixel // sizes.width, pixel % sizes.width, pixel < pixels)
     loaded = rows.inside if valid is None else valid_rows(valid, rows, sizes, FORM)
     pointers = row_pointers(maps, rows, sizes, FORM)
-    square = tl.zeros((CUT.PIXELS,), tl.float32)
+    square = tl.zeros((PIXELS,), tl.float32)
     for start in range(0, sizes.channels, CUT.CHANNELS):
         x = load_channels(pointers, start, node, loaded, maps, sizes, FORM, CUT).to(tl.float32)
         square += tl.sum(x * x, 1)
@@ -230,6 +231,7 @@ def stream_match_kernel(
     FORM: tl.constexpr, CUT: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """One pair, one window, a block of query pixels: all key pixels pass by in blocks."""
+    PIXELS: tl.constexpr = CUT.PIXELS
     window_pixels = sizes.window_rows * sizes.window_columns
     blocks = tl.cdiv(window_pixels, CUT.PIXELS)
     block = tl.program_id(0) % blocks
@@ -251,8 +253,8 @@ def stream_match_kernel(
     norm = _norms(found.norm, rows, sizes, FORM)
     loaded = inside if valid is None else inside & (norm != INF)
     scale = _unit_scale(norm, eps)
-    best = tl.full((CUT.PIXELS,), NOTHING, tl.float32)
-    where = tl.zeros((CUT.PIXELS,), tl.int32)
+    best = tl.full((PIXELS,), NOTHING, tl.float32)
+    where = tl.zeros((PIXELS,), tl.int32)
     for start in range(0, window_pixels, CUT.PIXELS):
         row, column, inside_c = pixels_of(start + p, window, sizes)
         columns = Rows(group + 0 * p, key + 0 * p, row, column, inside_c)
@@ -279,9 +281,10 @@ def _streamed_products(
     FORM: tl.constexpr, CUT: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """Products of a block of query pixels with a block of key pixels."""
+    PIXELS: tl.constexpr = CUT.PIXELS
     pointers = row_pointers(maps, rows, sizes, FORM)
     pointers_c = row_pointers(maps, columns, sizes, FORM)
-    total = tl.zeros((CUT.PIXELS, CUT.PIXELS), tl.float32)
+    total = tl.zeros((PIXELS, PIXELS), tl.float32)
     for start in range(0, sizes.channels, CUT.CHANNELS):
         x = load_channels(pointers, start, rows.node, loaded, maps, sizes, FORM, CUT)
         y = load_channels(pointers_c, start, columns.node, loaded_c, maps, sizes, FORM, CUT)
