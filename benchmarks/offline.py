@@ -72,40 +72,67 @@ class Launch:
     def name(self) -> str:
         return str(self.kernel.fn.__name__)
 
-    def constants(self) -> dict[str, Any]:
-        """What is compiled in: `tl.constexpr` arguments, integers that are 1, and None."""
-        declared = {p.name for p in self.kernel.params if p.is_constexpr}
+    def constants(self) -> dict[tuple[int, ...], Any]:
+        """What is compiled in, by its path: `tl.constexpr` arguments, and in others, and the tuples
+        that they are, integers that are 1, and None."""
+        declared = [p.is_constexpr for p in self.kernel.params]
+        given = enumerate(self.arguments.values())
+        whole = {(i,): value for i, value in given if declared[i]}
+        return whole | {path: x for path, x in self._parts().items() if _is_compiled_in(x)}
+
+    def values(self) -> dict[tuple[int, ...], Any]:
+        """What is passed at run time, by its path, in order."""
+        return {path: x for path, x in self._parts().items() if not _is_compiled_in(x)}
+
+    def _parts(self) -> dict[tuple[int, ...], Any]:
+        """Arguments that are not `tl.constexpr`, tuples taken apart, however deep."""
+        found: dict[tuple[int, ...], Any] = {}
+
+        def take(path: tuple[int, ...], value: Any) -> None:
+            if isinstance(value, tuple):
+                for i, part in enumerate(value):
+                    take((*path, i), part)
+            else:
+                found[path] = value
+
+        for i, (parameter, value) in enumerate(
+            zip(self.kernel.params, self.arguments.values(), strict=True)
+        ):
+            if not parameter.is_constexpr:
+                take((i,), value)
+        return found
+
+    def signature(self) -> dict[str, Any]:
+        """The type of each argument; of a tuple with names, the same tuple of types."""
         return {
-            name: value
-            for name, value in self.arguments.items()
-            if name in declared or value is None or (_is_integer(value) and value == 1)
+            p.name: "constexpr" if p.is_constexpr else _type(self.arguments[p.name])
+            for p in self.kernel.params
         }
-
-    def values(self) -> dict[str, Any]:
-        """What is passed at run time, in order."""
-        constants = self.constants()
-        return {name: value for name, value in self.arguments.items() if name not in constants}
-
-    def signature(self) -> dict[str, str]:
-        types = dict.fromkeys(self.arguments, "constexpr")
-        return types | {name: _type(value) for name, value in self.values().items()}
 
     def hints(self) -> dict[tuple[int, ...], list[list[Any]]]:
         """Values divisible by 16: aligned pointers, and integers that are not sizes of 1."""
-        places = {name: (index,) for index, name in enumerate(self.arguments)}
         return {
-            places[name]: [["tt.divisibility", 16]]
-            for name, value in self.values().items()
+            path: [["tt.divisibility", 16]]
+            for path, value in self.values().items()
             if not isinstance(value, float)
             and (value.data_ptr() if isinstance(value, Tensor) else value) % 16 == 0
         }
+
+
+def _is_compiled_in(value: Any) -> bool:
+    return value is None or (_is_integer(value) and value == 1)
 
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _type(value: Any) -> str:
+def _type(value: Any) -> Any:
+    if isinstance(value, tuple):
+        parts = map(_type, value)
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    if _is_compiled_in(value):
+        return "constexpr"
     if isinstance(value, Tensor):
         return POINTERS[value.dtype]
     if isinstance(value, bool):
@@ -193,6 +220,7 @@ class Variant:
     samples: int = 32
     form: str = "set"  # or "pairs"
     layout: str = "channels_last"
+    valid: bool = False  # whether some pixels may take no part
 
     def call(self) -> None:
         """Forward and backward of the backend, on zeros."""
@@ -201,11 +229,14 @@ class Variant:
         shape = (groups, samples, 384, size, size)
         query = zeros(shape, DTYPES[self.dtype], self.layout)
         key = None if self.form == "set" else torch.zeros_like(query)
-        mask = torch.ones(1, samples, samples, dtype=torch.bool) if self.form == "set" else None
-        found = backend.outputs(query, key, self.window, groups * samples * samples)
-        launch.forward(query, key, mask, self.window, 1e-12, found)
+        nodes = samples if key is None else 2 * samples
+        valid = torch.ones(groups, nodes, size, size, dtype=torch.bool) if self.valid else None
+        pairs = torch.arange(samples * samples) if self.form == "set" else None
+        problem = launch.Problem(query, key, pairs, valid, self.window, 1e-12)
+        found = backend.outputs(query, key, pairs, self.window)
+        launch.forward(problem, *found)
         grads = torch.empty_like(query), None if key is None else torch.empty_like(key)
-        launch.backward(found[0], query, key, mask, *found[1:], self.window, 1e-12, *grads)
+        launch.backward(problem, found.max_sim, *found[1:], *grads)
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Tensor:
@@ -224,6 +255,9 @@ def variants(quick: bool) -> list[Variant]:
             Variant(dtype, (2, 2)),
             Variant(dtype, (2, 2), form="pairs"),
             Variant(dtype, (12, 12), samples=2),
+            Variant(dtype, (2, 2), valid=True),
+            Variant(dtype, (2, 2), form="pairs", valid=True),
+            Variant(dtype, (12, 12), samples=2, valid=True),
         ]
         if not quick:
             found += [Variant(dtype, (w, w), samples=80) for w in (1, 2, 3, 5, 8)]
@@ -245,8 +279,9 @@ def report(capability: int, variant: Variant) -> list[dict[str, Any]]:
                 "capability": capability,
                 **asdict(variant),
                 "kernel": item.name,
+                "parameters": len(item.arguments),
                 "diagonal": item.arguments.get("DIAGONAL"),
-                "merged": item.arguments.get("MERGED"),
+                "merged": getattr(item.arguments.get("FORM"), "MERGED", None),
                 "warps": item.warps,
                 "stages": item.stages,
                 "registers": compiled.registers,

@@ -24,8 +24,8 @@ def run(case: Case) -> list[Row]:
         PROVIDER,
         case,
         kernels.stats,
-        lambda features, mask, window: kernels.forward(features, None, mask, window),
-        lambda grad, features, mask, window, outputs: kernels.backward(
-            grad, features, None, mask, window, outputs
+        lambda features, pairs, window: kernels.forward(features, None, pairs, None, window),
+        lambda grad_sim, features, pairs, window, outputs: kernels.backward(
+            grad_sim, features, None, pairs, None, window, outputs
         )[0],
     )

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from salkernels import reference
 from salkernels.backends import triton as backend
+from salkernels.reference import Outputs
 
 from .cuda_emulation import PTXEMU
 
@@ -74,69 +75,80 @@ class Emulator:
         self.stats.append(stats)
 
     def forward(
-        self, query: Tensor, key: Tensor | None, mask: Tensor | None, window: tuple[int, int]
-    ) -> tuple[Tensor, ...]:
-        """loss, argmax, max_sim and norm."""
+        self,
+        query: Tensor,
+        key: Tensor | None,
+        pairs: Tensor | None,
+        valid: Tensor | None,
+        window: tuple[int, int],
+    ) -> Outputs:
         from salkernels.triton_kernels import launch
 
-        keys = query if key is None else key
-        pairs = query.shape[0] * query.shape[1] * keys.shape[1]
-        capacity = pairs if mask is None else int(mask.count_nonzero())
-        found = backend.outputs(query, key, window, capacity)
+        found = backend.outputs(query, key, pairs, window)
         for tensor in found:
-            tensor.fill_(77)
-        if mask is not None:
-            backend.clear(found)  # without a mask all of it is written
+            tensor.fill_(77)  # all of it is written
         with self.instead_of_a_gpu():
-            launch.forward(query, key, mask, window, EPS, found)
+            launch.forward(launch.Problem(query, key, pairs, valid, window, EPS), *found)
         return found
 
     def backward(
         self,
-        grad: Tensor,
+        grad_sim: Tensor,
         query: Tensor,
         key: Tensor | None,
-        mask: Tensor | None,
+        pairs: Tensor | None,
+        valid: Tensor | None,
         window: tuple[int, int],
-        outputs: tuple[Tensor, ...],
+        outputs: Outputs,
     ) -> tuple[Tensor, Tensor | None]:
         from salkernels.triton_kernels import launch
 
         grads = [torch.full_like(x, torch.nan) for x in (query, key) if x is not None]
         grad_key = None if key is None else grads[1]
-        _, argmax, max_sim, norm = outputs
-        saved = (query, key, mask, argmax, max_sim, norm)
+        problem = launch.Problem(query, key, pairs, valid, window, EPS)
         with self.instead_of_a_gpu():
-            launch.backward(grad, *saved, window, EPS, grads[0], grad_key)
+            launch.backward(problem, grad_sim, *outputs[1:], grads[0], grad_key)
         return grads[0], grad_key
+
+
+def upstream(max_sim: Tensor) -> Tensor:
+    """A gradient of the maxima, as they lie."""
+    noise = torch.randn(max_sim.shape, generator=torch.Generator().manual_seed(1))
+    return torch.empty_like(max_sim).copy_(noise)
 
 
 def errors(
     emulator: Emulator,
     query: Tensor,
     key: Tensor | None,
-    mask: Tensor | None,
+    pairs: Tensor | None,
+    valid: Tensor | None,
     window: tuple[int, int],
 ) -> dict[str, float]:
     """Against the definition: the largest error of the forward, the relative one of gradients."""
-    outputs = emulator.forward(query, key, mask, window)
-    capacity = outputs[2].shape[0]
-    wide = [None if x is None else x.double() for x in (query, key)]
-    assert wide[0] is not None
-    expected = reference.pair_losses_forward(wide[0], wide[1], mask, window, EPS, capacity)
-    grad = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(1))
-    actual = emulator.backward(grad, query, key, mask, window, outputs)
-    saved = (expected[1], expected[2], window, EPS)
-    wanted = reference.pair_losses_backward(grad.double(), wide[0], wide[1], mask, *saved)
+    outputs = emulator.forward(query, key, pairs, valid, window)
+    wide = query.double(), None if key is None else key.double()
+    expected = reference.match(*wide, pairs, valid, window, EPS)
     found = {
-        "loss": float((outputs[0] - expected[0]).abs().max()),
-        "max_sim": float((outputs[2] - expected[2]).abs().max()) if capacity else 0.0,
-        "argmax": float((outputs[1] != expected[1]).double().mean()) if capacity else 0.0,
+        "loss": largest(outputs.loss, expected.loss),
+        "max_sim": largest(outputs.max_sim, expected.max_sim),
+        "argmax": largest(outputs.argmax, expected.argmax),
     }
+    grad_sim = upstream(outputs.max_sim)
+    actual = emulator.backward(grad_sim, query, key, pairs, valid, window, outputs)
+    call = (*wide, pairs, valid, *expected[1:], window, EPS)
+    wanted = reference.match_backward(grad_sim.double(), *call)
     for name, a, b in zip(("grad_query", "grad_key"), actual, wanted, strict=True):
         if a is not None and b is not None:
             found[name] = float((a.double() - b).norm() / b.norm().clamp_min(1e-300))
     return found
+
+
+def largest(actual: Tensor, expected: Tensor) -> float:
+    """Of the differences."""
+    if actual.numel() == 0:
+        return 0.0
+    return float((actual.double() - expected.double()).abs().max())
 
 
 @dataclass(frozen=True)
@@ -147,21 +159,31 @@ class Input:
     window: tuple[int, int]
     dtype: str = "float32"
     layout: str = "channels_last"
-    density: float = 1.0  # of the mask; 1 is no mask at all
+    density: float = 1.0  # of the pairs; 1 is no list of them at all
+    valid: float = 1.0  # share of the pixels that are; 1 is all, unsaid
+    room: int = 0  # rows of the list that are left over
 
-    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """query, key, pairs and valid; what is not valid holds NaN."""
         groups, queries, keys, channels, height, width = self.shape
         generator = torch.Generator().manual_seed(0)
+        nodes = (groups, queries + keys, height, width)
+        valid = torch.rand(nodes, generator=generator) < self.valid
 
-        def maps(samples: int) -> Tensor:
+        def maps(first: int, samples: int) -> Tensor:
             x = torch.randn(groups, samples, channels, height, width, generator=generator)
             x = x.to(getattr(torch, self.dtype))
+            x.masked_fill_(~valid[:, first : first + samples, None], torch.nan)
             if self.layout == "channels_last":
                 return x.movedim(2, -1).contiguous().movedim(-1, 2)
             return x if self.layout == "nchw" else x.mT.contiguous().mT
 
-        mask = torch.rand(groups, queries, keys or queries, generator=generator) < self.density
-        return maps(queries), maps(keys) if keys else None, None if self.density == 1 else mask
+        query, key = maps(0, queries), maps(queries, keys) if keys else None
+        chosen = torch.rand(groups * queries * (keys or queries), generator=generator)
+        pairs = (chosen < self.density).nonzero().squeeze(1)
+        pairs = torch.cat([pairs, pairs.new_full((self.room,), -1)])
+        listed = None if self.density == 1 else pairs
+        return query, key, listed, None if self.valid == 1 else valid
 
 
 INPUTS = (
@@ -178,6 +200,14 @@ INPUTS = (
     Input((1, 16, 0, 64, 6, 6), (3, 3), "bfloat16", density=0.4),
     Input((3, 2, 2, 40, 5, 6), (2, 3), "float16"),
     Input((1, 3, 0, 64, 12, 12), (12, 12), "bfloat16"),
+    # Some pixels take no part, and some rows of the list are left over.
+    Input((1, 16, 0, 64, 12, 12), (2, 2), density=0.4, valid=0.6, room=3),
+    Input((1, 40, 0, 48, 5, 7), (2, 2), density=0.1, valid=0.5, room=20),
+    Input((9, 1, 1, 64, 6, 6), (2, 2), density=0.5, valid=0.7, room=1),
+    Input((2, 3, 4, 24, 7, 6), (3, 3), "float16", valid=0.4),
+    Input((1, 16, 0, 64, 6, 6), (3, 3), "bfloat16", density=0.4, valid=0.5),
+    Input((2, 2, 1, 24, 12, 9), (9, 9), layout="nchw", density=0.7, valid=0.6, room=2),
+    Input((1, 3, 0, 64, 12, 12), (12, 12), "bfloat16", valid=0.5),
 )
 
 
@@ -187,11 +217,10 @@ def main() -> None:
         sys.exit(reason)
     emulator = Emulator()
     for item in INPUTS:
-        query, key, mask = item.tensors()
         row = {
             "input": repr(item),
             "dtype": item.dtype,
-            **errors(emulator, query, key, mask, item.window),
+            **errors(emulator, *item.tensors(), item.window),
         }
         print(json.dumps(row), flush=True)
 

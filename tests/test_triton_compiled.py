@@ -36,7 +36,7 @@ def run(*arguments):
 
 def test_every_way_to_tile_against_the_definition():
     rows = run("-m", "benchmarks.triton_emulation")
-    assert len(rows) >= 12
+    assert len(rows) >= 20
     for row in rows:
         assert row["loss"] < 1e-6, row
         assert row["max_sim"] < 2e-6, row
@@ -60,8 +60,9 @@ def test_each_feature_is_read_once_and_each_gradient_written_once():
     """At the paper's windows: 32 samples of 384 channels, channels-last."""
     rows = run("-c", TRAFFIC)
     assert [row["phase"] for row in rows] == ["forward", "backward"] * 2
-    for row, matches in zip(rows, (0.05, 0.05, 0.05, 0.1), strict=True):
-        # What is above 1 are matches and pair numbers, twice as large beside bf16 features.
+    for row, matches in zip(rows, (0.05, 0.06, 0.05, 0.12), strict=True):
+        # What is above 1 are matches, their gradient, and pair numbers, twice as large beside bf16
+        # features: for 272 pairs 5 bytes a pixel to be saved, and 9 to be read back.
         assert row["unique_read"] <= 1 + matches, row
         assert row["shared_conflicts"] == 0, row
         if row["phase"] == "forward":

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from ..checks import values_visible
-from ..reference import check_not_empty, index_dtype
+from ..reference import Outputs, check_not_empty, count_pairs, index_dtype, no_match
 
 DEVICES = ("cuda",)  # CPU tensors in the interpreter, but by name only
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -25,10 +25,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "
 
 @cache
 def status() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; `pip install triton` (Linux only)"
+    reason = _missing()
+    if reason is not None:
+        return reason
     if INTERPRETED:
-        return None
+        return _interpreter_obstacle()
     if torch.version.cuda is None and torch.version.hip is None:
         return (
             f"this torch ({torch.__version__}) is built for CPUs only; install a CUDA or ROCm build"
@@ -39,6 +40,43 @@ def status() -> str | None:
             "AMD one) and its driver"
         )
     return None
+
+
+def _missing() -> str | None:
+    """Whether triton can be imported, and is what it says: libraries that can do without it put a
+    module of that name in its place."""
+    try:
+        spec = importlib.util.find_spec("triton")
+    except ValueError:  # of a module that somebody made by hand: it has no spec
+        stands_in = True
+    else:
+        if spec is None:
+            return "triton is not installed; `pip install triton` (Linux only)"
+        stands_in = spec.origin is None
+    if stands_in:
+        return (
+            "the module `triton` in this process is not the real one: another library, or a folder "
+            "of that name, stands in its place; `pip install triton` (Linux only)"
+        )
+    return None
+
+
+def _interpreter_obstacle() -> str | None:
+    """Triton before 3.7 converts arrays of one element by `int(...)`, which NumPy 2.4 refuses."""
+    import numpy
+    import triton
+
+    if _version(triton.__version__) < (3, 7) and _version(numpy.__version__) >= (2, 4):
+        return (
+            f"the interpreter of triton {triton.__version__} does not run with numpy "
+            f"{numpy.__version__}: it needs triton 3.7 or newer, or numpy before 2.4"
+        )
+    return None
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """Major and minor number."""
+    return tuple(int(number) for number in re.findall(r"\d+", text)[:2])
 
 
 def why_not(query: Tensor, key: Tensor | None, window: tuple[int, int]) -> str | None:
@@ -63,104 +101,94 @@ def why_not(query: Tensor, key: Tensor | None, window: tuple[int, int]) -> str |
 
 
 def outputs(
-    query: Tensor, key: Tensor | None, window: tuple[int, int], capacity: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss, argmax, max_sim and norm, uninitialised.
+    query: Tensor, key: Tensor | None, pairs: Tensor | None, window: tuple[int, int]
+) -> Outputs:
+    """The outputs of the forward, uninitialised, and the norms (samples, H, W).
 
     Maps lie pixel by pixel with the pairs (or samples) innermost: the pairs of one query and pixel
     are neighbours, and stores and loads fill whole sectors.
     """
     groups, samples, _, height, width = query.shape
-    keys = samples if key is None else key.shape[1]
-    nodes = groups * (samples if key is None else samples + keys)
+    nodes = groups * (samples if key is None else samples + key.shape[1])
+    count = count_pairs(query, key, pairs)
 
     def planes(count: int, dtype: torch.dtype) -> Tensor:
         return query.new_empty((height, width, count), dtype=dtype).permute(2, 0, 1)
 
-    return (
-        query.new_empty((groups, samples, keys), dtype=torch.float32),
-        planes(capacity, index_dtype(window)),
-        planes(capacity, torch.float32),
+    return Outputs(
+        query.new_empty(count, dtype=torch.float32),
+        planes(count, torch.float32),
+        planes(count, index_dtype(window)),
         planes(nodes, torch.float32),
     )
 
 
-def pair_losses_forward(
+def match(
     query: Tensor,  # (G, N, C, H, W)
     key: Tensor | None,  # (G, M, C, H, W)
-    mask: Tensor | None,  # (G, N, M) bool
+    pairs: Tensor | None,  # (P,) int64
+    valid: Tensor | None,  # (G, V, H, W) bool
     window: tuple[int, int],
     eps: float,
-    capacity: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `salkernels.reference.pair_losses_forward`, and the norms (samples, H, W)."""
+) -> Outputs:
+    """As `salkernels.reference.match`, and the norms (samples, H, W).
+
+    The norm of a pixel that is not to be loaded again is Inf.
+    """
     _require(query)
     check_not_empty(query)
-    if mask is not None and values_visible(mask):
-        num_pairs = int(mask.count_nonzero())
-        if num_pairs > capacity:
-            raise ValueError(f"the mask holds {num_pairs} pairs, but capacity is {capacity}")
-    found = outputs(query, key, window, capacity)
-    pairs = found[0].numel()
-    if mask is None and pairs > capacity:
-        raise ValueError(f"there are {pairs} pairs, but capacity is {capacity}")
-    if mask is not None or pairs < capacity:
-        clear(found)
-    if pairs == 0 or capacity == 0:
-        # A mask on a GPU may hold pairs that have no room: their loss is NaN, as in the kernel.
-        found[0].zero_() if mask is None else found[0].copy_(torch.where(mask, torch.nan, 0.0))
-        clear(found)
+    found = outputs(query, key, pairs, window)
+    if found.loss.numel() == 0 or count_pairs(query, key, None) == 0:
+        found.loss.zero_()
+        found.max_sim.fill_(1)
+        found.argmax.fill_(no_match(found.argmax.dtype))
+        found.norm.fill_(torch.inf)
         return found
     from ..triton_kernels import launch
 
-    launch.forward(query, key, mask, window, eps, found)
+    launch.forward(launch.Problem(query, key, pairs, valid, window, eps), *found)
     return found
 
 
-def clear(outputs: tuple[Tensor, ...]) -> None:
-    """What the kernels leave alone: matches beyond the last pair, norms of tiles without a pair.
-
-    An infinite norm says that a row is never to be loaded, whatever it holds.
-    """
-    _, argmax, max_sim, norm = outputs
-    argmax.zero_()
-    max_sim.zero_()
-    norm.fill_(torch.inf)
-
-
-def pair_losses_backward(
-    grad_loss: Tensor,  # (G, N, M)
+def match_backward(
+    grad_sim: Tensor,  # (P, H, W), any strides
     query: Tensor,
     key: Tensor | None,
-    mask: Tensor | None,
-    argmax: Tensor,  # (P, H, W)
+    pairs: Tensor | None,
+    valid: Tensor | None,
     max_sim: Tensor,  # (P, H, W)
+    argmax: Tensor,  # (P, H, W)
+    norm: Tensor,  # (samples, H, W)
     window: tuple[int, int],
     eps: float,
-    norm: Tensor,  # (samples, H, W)
 ) -> tuple[Tensor, Tensor | None]:
-    """As `salkernels.reference.pair_losses_backward`."""
+    """As `salkernels.reference.match_backward`."""
     _require(query)
     # The interpreter cuts fp32 off to bf16 where a GPU rounds: there, torch rounds.
     dtype = torch.float32 if INTERPRETED else query.dtype
     grad_query = torch.empty_like(query, dtype=dtype)
     grad_key = None if key is None else torch.empty_like(key, dtype=dtype)
-    if grad_loss.numel() == 0 or argmax.shape[0] == 0:
+    if argmax.shape[0] == 0 or count_pairs(query, key, None) == 0:
         grad_query.zero_()
         if grad_key is not None:
             grad_key.zero_()
     else:
         from ..triton_kernels import launch
 
-        argmax, max_sim, norm = (_pixel_by_pixel(x) for x in (argmax, max_sim, norm))
         launch.backward(
-            grad_loss, query, key, mask, argmax, max_sim, norm, window, eps, grad_query, grad_key
+            launch.Problem(query, key, pairs, valid, window, eps),
+            _pixel_by_pixel(grad_sim.to(torch.float32)),
+            _pixel_by_pixel(max_sim),
+            _pixel_by_pixel(argmax),
+            _pixel_by_pixel(norm),
+            grad_query,
+            grad_key,
         )
     return grad_query.to(query.dtype), None if grad_key is None else grad_key.to(query.dtype)
 
 
 def _pixel_by_pixel(x: Tensor) -> Tensor:
-    """The layout of `outputs`, which hooks on saved tensors may have undone."""
+    """The layout of `outputs`: gradients come in any, and hooks on saved tensors may undo it."""
     return x.permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 

@@ -5,132 +5,267 @@ followed by its M keys. Pairs join nodes; a tile takes a few nodes and the pixel
 each, `LANES` nodes x `PIXELS` pixels = rows. Extents that are no power of two are padded, and
 padding is masked, never loaded.
 
-Letters: G groups, N query and M key samples, V nodes of a group (N, or N + M), C channels.
+Arguments come in tuples with names, below: Triton passes them on as if each part were an argument
+of its own, also those that are compiled in (`FORM`, `CUT`, `PRODUCT`). A part of the latter that
+stands alone in a shape gets a name first: Triton 3.6 takes no bare number there.
+
+Letters: G groups, N query and M key samples, V nodes of a group (N, or N + M), C channels, P pairs.
 """
 
-# Arguments of kernels stand in groups (pointers, strides, extents), not one to a line.
-# fmt: off
 # mypy: ignore-errors
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 
+class Strides(NamedTuple):
+    """Elements from one to the next."""
+
+    group: int
+    sample: int
+    channel: int
+    row: int
+    column: int
+
+
+class Maps(NamedTuple):
+    """Features or gradients (G, samples, C, H, W); in the set form both are the same."""
+
+    query: Any
+    key: Any
+    query_strides: Strides
+    key_strides: Strides
+
+
+class Plan(NamedTuple):
+    """What `plan_kernel` makes."""
+
+    slots: Any  # (G, N, M) int32, the number of each pair or −1; None: all, row by row
+    order: Any  # (G, V) int32, the node at each place; None: as they come
+
+
+class Matches(NamedTuple):
+    """What the forward gives, pixel by pixel, with the pairs (or the nodes) innermost."""
+
+    max_sim: Any  # (H, W, P)
+    argmax: Any  # (H, W, P)
+    norm: Any  # (H, W, G·V): Inf of a pixel that is never loaded, NaN of one that no cosine has
+
+
+class Extents(NamedTuple):
+    """How large all is."""
+
+    groups: int
+    N: int
+    M: int
+    channels: int
+    height: int
+    width: int
+    window_rows: int
+    window_columns: int
+    across: int  # windows of a row of windows
+    windows: int
+    pairs: int  # P, room that is left over included
+    groups_per_tile: int  # where tiles hold whole groups
+
+
+class Form(NamedTuple):
+    """What kind of call it is; compiled in."""
+
+    SET: bool  # queries are the keys
+    MERGED: bool  # a tile holds whole groups
+    SAME: bool  # queries and keys have the same stride between channels
+
+
+class Cut(NamedTuple):
+    """Extents of a tile, powers of two; compiled in."""
+
+    LANES: int  # nodes
+    PIXELS: int  # of a window, or, if it is streamed, of a part of it
+    CHANNELS: int  # of a block
+
+
+class Product(NamedTuple):
+    """How `dot` multiplies; compiled in."""
+
+    PRECISION: str
+    UPCAST: bool
+
+
+class Lanes(NamedTuple):
+    """Nodes of a tile."""
+
+    group: Any
+    node: Any
+    inside: Any  # whether there is one
+
+
+class Rows(NamedTuple):
+    """Rows of a tile: a pixel of a node each."""
+
+    group: Any
+    node: Any
+    row: Any
+    column: Any
+    inside: Any  # whether there is one
+
+
 @triton.jit
-def nodes_of(
-    lane, tile, order, groups, nodes, GROUPS_PER_TILE, LANES: tl.constexpr, MERGED: tl.constexpr,
-):
-    """Group and node of each lane of a tile, and whether there is one.
+def count_nodes(sizes, FORM: tl.constexpr):
+    return sizes.N if FORM.SET else sizes.N + sizes.M
+
+
+@triton.jit
+def count_tiles(sizes, FORM: tl.constexpr, CUT: tl.constexpr):
+    """Tiles of a group, or of the groups that one tile holds."""
+    return 1 if FORM.MERGED else tl.cdiv(count_nodes(sizes, FORM), CUT.LANES)
+
+
+@triton.jit
+def nodes_of(lane, tile, plan, sizes, FORM: tl.constexpr, CUT: tl.constexpr):
+    """The node of each lane of a tile.
 
     MERGED: a tile holds whole groups, so that many small groups share a matrix product. Else a
     group takes several tiles, in an order that puts nodes with common partners side by side.
     """
-    if MERGED:
+    nodes = count_nodes(sizes, FORM)
+    if FORM.MERGED:
         local = lane // nodes
-        group = tile * GROUPS_PER_TILE + local
+        group = tile * sizes.groups_per_tile + local
         node = lane % nodes
-        inside = (local < GROUPS_PER_TILE) & (group < groups)
+        inside = (local < sizes.groups_per_tile) & (group < sizes.groups)
     else:
-        tiles = tl.cdiv(nodes, LANES)
+        tiles = tl.cdiv(nodes, CUT.LANES)
         group = tile // tiles + 0 * lane
-        place = tile % tiles * LANES + lane
+        place = tile % tiles * CUT.LANES + lane
         inside = place < nodes
-        node = tl.load(order + group * nodes + place, mask=inside, other=0)
-    return group, node, inside
+        if plan.order is None:
+            node = place
+        else:
+            node = tl.load(plan.order + group * nodes + place, mask=inside, other=0)
+    return Lanes(group, node, inside)
 
 
 @triton.jit
-def pixels_of(pixel, window, across, window_rows, window_columns, height, width):
+def pixels_of(pixel, window, sizes):
     """Row and column in the map of a window's pixels, and whether they are in it.
 
     Pixels are counted in the nominal window, row by row, also where the edge cuts it: so their
     order, which decides ties, and their numbers are those of `argmax`.
     """
-    row = window // across * window_rows + pixel // window_columns
-    column = window % across * window_columns + pixel % window_columns
-    inside = (pixel < window_rows * window_columns) & (row < height) & (column < width)
-    return row, column, inside
+    row = window // sizes.across * sizes.window_rows + pixel // sizes.window_columns
+    column = window % sizes.across * sizes.window_columns + pixel % sizes.window_columns
+    inside = pixel < sizes.window_rows * sizes.window_columns
+    return row, column, inside & (row < sizes.height) & (column < sizes.width)
 
 
 @triton.jit
-def slots_of(
-    slots, query_group, query_node, query_inside, key_group, key_node, key_inside, N, M,
-    SET: tl.constexpr, HAS_MASK: tl.constexpr,
-):
-    """Number of the pair (query, key) and its place in (G, N, M); both −1 where there is none."""
-    key = key_node if SET else key_node - N
-    pair = query_inside & key_inside & (query_group == key_group)
-    if not SET:
-        pair = pair & (query_node < N) & (key >= 0)
-    place = tl.where(pair, (query_group * N + query_node) * M + key, -1)
-    slot = place
-    if HAS_MASK:
-        slot = tl.load(slots + place, mask=pair, other=-1)
-    return slot, place
+def rows_of(r, tile, window, plan, sizes, FORM: tl.constexpr, CUT: tl.constexpr):
+    """The rows r of a tile."""
+    row, column, in_window = pixels_of(r % CUT.PIXELS, window, sizes)
+    lanes = nodes_of(r // CUT.PIXELS, tile, plan, sizes, FORM, CUT)
+    return Rows(lanes.group, lanes.node, row, column, lanes.inside & in_window)
 
 
 @triton.jit
-def slots_between(
-    slots, group_a, node_a, inside_a, group_b, node_b, inside_b, N, M,
-    SET: tl.constexpr, HAS_MASK: tl.constexpr,
-):
+def down(lanes):
+    """Lanes (or rows of a tile) as a column."""
+    return Lanes(lanes.group[:, None], lanes.node[:, None], lanes.inside[:, None])
+
+
+@triton.jit
+def across(lanes):
+    """Lanes (or rows of a tile) as a row."""
+    return Lanes(lanes.group[None, :], lanes.node[None, :], lanes.inside[None, :])
+
+
+@triton.jit
+def slots_of(query, key, plan, sizes, FORM: tl.constexpr):
+    """The number of the pair (query, key); −1 where there is none."""
+    sample = key.node if FORM.SET else key.node - sizes.N
+    pair = query.inside & key.inside & (query.group == key.group)
+    if not FORM.SET:
+        pair = pair & (query.node < sizes.N) & (sample >= 0)
+    slot = tl.where(pair, (query.group * sizes.N + query.node) * sizes.M + sample, -1)
+    if plan.slots is not None:
+        slot = tl.load(plan.slots + slot, mask=pair, other=-1)
+    return slot
+
+
+@triton.jit
+def slots_between(a, b, plan, sizes, FORM: tl.constexpr):
     """Numbers of the pairs between the lanes of two tiles, both (lanes of a, lanes of b):
     those with a lane of a as the query, and those with it as the key."""
-    slot, _ = slots_of(
-        slots, group_a[:, None], node_a[:, None], inside_a[:, None],
-        group_b[None, :], node_b[None, :], inside_b[None, :], N, M, SET, HAS_MASK,
-    )
-    back, _ = slots_of(
-        slots, group_b[None, :], node_b[None, :], inside_b[None, :],
-        group_a[:, None], node_a[:, None], inside_a[:, None], N, M, SET, HAS_MASK,
-    )
+    slot = slots_of(down(a), across(b), plan, sizes, FORM)
+    back = slots_of(across(b), down(a), plan, sizes, FORM)
     return slot, back
 
 
 @triton.jit
-def row_pointers(
-    query, key, group, node, row, column, N,
-    query_group, query_sample, query_row, query_column,
-    key_group, key_sample, key_row, key_column,
-    SET: tl.constexpr,
-):
+def row_pointers(maps, rows, sizes, FORM: tl.constexpr):
     """Where the channels of each pixel start."""
-    group, node = group.to(tl.int64), node.to(tl.int64)
-    row, column = row.to(tl.int64), column.to(tl.int64)
-    pointer = query + group * query_group + node * query_sample
-    pointer += row * query_row + column * query_column
-    if not SET:
-        other = key + group * key_group + (node - N) * key_sample
-        other += row * key_row + column * key_column
-        pointer = tl.where(node < N, pointer, other)
+    group, node = rows.group.to(tl.int64), rows.node.to(tl.int64)
+    row, column = rows.row.to(tl.int64), rows.column.to(tl.int64)
+    step = maps.query_strides
+    pointer = maps.query + group * step.group + node * step.sample
+    pointer += row * step.row + column * step.column
+    if not FORM.SET:
+        step = maps.key_strides
+        other = maps.key + group * step.group + (node - sizes.N) * step.sample
+        other += row * step.row + column * step.column
+        pointer = tl.where(node < sizes.N, pointer, other)
     return pointer
 
 
 @triton.jit
-def channel_offsets(channel, node, N, query_channel, key_channel, SAME: tl.constexpr):
+def channel_offsets(channel, node, maps, sizes, FORM: tl.constexpr):
     """Offsets of a block of channels: one row for all if query and key have the same stride."""
     channel = channel.to(tl.int64)[None, :]
-    if SAME:
-        offset = channel * query_channel
+    if FORM.SAME:
+        offset = channel * maps.query_strides.channel
     else:
-        offset = channel * tl.where(node < N, query_channel, key_channel)[:, None]
+        query_step, key_step = maps.query_strides.channel, maps.key_strides.channel
+        offset = channel * tl.where(node < sizes.N, query_step, key_step)[:, None]
     return offset
 
 
 @triton.jit
-def unit_scale(norm, eps):
-    """1 / max(‖x‖, eps); finite for NaN, which similarities and weights carry by themselves."""
-    return 1 / tl.where(norm > eps, norm, eps)
+def load_channels(
+    pointers, start, node, loaded, maps, sizes, FORM: tl.constexpr, CUT: tl.constexpr
+):
+    """A block of channels of some rows, 0 for those that are not to be loaded."""
+    channel = start + tl.arange(0, CUT.CHANNELS)
+    offset = channel_offsets(channel, node, maps, sizes, FORM)
+    mask = loaded[:, None] & (channel < sizes.channels)[None, :]
+    return tl.load(pointers[:, None] + offset, mask=mask, other=0.0)
 
 
 @triton.jit
-def dot(a, b, total, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+def node_pixels(rows, sizes, FORM: tl.constexpr):
+    """Where the norm of each row stands."""
+    nodes = count_nodes(sizes, FORM)
+    pixel = (rows.row * sizes.width + rows.column).to(tl.int64)
+    return pixel * (sizes.groups * nodes) + rows.group * nodes + rows.node
+
+
+@triton.jit
+def valid_rows(valid, rows, sizes, FORM: tl.constexpr):
+    """Which of some rows exist and are valid; a byte that is not 0 is a True."""
+    node = (rows.group * count_nodes(sizes, FORM) + rows.node).to(tl.int64)
+    place = (node * sizes.height + rows.row) * sizes.width + rows.column
+    return rows.inside & (tl.load(valid + place, mask=rows.inside, other=0) != 0)
+
+
+@triton.jit
+def dot(a, b, total, PRODUCT: tl.constexpr):
     """total + a @ b in fp32. UPCAST for the interpreter, whose bf16 products are wrong."""
-    if UPCAST:
+    if PRODUCT.UPCAST:
         a, b = a.to(tl.float32), b.to(tl.float32)
-    if PRECISION == "tf32x3":
+    if PRODUCT.PRECISION == "tf32x3":
         # By hand: Triton's own tf32x3 uses one operand in two layouts, and so reads both from
         # shared memory with bank conflicts. Here each part has one use.
         a_high, a_low = tf32_parts(a)
@@ -139,7 +274,7 @@ def dot(a, b, total, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
         total = tl.dot(a_high, b_low, total, input_precision="tf32")
         total = tl.dot(a_high, b_high, total, input_precision="tf32")
     else:
-        total = tl.dot(a, b, total, input_precision=PRECISION)
+        total = tl.dot(a, b, total, input_precision=PRODUCT.PRECISION)
     return total
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import gradient, match
 from .config import Tile, tile_for
+from .geometry import Cut, Extents, Form, Maps, Matches, Plan, Product, Strides
+from .gradient import Terms
 from .plan import plan_kernel
 
 LEAST_ROWS = 32  # of a matrix product, whose inner extent comes in halves
@@ -18,48 +20,18 @@ MOST_LANES = 32  # nodes of a tile: a tile has lanes x lanes pairs to look up
 MOST_PLANNED = 64  # nodes of a group, and groups, that one program of the plan kernel takes
 MOST_PROGRAMS = 2**31 - 1
 MOST_REGISTERS = 248  # told so, the assembler does not spill a few for one more block
+SMALL = Tile(0, 0, 4, 1)  # of kernels that have no tiles
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How a call is cut. A node is a sample: N queries, then, unless they are the same, M keys."""
+class Problem(NamedTuple):
+    """A call. A node is a sample: N queries, then, unless they are the same, M keys."""
 
     query: Tensor  # (G, N, C, H, W)
     key: Tensor | None  # (G, M, C, H, W)
-    mask: Tensor | None  # (G, N, M)
+    pairs: Tensor | None  # (P,) int64
+    valid: Tensor | None  # (G, V, H, W) bool
     window: tuple[int, int]
-    rows: int  # of a tile
-    pixels: int  # of a window, padded to a power of two
-    streamed: bool = False  # whether a window of one sample is larger than a tile may be
-
-    @classmethod
-    def of(
-        cls,
-        query: Tensor,
-        key: Tensor | None,
-        mask: Tensor | None,
-        window: tuple[int, int],
-        kernel: str,
-    ) -> tuple[Layout, Tile]:
-        """The layout for a kernel, or, for windows larger than its tiles, for its streamed twin."""
-        pixels = _power_of_two(window[0] * window[1])
-        tile = _tile(kernel, query)
-        streamed = pixels > tile.rows
-        if streamed:
-            tile = _tile(f"stream_{kernel}", query)
-            rows = min(tile.rows, max(LEAST_ROWS, pixels))
-        else:
-            everything = _power_of_two(query.shape[0] * _count_nodes(query, key) * pixels)
-            rows = max(LEAST_ROWS, min(tile.rows, everything, MOST_LANES * pixels))
-        return cls(query, key, mask, window, rows, pixels, streamed), tile
-
-    @property
-    def groups(self) -> int:
-        return self.query.shape[0]
-
-    @property
-    def samples(self) -> int:
-        return self.query.shape[1]
+    eps: float
 
     @property
     def keys(self) -> int:
@@ -67,256 +39,228 @@ class Layout:
 
     @property
     def nodes(self) -> int:
-        return _count_nodes(self.query, self.key)
+        return self.query.shape[1] + (0 if self.key is None else self.key.shape[1])
 
     @property
-    def pairs(self) -> int:
-        return self.groups * self.samples * self.keys
+    def num_pairs(self) -> int:
+        """P, room that is left over included."""
+        return self.places if self.pairs is None else self.pairs.shape[0]
 
     @property
-    def lanes(self) -> int:
-        """Nodes of a tile."""
-        return self.rows // self.pixels
-
-    @property
-    def merged(self) -> bool:
-        """Whether whole groups fit into a tile."""
-        return self.nodes <= self.lanes
-
-    @property
-    def groups_per_tile(self) -> int:
-        return self.lanes // self.nodes if self.merged else 1
-
-    @property
-    def groups_of_tiles(self) -> int:
-        """Groups, or if they are merged as many as tiles are needed for all."""
-        return _ceil(self.groups, self.groups_per_tile)
-
-    @property
-    def tiles(self) -> int:
-        """Tiles of a group."""
-        return 1 if self.merged else _ceil(self.nodes, self.lanes)
-
-    @property
-    def across(self) -> int:
-        return _ceil(self.query.shape[4], self.window[1])
+    def places(self) -> int:
+        """Where a pair can be: G · N · M."""
+        return self.query.shape[0] * self.query.shape[1] * self.keys
 
     @property
     def map_pixels(self) -> int:
         return self.query.shape[3] * self.query.shape[4]
 
     @property
+    def smallest_norm(self) -> float:
+        """An eps whose inverse fp32 can hold."""
+        return max(self.eps, torch.finfo(torch.float32).tiny)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the windows and nodes of a call are cut into tiles."""
+
+    problem: Problem
+    rows: int  # of a tile
+    pixels: int  # of a window, padded to a power of two
+    streamed: bool = False  # whether a window of one sample is larger than a tile may be
+
+    @classmethod
+    def of(cls, problem: Problem, kernel: str) -> tuple[Layout, Tile]:
+        """The layout for a kernel, or, for windows larger than its tiles, for its streamed twin."""
+        query, window = problem.query, problem.window
+        pixels = _power_of_two(window[0] * window[1])
+        tile = _tile(kernel, query)
+        streamed = pixels > tile.rows
+        if streamed:
+            tile = _tile(f"stream_{kernel}", query)
+            rows = min(tile.rows, max(LEAST_ROWS, pixels))
+        else:
+            everything = _power_of_two(query.shape[0] * problem.nodes * pixels)
+            rows = max(LEAST_ROWS, min(tile.rows, everything, MOST_LANES * pixels))
+        return cls(problem, rows, pixels, streamed), tile
+
+    @property
+    def lanes(self) -> int:
+        """Nodes of a tile."""
+        return 1 if self.streamed else self.rows // self.pixels
+
+    @property
+    def merged(self) -> bool:
+        """Whether whole groups fit into a tile."""
+        return not self.streamed and self.problem.nodes <= self.lanes
+
+    @property
+    def ordered(self) -> bool:
+        """Whether it matters which nodes share a tile."""
+        return not self.merged and not self.streamed
+
+    @property
+    def groups_per_tile(self) -> int:
+        return self.lanes // self.problem.nodes if self.merged else 1
+
+    @property
+    def groups_of_tiles(self) -> int:
+        """Groups, or if they are merged as many as tiles are needed for all."""
+        return _ceil(self.problem.query.shape[0], self.groups_per_tile)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of a group."""
+        return 1 if self.merged else _ceil(self.problem.nodes, self.lanes)
+
+    @property
+    def across(self) -> int:
+        return _ceil(self.problem.query.shape[4], self.problem.window[1])
+
+    @property
     def windows(self) -> int:
-        return _ceil(self.query.shape[3], self.window[0]) * self.across
+        return _ceil(self.problem.query.shape[3], self.problem.window[0]) * self.across
 
     @property
     def blocks(self) -> int:
-        """Tiles of a streamed window of one sample."""
-        return _ceil(self.window[0] * self.window[1], self.rows)
+        """Tiles of a window of one sample, if it is streamed."""
+        window = self.problem.window
+        return _ceil(window[0] * window[1], self.rows) if self.streamed else 1
 
-    @property
-    def same_channel_stride(self) -> bool:
-        return self.key is None or self.key.stride(2) == self.query.stride(2)
+    def extents(self) -> Extents:
+        groups, samples, channels, height, width = self.problem.query.shape
+        return Extents(
+            *(groups, samples, self.problem.keys, channels, height, width),
+            *(*self.problem.window, self.across, self.windows),
+            *(self.problem.num_pairs, self.groups_per_tile),
+        )
 
-    def extents(self) -> tuple[int, ...]:
-        """Groups ... windows, in the order in which every kernel takes them."""
-        _, samples, channels, height, width = self.query.shape
-        sizes = (self.groups, samples, self.keys, channels, height, width)
-        return (*sizes, *self.window, self.across, self.windows)
+    def cut(self, tile: Tile) -> Cut:
+        return Cut(self.lanes, self.rows if self.streamed else self.pixels, tile.block)
 
-    def flags(self) -> dict[str, Any]:
-        return {"SET": self.key is None, "HAS_MASK": self.mask is not None}
+    def form(self, *maps: Maps) -> Form:
+        same = all(x.query_strides.channel == x.key_strides.channel for x in maps)
+        return Form(self.problem.key is None, self.merged, same)
 
 
-def forward(
-    query: Tensor,
-    key: Tensor | None,
-    mask: Tensor | None,
-    window: tuple[int, int],
-    eps: float,
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
-) -> None:
-    """Fills loss (G, N, M), argmax and max_sim (P, H, W) and norm (nodes, H, W)."""
-    loss, argmax, max_sim, norm = outputs
-    layout, tile = Layout.of(query, key, mask, window, "match")
-    capacity = max_sim.shape[0]
-    slots, order = plan(layout)
-    maps = (query, query if key is None else key)
-    strides = (*query.stride(), *maps[1].stride())
-    common = (*layout.extents(), capacity, _representable(eps))
-    lines = layout.windows * (layout.blocks if layout.streamed else 1)
-    partial = max_sim.new_empty((lines, capacity))
-    precision = _precision(query)
+def forward(problem: Problem, loss: Tensor, max_sim: Tensor, argmax: Tensor, norm: Tensor) -> None:
+    """Fills loss (P,), max_sim and argmax (P, H, W) and norm (nodes, H, W), all of them."""
+    layout, tile = Layout.of(problem, "match")
+    maps = _maps(problem.query, problem.key)
+    valid, listed = _bytes(problem.valid), _listed(problem)
+    found = Matches(max_sim, argmax, norm)
+    sizes, form = layout.extents(), layout.form(maps)
+    lines = layout.windows * layout.blocks
+    partial = max_sim.new_empty((lines, problem.num_pairs))
+    common = (partial, sizes, problem.smallest_norm)
+    compiled = {"CUT": layout.cut(tile), "PRODUCT": _product(problem.query)}
     if layout.streamed:
-        norm_tile = _tile("norm", query)
+        norm_tile = _tile("norm", problem.query)
         _launch(
             match.norm_kernel,
-            layout.groups * layout.nodes * _ceil(layout.map_pixels, norm_tile.rows),
+            problem.query.shape[0] * problem.nodes * _ceil(problem.map_pixels, norm_tile.rows),
             norm_tile,
-            (*maps, norm, *strides, *layout.extents()[:6]),
-            SET=key is None,
-            SAME=layout.same_channel_stride,
-            ROWS=norm_tile.rows,
-            BLOCK=norm_tile.block,
+            (maps, valid, norm, sizes, form, Cut(1, norm_tile.rows, norm_tile.block)),
         )
-        _launch(
-            match.stream_match_kernel,
-            layout.pairs * layout.windows * layout.blocks,
-            tile,
-            (*maps, slots, max_sim, argmax, norm, partial, *strides, *common),
-            **layout.flags(),
-            ROWS=layout.rows,
-            BLOCK=tile.block,
-            **precision,
-        )
+        programs = problem.num_pairs * layout.windows * layout.blocks
+        given = (maps, valid, listed, found, *common, form)
+        _launch(match.stream_match_kernel, programs, tile, given, **compiled)
     else:
-        programs = [layout.groups_of_tiles * layout.tiles * layout.windows]
+        arguments = (maps, valid, plan(layout), found, *common, form)
+        programs = layout.groups_of_tiles * layout.tiles * layout.windows
+        _launch(match.match_kernel, programs, tile, arguments, **compiled, DIAGONAL=True)
         if layout.tiles > 1:
             even = layout.tiles - 1 + (layout.tiles - 1) % 2
-            programs.append(layout.groups * layout.windows * (even // 2 * (even + 1)))
-        for count, diagonal in zip(programs, (True, False), strict=False):
-            _launch(
-                match.match_kernel,
-                count,
-                tile,
-                (
-                    *(*maps, slots, order, max_sim, argmax, norm, partial),
-                    *(*strides, *common, layout.groups_per_tile),
-                ),
-                **layout.flags(),
-                MERGED=layout.merged,
-                DIAGONAL=diagonal,
-                SAME=layout.same_channel_stride,
-                LANES=layout.lanes,
-                PIXELS=layout.pixels,
-                BLOCK=tile.block,
-                **precision,
-            )
+            programs = problem.query.shape[0] * layout.windows * (even // 2 * (even + 1))
+            _launch(match.match_kernel, programs, tile, arguments, **compiled, DIAGONAL=False)
     _launch(
         match.loss_kernel,
-        _ceil(layout.pairs, 16),
-        Tile(0, 0, 4, 1),
-        (partial, slots, loss, layout.pairs, lines, capacity, layout.map_pixels),
-        HAS_MASK=mask is not None,
+        _ceil(problem.num_pairs, 16),
+        SMALL,
+        (partial, listed, loss, found, lines, sizes),
         PAIRS=16,
         LINES=64,
     )
 
 
 def backward(
-    grad_loss: Tensor,
-    query: Tensor,
-    key: Tensor | None,
-    mask: Tensor | None,
-    argmax: Tensor,
+    problem: Problem,
+    grad_sim: Tensor,  # (P, H, W), as all three: pixel by pixel
     max_sim: Tensor,
-    norm: Tensor,
-    window: tuple[int, int],
-    eps: float,
+    argmax: Tensor,
+    norm: Tensor,  # (nodes, H, W), likewise
     grad_query: Tensor,
     grad_key: Tensor | None,
 ) -> None:
     """Fills the gradients, every element of them."""
-    layout, tile = Layout.of(query, key, mask, window, "gradient")
-    maps = (query, query if key is None else key)
-    grads = (grad_query, grad_query if grad_key is None else grad_key)
-    same = layout.same_channel_stride and grads[0].stride(2) == grads[1].stride(2)
-    strides = [stride for tensor in (*maps, *grads) for stride in tensor.stride()]
-    slots, order = plan(layout)
-    common = (*layout.extents(), max_sim.shape[0], _representable(eps))
-    grad_loss = grad_loss.to(torch.float32).contiguous()
+    layout, tile = Layout.of(problem, "gradient")
+    maps, grads = _maps(problem.query, problem.key), _maps(grad_query, grad_key)
+    terms = Terms(max_sim, argmax, grad_sim)
+    programs = layout.groups_of_tiles * layout.tiles * layout.windows
+    kernel = gradient.gradient_kernel
     if layout.streamed:
-        _launch(
-            gradient.stream_gradient_kernel,
-            layout.groups
-            * layout.nodes
-            * layout.windows
-            * layout.blocks
-            * _ceil(query.shape[2], tile.block),
-            tile,
-            (*maps, *grads, grad_loss, slots, max_sim, argmax, norm, *strides, *common),
-            **layout.flags(),
-            SAME=same,
-            ROWS=layout.rows,
-            BLOCK=tile.block,
-            **_precision(query, gradient=True),
-        )
-        return
+        kernel = gradient.stream_gradient_kernel
+        programs *= layout.blocks * _ceil(problem.query.shape[2], tile.block)
     _launch(
-        gradient.gradient_kernel,
-        layout.groups_of_tiles * layout.tiles * layout.windows,
+        kernel,
+        programs,
         tile,
-        (
-            *maps,
-            *grads,
-            grad_loss,
-            slots,
-            order,
-            max_sim,
-            argmax,
-            norm,
-            *strides,
-            *common,
-            layout.groups_per_tile,
-        ),
-        **layout.flags(),
-        MERGED=layout.merged,
-        SAME=same,
-        LANES=layout.lanes,
-        PIXELS=layout.pixels,
-        BLOCK=tile.block,
-        **_precision(query, gradient=True),
+        (maps, grads, terms, norm, plan(layout), layout.extents(), problem.smallest_norm),
+        FORM=layout.form(maps, grads),
+        CUT=layout.cut(tile),
+        PRODUCT=_product(problem.query, gradient=True),
     )
 
 
-def plan(layout: Layout) -> tuple[Tensor, Tensor]:
-    """slots (G, N, M) and order (G, V), int32, as `plan_kernel` says.
+def plan(layout: Layout) -> Plan:
+    """slots (G, N, M) and order (G, V), int32, as `plan_kernel` says, where they are needed.
 
-    Without a mask the kernels number pairs for themselves, and a tile with whole groups needs no
-    order: then any tensor will do.
+    Without a list the kernels number pairs for themselves, and nodes are in order as they come.
     """
-    mask, device = layout.mask, layout.query.device
-    groups, samples, keys, nodes = layout.groups, layout.samples, layout.keys, layout.nodes
-    ordered = not layout.merged and not layout.streamed
-    if mask is None:
-        one = torch.arange(nodes if ordered else 1, dtype=torch.int32, device=device)
-        return one, one.repeat(groups, 1) if ordered else one
-    if nodes > MOST_PLANNED or groups > MOST_PLANNED:
-        slots = _slots_of_many(mask)
-        return slots, _order_of_many(layout) if ordered else slots
-    slots = torch.empty_like(mask, dtype=torch.int32, memory_format=torch.contiguous_format)
-    order = slots.new_empty((groups, nodes)) if ordered else slots
+    problem = layout.problem
+    listed = _listed(problem)
+    if listed is None:
+        return Plan(None, None)
+    groups, samples = problem.query.shape[:2]
+    if problem.nodes > MOST_PLANNED or groups > MOST_PLANNED:
+        slots = _slots_of_many(problem, listed)
+        return Plan(slots, _order_of_many(problem, slots) if layout.ordered else None)
+    slots = listed.new_empty((groups, samples, problem.keys), dtype=torch.int32)
+    order = slots.new_empty((groups, problem.nodes)) if layout.ordered else None
+    found = Plan(slots, order)
     _launch(
         plan_kernel,
         1,
-        Tile(0, 0, 4, 1),
-        (mask.contiguous().view(torch.uint8), slots, order, groups, samples, keys),
-        SET=layout.key is None,
-        ORDER=ordered,
-        QUERIES=_power_of_two(samples),
-        KEYS=_power_of_two(keys),
-        NODES=_power_of_two(nodes),
+        SMALL,
+        (listed, found, layout.extents(), layout.form()),
+        NODES=_power_of_two(problem.nodes),
+        BLOCK=1024,
     )
-    return slots, order
+    return found
 
 
-def _slots_of_many(mask: Tensor) -> Tensor:
-    flat = mask.reshape(-1)
-    return torch.where(flat, flat.cumsum(0) - 1, -1).to(torch.int32)
+def _slots_of_many(problem: Problem, listed: Tensor) -> Tensor:
+    """The same slots in plain torch, for more nodes than one program can hold."""
+    places = problem.places
+    # What is no place of a pair goes to one beyond the last.
+    place = torch.where((listed >= 0) & (listed < places), listed, places)
+    slots = listed.new_full((places + 1,), -1, dtype=torch.int32)
+    slots[place] = torch.arange(len(listed), dtype=torch.int32, device=listed.device)
+    return slots[:places].view(problem.query.shape[0], problem.query.shape[1], problem.keys)
 
 
-def _order_of_many(layout: Layout) -> Tensor:
-    """The same order in plain torch, for more nodes than one program can hold."""
-    assert layout.mask is not None
-    nodes, samples = layout.nodes, layout.samples
-    linked = torch.eye(nodes, dtype=torch.bool, device=layout.query.device)
-    linked = linked.repeat(layout.groups, 1, 1)
-    if layout.key is None:
-        linked |= layout.mask | layout.mask.mT
+def _order_of_many(problem: Problem, slots: Tensor) -> Tensor:
+    """The same order in plain torch."""
+    nodes, samples = problem.nodes, problem.query.shape[1]
+    linked = torch.eye(nodes, dtype=torch.bool, device=slots.device).repeat(slots.shape[0], 1, 1)
+    paired = slots >= 0
+    if problem.key is None:
+        linked |= paired | paired.mT
     else:
-        linked[:, :samples, samples:] = layout.mask
-        linked[:, samples:, :samples] = layout.mask.mT
-    label = torch.arange(nodes, device=linked.device).expand(layout.groups, nodes)
+        linked[:, :samples, samples:] = paired
+        linked[:, samples:, :samples] = paired.mT
+    label = torch.arange(nodes, device=slots.device).expand(slots.shape[0], nodes)
     for _ in range(3):
         label = torch.where(linked, label[:, None, :], nodes).amin(dim=2)
     return label.argsort(dim=1, stable=True).to(torch.int32)
@@ -350,7 +294,7 @@ def _tile(kernel: str, x: Tensor) -> Tile:
     return tile_for(kernel, x.dtype, capability(x))
 
 
-def _precision(x: Tensor, gradient: bool = False) -> dict[str, Any]:
+def _product(x: Tensor, gradient: bool = False) -> Product:
     """How products of fp32 are taken; those of 16 bits are exact in any case."""
     interpreted = capability(x) == 0
     if torch.version.hip is not None or interpreted:
@@ -361,20 +305,25 @@ def _precision(x: Tensor, gradient: bool = False) -> dict[str, Any]:
         precision = "tf32x3"
     else:
         precision = "ieee"
-    return {"PRECISION": precision, "UPCAST": interpreted}
+    return Product(precision, interpreted)
 
 
-def _representable(eps: float) -> float:
-    """An eps whose inverse fp32 can hold."""
-    return max(eps, torch.finfo(torch.float32).tiny)
+def _maps(query: Tensor, key: Tensor | None) -> Maps:
+    key = query if key is None else key
+    return Maps(query, key, Strides(*query.stride()), Strides(*key.stride()))
 
 
-def _device_of(x: Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+def _bytes(valid: Tensor | None) -> Tensor | None:
+    return None if valid is None else valid.contiguous().view(torch.uint8)
 
 
-def _count_nodes(query: Tensor, key: Tensor | None) -> int:
-    return query.shape[1] + (0 if key is None else key.shape[1])
+def _listed(problem: Problem) -> Tensor | None:
+    return None if problem.pairs is None else problem.pairs.contiguous()
+
+
+def _device_of(x: Tensor | Maps) -> AbstractContextManager[Any]:
+    tensor = x.query if isinstance(x, Maps) else x
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def _power_of_two(n: int) -> int:

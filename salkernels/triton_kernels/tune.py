@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from ..backends import triton as backend
+from ..reference import Outputs
 from . import config, launch
 from .config import FILE_VARIABLE, Tile
 
@@ -96,19 +97,17 @@ def calls(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Callable
     features = torch.randn(shape, device="cuda").to(dtype).movedim(-1, 2)
     scan = torch.arange(options.samples, device="cuda") % 2
     mask = (scan[:, None] == scan) & ~torch.eye(options.samples, device="cuda").bool()
+    pairs = mask.flatten().nonzero().squeeze(1)
     window = (min(options.window, options.size),) * 2
-    capacity = int(mask.count_nonzero())
+    call = (features, None, pairs, None)
 
-    def forward() -> tuple[torch.Tensor, ...]:
-        return backend.pair_losses_forward(features, None, mask[None], window, 1e-12, capacity)
+    def forward() -> Outputs:
+        return backend.match(*call, window, 1e-12)
 
-    loss, argmax, max_sim, norm = forward()
+    found = forward()
 
     def backward() -> object:
-        saved = (argmax, max_sim, window, 1e-12, norm)
-        return backend.pair_losses_backward(
-            torch.ones_like(loss), features, None, mask[None], *saved
-        )
+        return backend.match_backward(found.max_sim, *call, *found[1:], window, 1e-12)
 
     # The larger of a tile's windows would need other calls: what a window takes is what is tuned.
     prefix = "stream_" if window[0] * window[1] > 64 else ""
