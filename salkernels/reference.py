@@ -187,7 +187,7 @@ def match_tangent(
 ) -> Tensor:
     """How max_sim (P, H, W) changes where the features move along tangents; the matches stay.
 
-    It is the transpose of `match_backward`. Pair by pair, for a derivative that is seldom asked for.
+    The transpose of `match_backward`. Pair by pair: it is a derivative that is seldom asked for.
     """
     height, width = query.shape[3:]
     keys = query if key is None else key
