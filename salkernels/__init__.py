@@ -4,18 +4,15 @@ import typing as _typing
 
 from ._version import __version__
 from .functional import (
-    Matches,
     SALTerms,
-    align,
-    align_set,
     explain,
     gp_loss,
     la_loss,
-    match_pixels,
     sal_loss,
     wla_loss,
     wla_set_loss,
 )
+from .matching import Matches, align, align_set, match_pixels
 from .modules import GPLoss, SALLoss, WLALoss
 from .pairs import positional_positives, slice_pairs
 

@@ -10,34 +10,28 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from . import backends as _backends
+from . import backends
 from ._pair_list import PairList, to_device
-from ._torch_private import transforms_active
 from .backends import BackendStatus
 from .checks import (
     Valid,
     WindowSize,
     check_embeddings,
-    check_eps,
     check_features,
     check_finite_number,
     check_pairs,
     check_positives,
     check_reduction,
-    check_same_kind,
-    check_same_shape,
     check_threshold,
     check_valid,
     check_valid_pair,
     check_window,
 )
-from .library import match, without_autocast
+from .library import without_autocast
+from .matching import EPS, check_pairwise, match_pairwise, match_set
 from .pairs import near_positions, slice_pairs
 from .reference import Outputs, no_match
-
-EPS = 1e-12
 
 
 def wla_loss(
@@ -79,11 +73,11 @@ def wla_loss(
         TypeError: a dtype is not floating point, the dtypes differ, or `valid` is not bool.
         RuntimeError: the named backend cannot run this input.
     """
-    x, y = _check_pairwise(x, y)
+    x, y = check_pairwise(x, y)
     window = check_window(window_size, x.shape[2], x.shape[3])
     valid = check_valid_pair(valid, x)
     check_reduction(reduction)
-    found = _match_pairwise(x, y, valid, window, eps, backend)
+    found = match_pairwise(x, y, valid, window, eps, backend)
     if valid is None:
         loss, taking_part = found.loss, None
     else:
@@ -159,7 +153,7 @@ def wla_set_loss(
     if weighted:
         table = torch.ones_like(pairs, dtype=torch.bool) if pairs.requires_grad else pairs > 0
     chosen = PairList.of(table, features.device)
-    found = _match_set(features, chosen, valid, window, eps, backend)
+    found = match_set(features, chosen, valid, window, eps, backend)
     loss, taking_part = (found.loss, None) if valid is None else _mean_over_pixels(found)
     if reduction == "none":
         return chosen.spread(loss, len(features))
@@ -173,115 +167,6 @@ def wla_set_loss(
     total = shares.sum()
     shares = shares / torch.where(total > 0, total, 1)
     return (shares.to(loss.dtype) * loss).sum()
-
-
-class Matches(NamedTuple):
-    """What matched what, for each pixel of each pair."""
-
-    max_sim: Tensor  # cosine similarity with the match
-    argmax: Tensor  # where the match lies in its window; see `match_pixels`
-
-
-def align(
-    x: Tensor,
-    y: Tensor,
-    window_size: WindowSize,
-    *,
-    valid: Valid = None,
-    eps: float = EPS,
-    backend: str | None = None,
-) -> Matches:
-    """What matched what: for each pixel of `x` its best match in the same window of `y`.
-
-    `max_sim` carries gradient: any function of it is a loss. `wla_loss` is the mean of
-    `1 - max_sim`.
-
-    Args:
-        x: (B, C, H, W) feature maps.
-        y: (B, C, H, W) feature maps of the partner slices.
-        window_size: ω = (rows, columns) or an integer, as in `wla_loss`.
-        valid: as in `wla_loss`.
-        eps: as in `wla_loss`.
-        backend: as in `wla_loss`.
-
-    Returns:
-        `Matches(max_sim, argmax)`. `max_sim` (B, H, W), the cosine similarity with the match,
-        fp32 or fp64; `argmax` (B, H, W) int64, the offset of the match in its window, from which
-        `match_pixels` makes rows and columns. A pixel that takes no part, since it is not valid
-        or no valid pixel is in its window, has `max_sim` 1, without gradient, and `argmax` −1.
-
-    Raises:
-        ValueError, TypeError, RuntimeError: as `wla_loss`.
-    """
-    x, y = _check_pairwise(x, y)
-    window = check_window(window_size, x.shape[2], x.shape[3])
-    return _matches(_match_pairwise(x, y, check_valid_pair(valid, x), window, eps, backend))
-
-
-def align_set(
-    features: Tensor,
-    pairs: Tensor,
-    window_size: WindowSize,
-    *,
-    valid: Tensor | None = None,
-    eps: float = EPS,
-    backend: str | None = None,
-) -> Matches:
-    """What matched what, for many pairs from one set of samples, each feature read once.
-
-    Args:
-        features: (S, C, H, W) feature maps of the samples.
-        pairs: (S, S) bool, row i the query and column j the key. On a GPU they are counted, which
-            waits for it.
-        window_size: ω, as in `wla_loss`.
-        valid: (S, H, W) bool, as in `wla_set_loss`.
-        eps: as in `wla_loss`.
-        backend: as in `wla_loss`.
-
-    Returns:
-        `Matches(max_sim, argmax)`, (P, H, W) each, as of `align`: one row for each pair, in the
-        order of `pairs.nonzero()`.
-
-    Raises:
-        ValueError, TypeError, RuntimeError: as `wla_set_loss`; TypeError for weights, which are
-            for the caller to apply.
-    """
-    features = check_features("features", features)
-    pairs = check_pairs(pairs, features.shape[0])
-    if pairs.dtype != torch.bool:
-        raise TypeError(
-            f"pairs must be bool, got {pairs.dtype}; multiply what you make of max_sim by weights"
-        )
-    window = check_window(window_size, features.shape[2], features.shape[3])
-    valid = check_valid("valid", valid, features)
-    chosen = PairList(to_device(pairs.reshape(-1).nonzero().squeeze(1), features.device), True)
-    return _matches(_match_set(features, chosen, valid, window, eps, backend))
-
-
-def match_pixels(argmax: Tensor, window_size: WindowSize) -> tuple[Tensor, Tensor]:
-    """Where the matches of `align` and `align_set` lie in the map.
-
-    Args:
-        argmax: (..., H, W) int64, as they return it.
-        window_size: ω, as given to them.
-
-    Returns:
-        Row and column of each match in the key's map, (..., H, W) int64 each; −1 for a pixel that
-        takes no part.
-
-    Raises:
-        ValueError: `argmax` has less than two axes, or the window does not fit the map.
-    """
-    if argmax.dim() < 2:
-        raise ValueError(f"argmax must be (..., H, W), got shape {tuple(argmax.shape)}")
-    height, width = argmax.shape[-2:]
-    window = check_window(window_size, height, width)
-    row = torch.arange(height, device=argmax.device)[:, None]
-    column = torch.arange(width, device=argmax.device)
-    none = argmax < 0
-    rows = row - row % window[0] + argmax.div(window[1], rounding_mode="floor")
-    columns = column - column % window[1] + argmax % window[1]
-    return rows.masked_fill(none, -1), columns.masked_fill(none, -1)
 
 
 def gp_loss(embeddings: Tensor, positives: Tensor, temperature: float = 0.1) -> Tensor:
@@ -398,81 +283,8 @@ def explain(
     """
     x = check_features("x", x)
     if y is not None:
-        x, y = _check_pairwise(x, y)
-    return _backends.statuses_for(x, y, check_window(window_size, x.shape[2], x.shape[3]))
-
-
-def _check_pairwise(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    x, y = check_features("x", x), check_features("y", y)
-    check_same_shape("x", x, "y", y)
-    check_same_kind("x", x, "y", y)
-    return x, y
-
-
-def _match_pairwise(
-    x: Tensor,
-    y: Tensor,
-    valid: Tensor | None,  # (B, 2, H, W)
-    window: tuple[int, int],
-    eps: float,
-    backend: str | None,
-) -> Outputs:
-    """Pairs as groups of one query and one key."""
-    eps = check_eps(eps)
-    name = _backends.select(backend, x, y, window)
-    # Views whose gradients are views: indexing would copy into zeros on the way back.
-    return _match(x.unsqueeze(1), y.unsqueeze(1), None, valid, window, eps, name)
-
-
-def _match_set(
-    features: Tensor,
-    pairs: PairList,
-    valid: Tensor | None,  # (S, H, W)
-    window: tuple[int, int],
-    eps: float,
-    backend: str | None,
-) -> Outputs:
-    """All pairs of one group, whose keys are its queries."""
-    eps = check_eps(eps)
-    name = _backends.select(backend, features, None, window)
-    among = None if valid is None else valid.unsqueeze(0)
-    return _match(features.unsqueeze(0), None, pairs.places, among, window, eps, name)
-
-
-def _match(
-    query: Tensor,
-    key: Tensor | None,
-    pairs: Tensor | None,
-    valid: Tensor | None,
-    window: tuple[int, int],
-    eps: float,
-    backend: str,
-) -> Outputs:
-    """The operator, and an error where it would be differentiated in a way that it is not made for.
-
-    Forward mode would otherwise give zero tangents without a word.
-    """
-    for tensor in (query, key):
-        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
-            raise RuntimeError(
-                "salkernels losses do not support forward-mode automatic differentiation; "
-                "use loss.backward() or torch.autograd.grad"
-            )
-    try:
-        return match(query, key, pairs, valid, window, eps, backend)
-    except RuntimeError as error:
-        if not transforms_active():
-            raise
-        raise RuntimeError(
-            "salkernels losses cannot be differentiated by torch.func (grad, vjp, jvp, jacrev, "
-            "...); use loss.backward() or torch.autograd.grad"
-        ) from error
-
-
-def _matches(found: Outputs) -> Matches:
-    argmax = found.argmax.long()
-    none = no_match(found.argmax.dtype)
-    return Matches(found.max_sim, argmax if none < 0 else argmax.masked_fill(argmax == none, -1))
+        x, y = check_pairwise(x, y)
+    return backends.statuses_for(x, y, check_window(window_size, x.shape[2], x.shape[3]))
 
 
 def _mean_over_pixels(found: Outputs) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,8 @@ from .checks import (
     check_threshold,
     check_window_size,
 )
-from .functional import EPS, SALTerms, gp_loss, sal_loss, wla_loss
+from .functional import SALTerms, gp_loss, sal_loss, wla_loss
+from .matching import EPS
 
 
 class WLALoss(nn.Module):
