@@ -106,8 +106,8 @@ def in_order(
 
     Of the two for GPUs `cuda` comes first where all rows of a window fit a tile of its backward:
     both passes then read each feature from memory once, with no compilation at the first call.
-    Beyond that both passes of `cuda` together read features 3.1 to 3.8 times, those of `triton` 3.0
-    to 3.2 times, and its backward, the longer of the two, works by tiles and not row by row. This
+    Beyond that both passes of `cuda` together read features 3.1 to 3.9 times, those of `triton` 3.0
+    to 3.4 times, and its backward, the longer of the two, works by tiles and not row by row. This
     is what benchmarks/results/traffic.md counts; neither was timed, and it is a close call.
     """
     if query.device.type != "cuda" or not _beyond_a_tile(query, key, window):
