@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends
+from ._dtensor import prepare
 from ._pair_list import PairList, to_device
 from ._torch_private import transforms_active
 from .checks import (
@@ -192,6 +193,7 @@ def _match(
 
     Forward mode would otherwise give zero tangents without a word.
     """
+    prepare(query, key, pairs, valid)
     for tensor in (query, key):
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
             raise RuntimeError(
