@@ -74,10 +74,12 @@ def positional_positives(position: Tensor, t: float) -> Tensor:
         raise TypeError(
             f"position must be floating point (index / num_slices), got {position.dtype}"
         )
-    distance = (position[:, None] - position[None, :]).abs()
     # Quotients are rounded, and so is t: what they leave of a distance of exactly t is far less
-    # than any other distance from t of slices that are counted in thousands.
-    near = distance < t - 4 * torch.finfo(position.dtype).eps
+    # than any other distance from t of slices that are counted in hundreds. (Not in 16 bits, which
+    # cannot tell such slices apart.)
+    rounding = 4 * torch.finfo(position.dtype).eps if position.dtype.itemsize > 2 else 0.0
+    position = position.to(torch.promote_types(position.dtype, torch.float32))
+    near = (position[:, None] - position[None, :]).abs() < t - rounding
     return near & _others(position)
 
 
