@@ -348,11 +348,10 @@ def _add_model(parser: ArgumentParser) -> None:
 
 def _load_model(namespace: Namespace) -> Any:
     from .engine import Device
-    from .finetune import model_path
     from .models import load_unet
 
     device = Device.of(RunConfig(device=namespace.device, precision=namespace.precision))
-    model, about = load_unet(model_path(namespace.model))
+    model, about = load_unet(namespace.model)
     return device.to(model), about, device
 
 

@@ -14,10 +14,11 @@ from .config import FinetuneConfig, PretrainConfig, RunConfig
 from .data.phantom import write_phantom
 from .engine import Device
 from .figures import dice_bars, overlays
-from .finetune import MODEL, finetune
+from .finetune import finetune
 from .inputs import open_dataset
 from .models import load_unet
-from .pretrain import ENCODER, pretrain
+from .models.weights import ENCODER, MODEL
+from .pretrain import pretrain
 from .runlog import require_same_settings
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
-import os
 import struct
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,8 @@ from typing import Any, Literal
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
+
+from ..files import write_atomically
 
 MAX_EXTENT = 4096  # voxels per axis: no scanner reaches it, a corrupt header does
 MAX_VOXELS = 2**31
@@ -164,17 +164,15 @@ def write_labels(path: str | Path, labels: npt.NDArray[Any], like: Volume) -> No
     header.set_data_dtype(np.uint8)
     header["cal_min"] = header["cal_max"] = 0  # the image's grey window would hide the classes
     kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
-    suffix = ".nii.gz" if path.name.endswith(".gz") else ".nii"
-    temporary = path.parent / f".{uuid.uuid4().hex}{suffix}"
+    image: Any = kind(as_bytes, like.affine, header)  # type: ignore[no-untyped-call]
+    content = image.to_bytes()
+    if path.name.endswith(".gz"):
+        # No time stamp: equal labels give equal files.
+        content = gzip.compress(content, compresslevel=1, mtime=0)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image: Any = kind(as_bytes, like.affine, header)  # type: ignore[no-untyped-call]
-        image.to_filename(temporary)
-        os.replace(temporary, path)
+        write_atomically(path, content)
     except OSError as error:
         raise DataError(f"{path}: cannot be written: {_one_line(error)}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _open(path: Path, ndim: int) -> tuple[Any, tuple[int, ...]]:
