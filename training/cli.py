@@ -1,4 +1,4 @@
-"""Subcommands: demo, pretrain, finetune, evaluate, predict, show, experiment.
+"""Subcommands: demo, pretrain, finetune, evaluate, predict, show, cache, experiment.
 
 Settings come from, in order: the dataclass defaults, `--preset`, `--config FILE`, the command line.
 An unknown key anywhere is an error.
@@ -20,6 +20,7 @@ from .checkpoint import RunError
 from .config import FinetuneConfig, Precision, PretrainConfig, RunConfig
 from .data.nifti import DataError
 from .experiment.tables import TABLES
+from .parsing import Parser, require_settings_files
 from .presets import BEST, FINETUNE, PRETRAIN, PresetName
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -28,9 +29,12 @@ DESCRIPTION = "Self-supervised alignment learning on slices of 3D scans."
 # Not settings of an experiment's runs: it sets them for each.
 SET_BY_EXPERIMENT = {
     "data", "out", "cache", "resume", "seed", "threads", "method", "encoder", "fold", "labelled",
-    "leave_out_fold",
+    "leave_out_fold", "allow_mismatch",
 }  # fmt: skip
-SWITCHES = ("--resume", "--cine", "--overwrite", "--only_pretrain")  # true where no value follows
+SWITCHES = (  # true where no value follows
+    "--resume", "--cine", "--overwrite", "--only_pretrain", "--allow_mismatch", "--prune",
+)  # fmt: skip
+REPEATED = ("demo", "experiment")  # go on by themselves when they are run again
 ERRORS = (RunError, DataError, ValueError, TypeError, OSError)
 
 
@@ -41,13 +45,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments:
         parser.print_help()
         return 2
+    try:
+        require_settings_files(arguments)
+    except RunError as error:
+        parser.error(str(error))
     namespace = parser.parse_args(arguments)
     command = namespace.command
     if namespace[command].get("preset", preset := _named_preset(arguments)) != preset:
         parser.error("preset is for the command line; a settings file cannot name it")
+    name = f"{parser.prog} {command}"
     # Imported only once the arguments are good: torch takes seconds.
-    from torch import OutOfMemoryError
-
     from .distributed import require_one_process
     from .engine import Stopped
 
@@ -56,37 +63,53 @@ def main(argv: Sequence[str] | None = None) -> int:
             require_one_process(command)
         COMMANDS[command](namespace[command])
     except Stopped as stopped:
-        how = "run it again to go on" if command == "demo" else "go on with --resume"
-        print(f"{parser.prog} {command}: {stopped}; {how}", file=sys.stderr)
+        again = "run it again to go on" if command in REPEATED else "go on with --resume"
+        print(f"{name}: {stopped}; {again}", file=sys.stderr)
         return stopped.code
-    except OutOfMemoryError as error:
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
+    except ERRORS as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, (RunError, DataError, ValueError)) else 1
+    except (MemoryError, RuntimeError) as error:
+        if not (memory := _full_memory(error)):
+            raise
         print(
-            f"{parser.prog} {command}: error: the GPU's memory is full ({error}); lower slices or "
-            f"batch_size, crop, or model.width",
+            f"{name}: error: {memory} is full ({_one_line(error)}); lower slices or batch_size, "
+            f"crop, or model.width",
             file=sys.stderr,
         )
         return 1
-    except KeyboardInterrupt:
-        print(f"{parser.prog} {command}: interrupted", file=sys.stderr)
-        return 130
-    except ERRORS as error:
-        print(f"{parser.prog} {command}: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, (RunError, DataError, ValueError)) else 1
     return 0
 
 
-def make_parser(arguments: Sequence[str]) -> ArgumentParser:
+def _full_memory(error: Exception) -> str:
+    """Whose memory an error says is full; "" where it says something else."""
+    from torch import OutOfMemoryError
+
+    if isinstance(error, OutOfMemoryError):
+        return "the GPU's memory"
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        return "the computer's memory"
+    return ""
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def make_parser(arguments: Sequence[str]) -> Parser:
     """The parser; the preset named in the arguments sets its defaults."""
-    parser = ArgumentParser(prog="salkernels-train", description=DESCRIPTION)
-    commands = parser.add_subcommands(dest="command")
+    parser = Parser(prog="salkernels-train", description=DESCRIPTION)
     preset = _named_preset(arguments)
 
-    demo = ArgumentParser(description="Phantom data, SAL pre-training, fine-tuning, comparison.")
+    demo = Parser(description="Phantom data, SAL pre-training, fine-tuning, comparison.")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for all of it")
     demo.add_argument("--draws", type=int, default=3, help="folds to fine-tune on")
     demo.add_argument("--pretrain_steps", type=int, default=0, help="0: the phantom preset's")
     demo.add_argument("--finetune_steps", type=int, default=0, help="0: the phantom preset's")
-    commands.add_subcommand("demo", demo, help="run everything on a generated phantom")
+    parser.add_command("demo", demo, help="run everything on a generated phantom")
 
     pretraining = {**PRETRAIN[preset], **BEST.get(preset, {})}
     for name, config, settings, text in (
@@ -98,7 +121,7 @@ def make_parser(arguments: Sequence[str]) -> ArgumentParser:
             "fine-tune on few labelled subjects, evaluate",
         ),
     ):
-        sub = ArgumentParser(description=text[0].upper() + text[1:] + ".")
+        sub = Parser(description=text[0].upper() + text[1:] + ".")
         sub.add_argument("--config", action="config", help="YAML file of settings")
         sub.add_argument(
             "--preset",
@@ -108,9 +131,9 @@ def make_parser(arguments: Sequence[str]) -> ArgumentParser:
         )
         sub.add_class_arguments(config)
         sub.set_defaults(settings)
-        commands.add_subcommand(name, sub, help=text)
+        parser.add_command(name, sub, help=text)
 
-    evaluate = ArgumentParser(description="Dice of a fine-tuned model on labelled scans.")
+    evaluate = Parser(description="Dice of a fine-tuned model on labelled scans.")
     _add_model(evaluate)
     evaluate.add_argument("--data", type=Path, required=True, help="folder of the data set")
     evaluate.add_argument("--out", type=Path, required=True, help="folder for the results")
@@ -119,26 +142,34 @@ def make_parser(arguments: Sequence[str]) -> ArgumentParser:
         "--subjects", type=str, nargs="+", default=None,
         help="subjects to evaluate; by default those that were held out in fine-tuning",
     )  # fmt: skip
-    commands.add_subcommand("evaluate", evaluate, help="Dice of a fine-tuned model")
+    evaluate.add_argument("--overwrite", type=bool, default=False, help="replace earlier scores")
+    _add_allow_mismatch(evaluate)
+    parser.add_command("evaluate", evaluate, help="Dice of a fine-tuned model")
 
-    predict = ArgumentParser(description="Label maps of NIfTI images, on the images' own grid.")
+    predict = Parser(description="Label maps of NIfTI images, on the images' own grid.")
     _add_model(predict)
     predict.add_argument("--input", type=Path, required=True, help="NIfTI file, or folder of them")
     predict.add_argument("--out", type=Path, required=True, help="folder for the label maps")
     predict.add_argument("--overwrite", type=bool, default=False, help="replace existing files")
-    commands.add_subcommand("predict", predict, help="segment NIfTI images")
+    parser.add_command("predict", predict, help="segment NIfTI images")
 
-    show = ArgumentParser(description="Redraw the curves of a run and list its figures.")
+    show = Parser(description="Redraw the curves of a run and list its figures.")
     show.add_argument("run", type=Path, help="run folder")
-    commands.add_subcommand("show", show, help="figures and last figures of a run")
+    parser.add_command("show", show, help="figures and last figures of a run")
+
+    cache = Parser(description="List preprocessed data, and remove what nobody uses.")
+    cache.add_argument("folder", type=Path, help="folder of caches: `cache` beside the runs")
+    cache.add_argument("--prune", type=bool, default=False, help="remove instead of list")
+    cache.add_argument("--idle", type=float, default=30.0, help="days unused before removal")
+    parser.add_command("cache", cache, help="preprocessed data on disk")
 
     text = "a table of the paper: pre-train every method, fine-tune on folds x M, compare"
-    commands.add_subcommand("experiment", _experiment_parser(preset, text), help=text)
+    parser.add_command("experiment", _experiment_parser(preset, text), help=text)
     return parser
 
 
-def _experiment_parser(preset: PresetName, text: str) -> ArgumentParser:
-    parser = ArgumentParser(
+def _experiment_parser(preset: PresetName, text: str) -> Parser:
+    parser = Parser(
         description=f"{text[0].upper()}{text[1:]}. Runs that are done are not repeated: give the "
         "same command again to go on, or more arms, folds or M to compute what is missing."
     )
@@ -160,6 +191,7 @@ def _experiment_parser(preset: PresetName, text: str) -> ArgumentParser:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of each run; 0: all")
     parser.add_argument("--seed", type=int, default=0, help="of pre-training and fine-tuning")
+    _add_allow_mismatch(parser)
     parser.add_class_arguments(PretrainConfig, "pretrain", skip=SET_BY_EXPERIMENT)
     parser.add_class_arguments(FinetuneConfig, "finetune", skip=SET_BY_EXPERIMENT)
     for stage, presets in (("pretrain", PRETRAIN), ("finetune", FINETUNE)):
@@ -213,7 +245,11 @@ def run_evaluate(namespace: Namespace) -> None:
     from .data.preprocess import PreprocessConfig
     from .evaluate import evaluate, write_scores
     from .figures import finetuning, summary
+    from .identity import Identity, contents, for_results, require_unseen
+    from .models.weights import MODEL, weights_file
+    from .runlog import require_free
 
+    require_free(namespace.out, namespace.overwrite)
     model, about, device = _load_model(namespace)
     info = dataset_info(about["dataset"], namespace.data)
     if list(info.class_names) != about["class_names"]:
@@ -226,7 +262,12 @@ def run_evaluate(namespace: Namespace) -> None:
     cache = open_cache(info.find(namespace.data), settings, info, folder)
     subjects = namespace.subjects or about["held_out"]
     require_labels(cache, subjects)
+    tested = Identity(info.name, contents(cache), held_out=tuple(subjects))
+    path = weights_file(namespace.model, MODEL)
+    marks = require_unseen(tested, subjects, path, about, allow=namespace.allow_mismatch)
     scores = evaluate(model, cache, subjects, device, progress=True)
+    about = for_results(about)
+    about["mismatches"] = list(dict.fromkeys([*about.get("mismatches", []), *marks]))
     write_scores(namespace.out, scores, {**about, "evaluated": list(subjects)})
     finetuning(namespace.out, model, cache, subjects, device)
     print(summary(namespace.out))
@@ -258,10 +299,16 @@ def run_predict(namespace: Namespace) -> None:
         raise DataError("these files were left out:\n" + "\n".join(failures))
 
 
+def run_cache(namespace: Namespace) -> None:
+    from .data.pruning import report
+
+    report(namespace.folder, namespace.idle, namespace.prune)
+
+
 def run_experiment(namespace: Namespace) -> None:
     from .experiment.experiment import ExperimentConfig, experiment
 
-    common = {name: namespace[name] for name in ("data", "seed", "threads")}
+    common = {name: namespace[name] for name in ("data", "seed", "threads", "allow_mismatch")}
     common["cache"] = namespace.out / "cache"
     pretraining = _build(PretrainConfig, namespace.pretrain, **common)
     finetuning = _build(FinetuneConfig, namespace.finetune, **common)
@@ -276,6 +323,7 @@ def run_experiment(namespace: Namespace) -> None:
         jobs=namespace.jobs,
         command=f"python training/run.py {shlex.join(sys.argv[1:])}",
         preset=namespace.preset,
+        allow_mismatch=namespace.allow_mismatch,
     )
     print(experiment(config, pretraining, finetuning))
 
@@ -301,6 +349,7 @@ COMMANDS = {
     "evaluate": run_evaluate,
     "predict": run_predict,
     "show": run_show,
+    "cache": run_cache,
     "experiment": run_experiment,
 }
 
@@ -344,6 +393,13 @@ def _add_model(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--precision", type=Precision, default="fp32", help="of the forward pass")
+
+
+def _add_allow_mismatch(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow_mismatch", type=bool, default=False,
+        help="go on although data, split or encoder do not fit; the result says so",
+    )  # fmt: skip
 
 
 def _load_model(namespace: Namespace) -> Any:

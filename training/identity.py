@@ -101,6 +101,11 @@ def contents(cache: VolumeCache) -> dict[str, dict[str, Any]]:
     return found
 
 
+def data_hash(cache: VolumeCache) -> str:
+    """The hash of a data set's contents."""
+    return _hash(contents(cache))
+
+
 def encoder_identity(path: Path, about: Mapping[str, Any]) -> dict[str, Any]:
     """What is kept of the weights that a run starts from."""
     return {"sha256": file_digest(path), "identity": about.get("identity")}

@@ -136,6 +136,18 @@ def holds_run(out: Path) -> bool:
     )
 
 
+def require_free(out: Path, overwrite: bool) -> None:
+    """Refuses to write scores where others lie.
+
+    Raises:
+        RunError: the folder is that of a run, or has scores that are not to be replaced.
+    """
+    if holds_run(out) and ((out / CONFIG).exists() or has_checkpoint(out)):
+        raise RunError(f"{out} is the folder of a run, whose results would be lost; choose another")
+    if (out / "results.json").exists() and not overwrite:
+        raise RunError(f"{out} holds scores already; choose another --out, or pass --overwrite")
+
+
 def precision_before(out: Path) -> Precision:
     """The precision in which a run was begun; "auto" where there is none."""
     before: Precision = _environment_before(out).get("precision", "auto")

@@ -12,10 +12,12 @@ from .checkpoint import RunError
 
 MAX_CHARACTERS = 2**20  # settings are a few kB
 MAX_NESTING = 50
+CLASSES = ("class_path", "init_args")  # how jsonargparse names a class to make
 
 
 def check_yaml(text: str) -> None:
-    """Refuses YAML that is small to write and large to read: aliases, deep nesting, length.
+    """Refuses YAML that is small to write and large to read: aliases, deep nesting, length; and
+    names of classes, which a parser might import.
 
     Raises:
         yaml.YAMLError: such YAML, or none at all.
@@ -27,6 +29,8 @@ def check_yaml(text: str) -> None:
         if isinstance(event, yaml.AliasEvent):
             line = event.start_mark.line + 1 if event.start_mark else 0
             raise yaml.YAMLError(f"line {line}: aliases (*{event.anchor}) are not taken; write out")
+        if isinstance(event, yaml.ScalarEvent) and event.value in CLASSES:
+            raise yaml.YAMLError(f"{event.value}: settings name no class")
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):

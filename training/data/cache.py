@@ -176,7 +176,7 @@ def open_cache(
         cache = _opened(folder, key, scans, info)
         if cache is None:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(folder.with_name(f".{folder.name}.lock")) as alone:
+            with locked(folder.with_name(f".{folder.name}.lock")) as alone:
                 cache = _opened(folder, key, scans, info)  # another process may have built it
                 if cache is None:
                     # Holding the lock: whatever lies here is of a build that died.
@@ -291,15 +291,16 @@ def _classified(path: Path, what: str = "no usable cache") -> Iterator[None]:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[bool]:
-    """Hold the lock of one key, waiting for it; False where the system has no file locks."""
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock of one key, waiting for it; False where the system has no file locks, or where
+    another process holds it and `wait` is false."""
     with open(path, "ab") as file:
         alone = False
         if sys.platform != "win32":
             import fcntl
 
             with suppress(OSError):  # some network file systems
-                fcntl.flock(file, fcntl.LOCK_EX)
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
                 alone = True
         yield alone
 

@@ -246,6 +246,11 @@ def find_chd(root: Path, cine: bool) -> list[Scan]:
 
 
 def _require_folder(root: Path, name: str) -> None:
+    if root.is_file():
+        raise DataError(
+            f"{root}: expected the folder of {name}, got a file; the file of a manifest goes with "
+            f"--dataset manifest"
+        )
     if not root.is_dir():
         raise DataError(f"{root}: expected the folder of {name}, found no folder there")
 

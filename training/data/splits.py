@@ -29,6 +29,11 @@ def kfold(subjects: Iterable[str], k: int = 5, seed: int = 0) -> list[Fold]:
         DataError: k below 2 or above the number of subjects.
     """
     order = _shuffled(subjects, f"kfold/{seed}")
+    if len(order) < 2:
+        raise DataError(
+            f"cross-validation needs at least 2 subjects, got {', '.join(order) or 'none'}; is "
+            f"--data the folder of all subjects?"
+        )
     if not 2 <= k <= len(order):
         raise DataError(f"{k} folds: expected 2 to {len(order)}, the number of subjects")
     return [
