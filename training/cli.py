@@ -7,6 +7,7 @@ An unknown key anywhere is an error.
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -90,7 +91,7 @@ def _full_memory(error: Exception) -> str:
 
     if isinstance(error, OutOfMemoryError):
         return "the GPU's memory"
-    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+    if isinstance(error, MemoryError) or re.search("DefaultCPUAllocator|bad_alloc", str(error)):
         return "the computer's memory"
     return ""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from .models import load_unet
 from .models.weights import ENCODER, MODEL
 from .pretrain import pretrain
 from .runlog import require_same_settings
+from .settings import read_record
 
 
 def demo(out: Path, pretraining: PretrainConfig, finetuning: FinetuneConfig, draws: int) -> str:
@@ -41,7 +41,7 @@ def demo(out: Path, pretraining: PretrainConfig, finetuning: FinetuneConfig, dra
             config = replace(finetuning, encoder=encoder, out=run, fold=fold)
             if not _finished(config, "results.json"):
                 finetune(replace(config, resume=(run / "config.yaml").exists()))
-            results[name].append(json.loads((run / "results.json").read_text())["dice"])
+            results[name].append(read_record(run / "results.json")["dice"])
     dice_bars(out / "figures" / "dice.png", results)
     _compare(out, finetuning, list(starts))
     table = markdown(results)

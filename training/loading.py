@@ -83,6 +83,7 @@ def _end(loader: Any) -> None:
     for process in loader._workers:
         if process.is_alive():  # stuck, and deaf to SIGTERM
             process.kill()
+            process.join(5)
 
 
 @contextmanager

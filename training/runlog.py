@@ -166,7 +166,7 @@ def read_metrics(out: Path) -> list[dict[str, float]]:
         RunError: another line is damaged; it is named.
     """
     path = out / METRICS
-    if not path.exists():
+    if not path.is_file():
         return []
     try:
         lines = path.read_bytes().split(b"\n")

@@ -186,7 +186,7 @@ def open_cache(
                     shown = tqdm(scans, "preprocessing", disable=None if progress else True)
                     _build(folder, key, zip(shown, digests, strict=True), config, info)
                     cache = VolumeCache(folder, info)
-                    if scan_digests(scans) != digests:
+                    if scan_digests(scans, folder.parent) != digests:
                         shutil.rmtree(folder)
                         raise DataError(f"{folder}: files of the data changed meanwhile; try again")
     except OSError as error:

@@ -6,7 +6,6 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,9 +64,6 @@ def prune(folder: Path, idle: float) -> Iterator[CacheFolder]:
                 shutil.rmtree(cache.path, ignore_errors=True)
                 if not cache.path.exists():
                     yield cache
-        if alone and not (folder / name).exists():
-            with suppress(OSError):
-                (folder / f".{name}.lock").unlink()
 
 
 def _described(path: Path) -> CacheFolder | None:
