@@ -48,7 +48,8 @@ def sole_use(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {platform.node()}")
                 file.flush()
-            remove_temporaries(folder, all_of_them=True)
+            for inside in (folder, *(path for path in folder.iterdir() if path.is_dir())):
+                remove_temporaries(inside, all_of_them=True)
             yield
         finally:
             _held.discard(place)

@@ -20,7 +20,7 @@ import salkernels.training
 
 from ..checkpoint import RunError, stop_on_signal
 from ..engine import Stopped
-from ..files import remove_temporaries, write_atomically
+from ..files import write_atomically
 from ..locks import in_use, sole_use
 from ..runlog import to_plain
 from ..startup import without_current_folder
@@ -162,5 +162,4 @@ def _only_one(out: Path) -> Iterator[None]:
             stack.enter_context(sole_use(out))
         except RunError as error:
             raise RunError(f"another experiment is running: {error}") from error
-        remove_temporaries(out / "logs", all_of_them=True)
         yield
