@@ -103,6 +103,7 @@ def _one_line(error: Exception) -> str:
 def make_parser(arguments: Sequence[str]) -> Parser:
     """The parser; the preset named in the arguments sets its defaults."""
     parser = Parser(prog="salkernels-train", description=DESCRIPTION)
+    parser.words = arguments
     preset = _named_preset(arguments)
 
     demo = Parser(description="Phantom data, SAL pre-training, fine-tuning, comparison.")
@@ -269,7 +270,8 @@ def run_evaluate(namespace: Namespace) -> None:
     scores = evaluate(model, cache, subjects, device, progress=True)
     about = for_results(about)
     about["mismatches"] = list(dict.fromkeys([*about.get("mismatches", []), *marks]))
-    write_scores(namespace.out, scores, {**about, "evaluated": list(subjects)})
+    about |= {"evaluated": list(subjects), "evaluated_data": tested.plain()["data"]}
+    write_scores(namespace.out, scores, about)
     finetuning(namespace.out, model, cache, subjects, device)
     print(summary(namespace.out))
 

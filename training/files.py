@@ -39,8 +39,10 @@ def write_atomically(path: Path, content: bytes | str | Callable[[IO[bytes]], ob
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # "no space left" alone does not tell where
         raise
 
 
@@ -85,12 +87,12 @@ def _temporaries(folder: Path) -> Iterator[Path]:
 
 def _alive(path: Path) -> bool:
     match = _TEMPORARY.fullmatch(path.name)
-    if match is None or match["host"] != _HOST:
+    if match is None or match["host"] != _HOST or os.name == "nt":
         return True  # who knows
     try:
         os.kill(int(match["process"]), 0)
     except ProcessLookupError:
         return False
-    except OSError:  # someone else's process
+    except (OSError, OverflowError):  # someone else's process, or no such number
         return True
     return True

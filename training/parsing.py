@@ -29,6 +29,7 @@ class Parser(ArgumentParser):
         set_loader(MODE, _load, exceptions=(yaml.YAMLError,))
         super().__init__(*args, parser_mode=MODE, **settings)
         self.commands: dict[str, Parser] = {}
+        self.words: Sequence[str] = ()  # what is to be parsed, for messages
 
     def parse_args(self, *args: Any, **settings: Any) -> Any:
         try:
@@ -49,7 +50,7 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             super().error(message, ex)
-        command = next((word for word in sys.argv[1:] if word in self.commands), "")
+        command = next((word for word in self.words if word in self.commands), "")
         parser = getattr(ex, "subcommand_parser", None) or self.commands.get(command, self)
         lines = [line.strip()[:300] for line in message.splitlines() if line.strip()][:MOST_LINES]
         meant = _meant(message, parser)

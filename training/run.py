@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 if __name__ == "__main__":
-    if not __package__:
+    if not __package__ and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
         # Started as a file, Python puts this folder first on the path, where our `data` or `config`
         # would hide other packages of these names.
         sys.path.pop(0)

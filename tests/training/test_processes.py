@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,6 +141,30 @@ def cells(pretrain_config, finetune_config, tmp_path):
     return plan(arms, (1,), (0,), tmp_path / "out", long, short)
 
 
+class Started:
+    """Processes that do not outlive their test, even where it fails."""
+
+    def __init__(self):
+        self.pids = []
+
+    def __call__(self, command):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        self.also(process.pid)
+        return process
+
+    def also(self, pid):
+        self.pids.append(pid)
+
+
+@pytest.fixture
+def started():
+    made = Started()
+    yield made
+    for pid in made.pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 EXPERIMENT = """
 import pickle, sys
 from pathlib import Path
@@ -150,20 +175,21 @@ run_cells(cells, out, 1, lambda _: None)
 
 
 @pytest.mark.slow
-def test_cells_end_with_an_experiment_that_is_killed_and_the_next_waits(cells, tmp_path):
+def test_cells_end_with_an_experiment_that_is_killed_and_the_next_waits(cells, tmp_path, started):
     import pickle
 
     only = [cell for cell in cells if cell.command == "pretrain"]
     run = only[0].config.out
     (tmp_path / "plan").write_bytes(pickle.dumps((only, tmp_path / "out")))
     command = [sys.executable, "-c", EXPERIMENT, str(tmp_path / "plan")]
-    first = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    first = started(command)
     until(lambda: len(read_metrics(run)) > 2 if (run / "metrics.jsonl").exists() else False)
     pid = int(in_use(run).split()[1])
+    started.also(pid)
     first.kill()
     first.wait()
     # At once, while the cell is still about to end: it is waited for, then gone on from.
-    second = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    second = started(command)
     until(lambda: in_use(run) and int(in_use(run).split()[1]) != pid)
     before = load_checkpoint(run)["step"]  # saved, as after any SIGTERM
     until(lambda: len(read_metrics(run)) > before + 2)

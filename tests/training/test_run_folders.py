@@ -213,8 +213,7 @@ def test_settings_are_files_that_end(kind, tmp_path, capsys):
         (["predict", "--model=x", "--input=x", "--outt=y", "--out=z"], "--out"),
     ],
 )
-def test_a_typo_names_what_may_have_been_meant_in_a_few_lines(words, meant, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["salkernels-train", *words])
+def test_a_typo_names_what_may_have_been_meant_in_a_few_lines(words, meant, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(words)
     assert stopped.value.code == 2

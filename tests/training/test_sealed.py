@@ -303,6 +303,21 @@ def test_temporaries_of_dead_processes_are_swept(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"new.json"}
 
 
+def test_odd_names_are_left_alone_and_an_error_says_where(tmp_path, monkeypatch):
+    host = temporary_name(tmp_path / "x").name.split(".")[2].rpartition("-")[0]
+    odd = tmp_path / f".x.{host}-{10**30}.0a1b2c3d.tmp"  # no such process number
+    odd.write_text("")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        write_atomically(tmp_path / "a.txt", "x")
+    assert str(tmp_path / "a.txt") in str(caught.value)
+    assert [*tmp_path.iterdir()] == [odd]
+
+
 def test_a_name_as_long_as_can_be_is_written(tmp_path):
     path = tmp_path / ("ä" * 120 + ".nii.gz")
     write_atomically(path, "x")
