@@ -145,24 +145,30 @@ class Started:
     """Processes that do not outlive their test, even where it fails."""
 
     def __init__(self):
-        self.pids = []
+        self.processes, self.cells = [], []
 
     def __call__(self, command):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        self.also(process.pid)
-        return process
+        self.processes.append(subprocess.Popen(command, stderr=subprocess.DEVNULL))
+        return self.processes[-1]
 
-    def also(self, pid):
-        self.pids.append(pid)
+    def also(self, cell):
+        self.cells.append(cell)
+
+    def end(self):
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        for pid in self.cells:
+            with suppress(OSError):  # gone, as it should be
+                if b"child.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture
 def started():
     made = Started()
     yield made
-    for pid in made.pids:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    made.end()
 
 
 EXPERIMENT = """
