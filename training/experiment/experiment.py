@@ -73,10 +73,8 @@ def experiment(
     # Once, before several runs would build the same cache.
     caches = {"pretrain": open_dataset(pretraining), "finetune": open_dataset(finetuning)}
     audit = Audit(caches, config.allow_mismatch)
-    collect(table, cells, audit)  # before the first run: what is done must be of this experiment
-    config.out.mkdir(parents=True, exist_ok=True)
     name = own_name(config.out)
-    _report(config, table, cells, audit, name)
+    _report(config, table, cells, audit, name)  # first: what is done must be of this experiment
 
     try:
         run_cells(
