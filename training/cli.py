@@ -1,4 +1,4 @@
-"""Subcommands: demo, pretrain, finetune, evaluate, predict, show, experiment.
+"""Subcommands: demo, pretrain, finetune, evaluate, predict, show, cache, experiment.
 
 Settings come from, in order: the dataclass defaults, `--preset`, `--config FILE`, the command line.
 An unknown key anywhere is an error.
@@ -7,6 +7,7 @@ An unknown key anywhere is an error.
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from .config import FinetuneConfig, Precision, PretrainConfig, RunConfig
 from .data.nifti import DataError
 from .data.text import printable
 from .experiment.tables import TABLES
+from .parsing import Parser, require_settings_files
 from .presets import BEST, FINETUNE, PRETRAIN, PresetName
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -29,15 +31,13 @@ DESCRIPTION = "Self-supervised alignment learning on slices of 3D scans."
 # Not settings of an experiment's runs: it sets them for each.
 SET_BY_EXPERIMENT = {
     "data", "out", "cache", "resume", "seed", "threads", "method", "encoder", "fold", "labelled",
-    "leave_out_fold",
+    "leave_out_fold", "allow_mismatch",
 }  # fmt: skip
-SWITCHES = (
-    "--resume",
-    "--cine",
-    "--overwrite",
-    "--only_pretrain",
-    "--mixed_spacing",
-)  # true where no value follows
+SWITCHES = (  # true where no value follows
+    "--resume", "--cine", "--overwrite", "--only_pretrain", "--mixed_spacing", "--allow_mismatch",
+    "--prune",
+)  # fmt: skip
+REPEATED = ("demo", "experiment")  # go on by themselves when they are run again
 ERRORS = (RunError, DataError, ValueError, TypeError, OSError)
 
 
@@ -48,13 +48,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments:
         parser.print_help()
         return 2
+    try:
+        require_settings_files(arguments)
+    except RunError as error:
+        parser.error(str(error))
     namespace = parser.parse_args(arguments)
     command = namespace.command
     if namespace[command].get("preset", preset := _named_preset(arguments)) != preset:
         parser.error("preset is for the command line; a settings file cannot name it")
+    name = f"{parser.prog} {command}"
     # Imported only once the arguments are good: torch takes seconds.
-    from torch import OutOfMemoryError
-
     from .distributed import require_one_process
     from .engine import Stopped
 
@@ -63,37 +66,54 @@ def main(argv: Sequence[str] | None = None) -> int:
             require_one_process(command)
         COMMANDS[command](namespace[command])
     except Stopped as stopped:
-        how = "run it again to go on" if command == "demo" else "go on with --resume"
-        print(f"{parser.prog} {command}: {stopped}; {how}", file=sys.stderr)
+        again = "run it again to go on" if command in REPEATED else "go on with --resume"
+        print(f"{name}: {stopped}; {again}", file=sys.stderr)
         return stopped.code
-    except OutOfMemoryError as error:
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
+    except ERRORS as error:
+        print(f"{name}: error: {printable(str(error))}", file=sys.stderr)
+        return 2 if isinstance(error, (RunError, DataError, ValueError)) else 1
+    except (MemoryError, RuntimeError) as error:
+        if not (memory := _full_memory(error)):
+            raise
         print(
-            f"{parser.prog} {command}: error: the GPU's memory is full ({error}); lower slices or "
-            f"batch_size, crop, or model.width",
+            f"{name}: error: {memory} is full ({_one_line(error)}); lower slices or batch_size, "
+            f"crop, or model.width",
             file=sys.stderr,
         )
         return 1
-    except KeyboardInterrupt:
-        print(f"{parser.prog} {command}: interrupted", file=sys.stderr)
-        return 130
-    except ERRORS as error:
-        print(f"{parser.prog} {command}: error: {printable(str(error))}", file=sys.stderr)
-        return 2 if isinstance(error, (RunError, DataError, ValueError)) else 1
     return 0
 
 
-def make_parser(arguments: Sequence[str]) -> ArgumentParser:
+def _full_memory(error: Exception) -> str:
+    """Whose memory an error says is full; "" where it says something else."""
+    from torch import OutOfMemoryError
+
+    if isinstance(error, OutOfMemoryError):
+        return "the GPU's memory"
+    if isinstance(error, MemoryError) or re.search("DefaultCPUAllocator|bad_alloc", str(error)):
+        return "the computer's memory"
+    return ""
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def make_parser(arguments: Sequence[str]) -> Parser:
     """The parser; the preset named in the arguments sets its defaults."""
-    parser = ArgumentParser(prog="salkernels-train", description=DESCRIPTION)
-    commands = parser.add_subcommands(dest="command")
+    parser = Parser(prog="salkernels-train", description=DESCRIPTION)
+    parser.words = arguments
     preset = _named_preset(arguments)
 
-    demo = ArgumentParser(description="Phantom data, SAL pre-training, fine-tuning, comparison.")
+    demo = Parser(description="Phantom data, SAL pre-training, fine-tuning, comparison.")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for all of it")
     demo.add_argument("--draws", type=int, default=3, help="folds to fine-tune on")
     demo.add_argument("--pretrain_steps", type=int, default=0, help="0: the phantom preset's")
     demo.add_argument("--finetune_steps", type=int, default=0, help="0: the phantom preset's")
-    commands.add_subcommand("demo", demo, help="run everything on a generated phantom")
+    parser.add_command("demo", demo, help="run everything on a generated phantom")
 
     pretraining = {**PRETRAIN[preset], **BEST.get(preset, {})}
     for name, config, settings, text in (
@@ -105,7 +125,7 @@ def make_parser(arguments: Sequence[str]) -> ArgumentParser:
             "fine-tune on few labelled subjects, evaluate",
         ),
     ):
-        sub = ArgumentParser(description=text[0].upper() + text[1:] + ".")
+        sub = Parser(description=text[0].upper() + text[1:] + ".")
         sub.add_argument("--config", action="config", help="YAML file of settings")
         sub.add_argument(
             "--preset",
@@ -115,22 +135,28 @@ def make_parser(arguments: Sequence[str]) -> ArgumentParser:
         )
         sub.add_class_arguments(config)
         sub.set_defaults(settings)
-        commands.add_subcommand(name, sub, help=text)
+        parser.add_command(name, sub, help=text)
 
-    commands.add_subcommand("evaluate", _evaluate_parser(), help="Dice of a fine-tuned model")
-    commands.add_subcommand("predict", _predict_parser(), help="segment NIfTI images")
+    parser.add_command("evaluate", _evaluate_parser(), help="Dice of a fine-tuned model")
+    parser.add_command("predict", _predict_parser(), help="segment NIfTI images")
 
-    show = ArgumentParser(description="Redraw the curves of a run and list its figures.")
+    show = Parser(description="Redraw the curves of a run and list its figures.")
     show.add_argument("run", type=Path, help="run folder")
-    commands.add_subcommand("show", show, help="figures and last figures of a run")
+    parser.add_command("show", show, help="figures and last figures of a run")
+
+    cache = Parser(description="List preprocessed data, and remove what nobody uses.")
+    cache.add_argument("folder", type=Path, help="folder of caches: `cache` beside the runs")
+    cache.add_argument("--prune", type=bool, default=False, help="remove instead of list")
+    cache.add_argument("--idle", type=float, default=30.0, help="days unused before removal")
+    parser.add_command("cache", cache, help="preprocessed data on disk")
 
     text = "a table of the paper: pre-train every method, fine-tune on folds x M, compare"
-    commands.add_subcommand("experiment", _experiment_parser(preset, text), help=text)
+    parser.add_command("experiment", _experiment_parser(preset, text), help=text)
     return parser
 
 
-def _evaluate_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Dice of a fine-tuned model on labelled scans.")
+def _evaluate_parser() -> Parser:
+    parser = Parser(description="Dice of a fine-tuned model on labelled scans.")
     _add_model(parser)
     parser.add_argument("--data", type=Path, required=True, help="folder of the data set")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
@@ -144,12 +170,14 @@ def _evaluate_parser() -> ArgumentParser:
         "--dataset", type=str | None, default=None,
         help="layout of the data where it is not that of the training: acdc, chd or manifest",
     )  # fmt: skip
+    parser.add_argument("--overwrite", type=bool, default=False, help="replace earlier scores")
     _add_spacing(parser)
+    _add_allow_mismatch(parser)
     return parser
 
 
-def _predict_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Label maps of NIfTI images, on the images' own grid.")
+def _predict_parser() -> Parser:
+    parser = Parser(description="Label maps of NIfTI images, on the images' own grid.")
     _add_model(parser)
     parser.add_argument(
         "--input", type=Path, nargs="+", required=True,
@@ -162,8 +190,8 @@ def _predict_parser() -> ArgumentParser:
     return parser
 
 
-def _experiment_parser(preset: PresetName, text: str) -> ArgumentParser:
-    parser = ArgumentParser(
+def _experiment_parser(preset: PresetName, text: str) -> Parser:
+    parser = Parser(
         description=f"{text[0].upper()}{text[1:]}. Runs that are done are not repeated: give the "
         "same command again to go on, or more arms, folds or M to compute what is missing."
     )
@@ -185,6 +213,7 @@ def _experiment_parser(preset: PresetName, text: str) -> ArgumentParser:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of each run; 0: all")
     parser.add_argument("--seed", type=int, default=0, help="of pre-training and fine-tuning")
+    _add_allow_mismatch(parser)
     parser.add_class_arguments(PretrainConfig, "pretrain", skip=SET_BY_EXPERIMENT)
     parser.add_class_arguments(FinetuneConfig, "finetune", skip=SET_BY_EXPERIMENT)
     for stage, presets in (("pretrain", PRETRAIN), ("finetune", FINETUNE)):
@@ -239,8 +268,12 @@ def run_evaluate(namespace: Namespace) -> None:
     from .data.review import notices, require_scale_of_training, spacing_recorded
     from .evaluate import evaluate, subjects_to_score, write_scores
     from .figures import finetuning, summary
+    from .identity import Identity, contents, for_results, require_unseen
     from .inputs import tell
+    from .models.weights import MODEL, weights_file
+    from .runlog import require_free
 
+    require_free(namespace.out, namespace.overwrite)
     model, about, device = _load_model(namespace)
     info = dataset_info(namespace.dataset or about["dataset"], namespace.data)
     if list(info.class_names) != about["class_names"]:
@@ -259,8 +292,14 @@ def run_evaluate(namespace: Namespace) -> None:
     require_scale_of_training(spacing_recorded(cache), about.get("spacing"), names, mixed)
     subjects = subjects_to_score(namespace.subjects, about["held_out"], cache)
     require_labels(cache, subjects)
+    tested = Identity(info.name, contents(cache), held_out=tuple(subjects))
+    path = weights_file(namespace.model, MODEL)
+    marks = require_unseen(tested, subjects, path, about, allow=namespace.allow_mismatch)
     scores = evaluate(model, cache, subjects, device, progress=True)
-    write_scores(namespace.out, scores, {**about, "evaluated": list(subjects)})
+    about = for_results(about)
+    about["mismatches"] = list(dict.fromkeys([*about.get("mismatches", []), *marks]))
+    about |= {"evaluated": list(subjects), "evaluated_data": tested.plain()["data"]}
+    write_scores(namespace.out, scores, about)
     finetuning(namespace.out, model, cache, subjects, device)
     _say(summary(namespace.out))
 
@@ -273,10 +312,16 @@ def run_predict(namespace: Namespace) -> None:
     predict(model, about, namespace.input, namespace.out, device, **options)
 
 
+def run_cache(namespace: Namespace) -> None:
+    from .data.pruning import report
+
+    report(namespace.folder, namespace.idle, namespace.prune)
+
+
 def run_experiment(namespace: Namespace) -> None:
     from .experiment.experiment import ExperimentConfig, experiment
 
-    common = {name: namespace[name] for name in ("data", "seed", "threads")}
+    common = {name: namespace[name] for name in ("data", "seed", "threads", "allow_mismatch")}
     common["cache"] = namespace.out / "cache"
     pretraining = _build(PretrainConfig, namespace.pretrain, **common)
     finetuning = _build(FinetuneConfig, namespace.finetune, **common)
@@ -291,6 +336,7 @@ def run_experiment(namespace: Namespace) -> None:
         jobs=namespace.jobs,
         command=f"python training/run.py {shlex.join(sys.argv[1:])}",
         preset=namespace.preset,
+        allow_mismatch=namespace.allow_mismatch,
     )
     _say(experiment(config, pretraining, finetuning))
 
@@ -316,6 +362,7 @@ COMMANDS = {
     "evaluate": run_evaluate,
     "predict": run_predict,
     "show": run_show,
+    "cache": run_cache,
     "experiment": run_experiment,
 }
 
@@ -377,11 +424,17 @@ def _add_spacing(parser: ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def _add_allow_mismatch(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow_mismatch", type=bool, default=False,
+        help="go on although data, split or encoder do not fit; the result says so",
+    )  # fmt: skip
+
+
 def _load_model(namespace: Namespace) -> Any:
     from .engine import Device
-    from .finetune import model_path
     from .models import load_unet
 
     device = Device.of(RunConfig(device=namespace.device, precision=namespace.precision))
-    model, about = load_unet(model_path(namespace.model))
+    model, about = load_unet(namespace.model)
     return device.to(model), about, device

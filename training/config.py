@@ -91,7 +91,10 @@ class RunConfig:
         sync_batchnorm: under torchrun, batch norms over the samples of all processes.
         log_every: steps between two lines of metrics.
         checkpoint_every: steps between two checkpoints.
+        loader_warning: seconds without a batch from a loader after which it is said.
         resume: go on from the last checkpoint in `out`.
+        allow_mismatch: go on although data, split or encoder are not those that were recorded, or
+            test subjects were seen in training; weights and results say so (`mismatches`).
     """
 
     data: Path | None = None
@@ -110,7 +113,9 @@ class RunConfig:
     sync_batchnorm: bool = False
     log_every: int = 25
     checkpoint_every: int = 250
+    loader_warning: float = 60.0
     resume: bool = False
+    allow_mismatch: bool = False
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
     model: UNetConfig = field(default_factory=UNetConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -132,6 +137,8 @@ class RunConfig:
                 f"model.in_channels must be 1, the channels of a slice of a scan, got "
                 f"{self.model.in_channels}; give several sequences of a subject as several scans"
             )
+        if not self.loader_warning > 0:
+            raise ValueError(f"loader_warning must be > 0 seconds, got {self.loader_warning}")
         stride = self.model.stride
         if self.crop < stride or self.crop % stride:
             raise ValueError(

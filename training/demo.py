@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +13,13 @@ from .config import FinetuneConfig, PretrainConfig, RunConfig
 from .data.phantom import write_phantom
 from .engine import Device
 from .figures import dice_bars, overlays
-from .finetune import MODEL, finetune
+from .finetune import finetune
 from .inputs import open_dataset
 from .models import load_unet
-from .pretrain import ENCODER, pretrain
+from .models.weights import ENCODER, MODEL
+from .pretrain import pretrain
 from .runlog import require_same_settings
+from .settings import read_record
 
 
 def demo(out: Path, pretraining: PretrainConfig, finetuning: FinetuneConfig, draws: int) -> str:
@@ -40,7 +41,7 @@ def demo(out: Path, pretraining: PretrainConfig, finetuning: FinetuneConfig, dra
             config = replace(finetuning, encoder=encoder, out=run, fold=fold)
             if not _finished(config, "results.json"):
                 finetune(replace(config, resume=(run / "config.yaml").exists()))
-            results[name].append(json.loads((run / "results.json").read_text())["dice"])
+            results[name].append(read_record(run / "results.json")["dice"])
     dice_bars(out / "figures" / "dice.png", results)
     _compare(out, finetuning, list(starts))
     table = markdown(results)

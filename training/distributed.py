@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import RunError
+from .locks import sole_use
 from .replay import active, scale_gradient
 
 Result = TypeVar("Result")
@@ -101,6 +103,14 @@ def processes(device: str) -> Iterator[None]:
     # Not after an error: the others may be waiting in it, and the process ends anyway.
     dist.destroy_process_group()
     _control = None
+
+
+@contextmanager
+def own_folder(out: Path) -> Iterator[None]:
+    """Holds a run folder for all processes of this run, by the first of them."""
+    with ExitStack() as stack:
+        first(lambda: stack.enter_context(sole_use(out)) if is_main() else None)
+        yield
 
 
 def own_gpu(device: str) -> torch.device:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
+import signal
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -26,8 +25,10 @@ from .checkpoint import (
     stop_on_signal,
 )
 from .config import Precision, RunConfig
-from .data.sampling import SliceBatch, batches
+from .data.sampling import SliceBatch
 from .distributed import bare, first, is_main, own_gpu, world
+from .identity import Identity
+from .loading import loaders_explained, steps_of
 from .optimiser import learning_rate, make_optimiser
 from .progress import Progress
 from .runlog import RunLog, precision_before
@@ -115,7 +116,7 @@ def fit(
     at the same one, and go on from the same checkpoint.
 
     Raises:
-        Stopped: after SIGINT or SIGTERM, to any process; the state is saved.
+        Stopped: after a signal that asks for it, to any process; the state is saved.
         RunError: loss or gradient is not finite, which the message follows to the batch, or a
             loader died; nothing is overwritten.
     """
@@ -130,28 +131,24 @@ def fit(
         meter,
     )
     if config.resume:
-        state.load(config.out)
+        state.load(log)
     log.start_at(state.step)
     gradients = Gradients(
         module, task, scaler, lambda b: step_generator(config.seed, b.step, device.device, b.part)
     )
     module.train()
     bar = Progress(config.out.name, state.step, optim.steps)
-    steps = closing(steps_of(dataset, state.step, config))
-    with _loaders_explained(), stop_on_signal() as stop, bar, steps as all_batches:
+    with (
+        loaders_explained(),
+        stop_on_signal() as stop,
+        bar,
+        closing(steps_of(dataset, state.step, config, lambda: bool(stop.signal))) as all_batches,
+    ):
         for batches in all_batches:
             optimiser.zero_grad(set_to_none=True)
             result = gradients(batches, lambda: [int(stop.signal is kind) for kind in STOPPING])
             _require_finite_loss(result, state.step)
-            scaler.unscale_(optimiser)
-            norm = nn.utils.clip_grad_norm_(module.parameters(), optim.clip or math.inf)
-            if not scaler.is_enabled():  # a scaler skips such steps itself, and lowers its scale
-                _require_finite("gradient's norm", norm.item(), state.step, batches)
-            rate = float(schedule.get_last_lr()[0])
-            scaler.step(optimiser)
-            scaler.update()
-            schedule.step()
-            state.step += 1
+            rate = state.update(module, optim.clip, batches)
             step, last = state.step, state.step == optim.steps
             meter.add(result.terms)
             extra = hook(step) if hook is not None else {}
@@ -160,14 +157,12 @@ def fit(
                 log.write(step, {**meter.means(), "lr": rate, **extra})
                 meter.clear()
             heard = [kind for kind, count in zip(STOPPING, result.signals, strict=True) if count]
-            if step % config.checkpoint_every == 0 or last or heard:
-                state.save(config.out)
             if heard:
-                log.close()
-                raise Stopped(
-                    f"stopped by {heard[0].name} at step {step} of {optim.steps}",
-                    128 + heard[0].value,
-                )
+                state.stop(log, heard[0], optim.steps)
+            if step % config.checkpoint_every == 0 or last:
+                state.save(log)
+        if state.step < optim.steps and stop.signal:  # while it waited for a stuck loader
+            state.stop(log, stop.signal, optim.steps)
 
 
 class Meter:
@@ -197,63 +192,52 @@ class RunState:
     meter: Meter
     step: int = 0
 
-    def load(self, out: Path) -> None:
-        """Goes on from the last checkpoint, if there is one: all processes from the same."""
+    def load(self, log: RunLog) -> None:
+        """Goes on from the last checkpoint, if there is one: all processes from the same.
+
+        Raises:
+            RunError: it is of other data, another split or encoder than the run now has.
+        """
+        out = log.out
         saved = first(lambda: load_checkpoint(out) if has_checkpoint(out) else None)
         if saved is None:
             return
+        try:
+            log.require_same(Identity.of(saved["identity"]))
+        except (KeyError, ValueError) as error:
+            raise RunError(f"the checkpoint in {out} does not say of which data it is") from error
         for name, part in self.parts.items():
             part.load_state_dict(saved[name])
         self.step = saved["step"]
         self.meter.sums, self.meter.count = saved["sums"], saved["count"]
 
-    def save(self, out: Path) -> None:
+    def update(self, module: nn.Module, clip: float, batches: Sequence[SliceBatch]) -> float:
+        """Takes the step along the gradient; returns the learning rate that it took."""
+        optimiser, scaler, schedule = (self.parts[n] for n in ("optimiser", "scaler", "schedule"))
+        scaler.unscale_(optimiser)
+        norm = nn.utils.clip_grad_norm_(module.parameters(), clip or math.inf)
+        if not scaler.is_enabled():  # a scaler skips such steps itself, and lowers its scale
+            _require_finite("gradient's norm", norm.item(), self.step, batches)
+        rate = float(schedule.get_last_lr()[0])
+        scaler.step(optimiser)
+        scaler.update()
+        schedule.step()
+        self.step += 1
+        return rate
+
+    def save(self, log: RunLog) -> None:
         if not is_main():
             return
         states = {name: part.state_dict() for name, part in self.parts.items()}
         meter = {"sums": self.meter.sums, "count": self.meter.count}
-        save_checkpoint(out, {**states, "step": self.step, **meter})
+        about = {"step": self.step, "identity": log.identity.plain()}
+        save_checkpoint(log.out, {**states, **about, **meter})
 
-
-def steps_of(
-    dataset: Dataset[SliceBatch], start: int, config: RunConfig
-) -> Generator[list[SliceBatch], None, None]:
-    """This process's batches of each step from `start` on."""
-    count = config.optim.accumulate
-    loader = iter(batches(dataset, start * count, config.optim.steps * count, config.workers))
-    try:
-        while batch := next(loader, None):
-            yield [batch, *itertools.islice(loader, count - 1)]
-    finally:
-        # Not left to the garbage collector: a traceback keeps the loader, and at the end of Python
-        # processes that ignore SIGTERM would be waited for without end.
-        if config.workers:
-            loader._shutdown_workers()  # type: ignore[attr-defined]
-
-
-@contextmanager
-def _loaders_explained() -> Iterator[None]:
-    """A loader that the system killed is reported wherever the loop is just then.
-
-    Either the pipe from it breaks under the process that reads, or torch's handler of SIGCHLD
-    raises, between any two lines of Python: also while the first error is on its way out.
-    """
-    try:
-        yield
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        if not _of_a_dead_loader(error):
-            raise
-        raise RunError(
-            f"a process that loads slices ended: {error or type(error).__name__}. The last "
-            f"checkpoint is intact: lower workers if memory is short, and pass --resume"
-        ) from error
-
-
-def _of_a_dead_loader(error: Exception) -> bool:
-    """Not what a living loader raised: torch hands that on as 'Caught ...'."""
-    if isinstance(error, RuntimeError):
-        return not isinstance(error, RunError) and "DataLoader worker (pid" in str(error)
-    return not str(error).startswith("Caught ")
+    def stop(self, log: RunLog, kind: signal.Signals, steps: int) -> NoReturn:
+        """Saves the state and ends the run."""
+        self.save(log)
+        log.close()
+        raise Stopped(f"stopped by {kind.name} at step {self.step} of {steps}", 128 + kind.value)
 
 
 def _require_finite_loss(result: StepResult, step: int) -> None:

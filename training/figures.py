@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,6 @@ import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 import torch
-import yaml
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
@@ -32,7 +30,8 @@ from .engine import Device, step_generator
 from .evaluate import dice_per_class, segment
 from .methods import METHODS, Method
 from .models import Encoder, UNet, load_encoder
-from .runlog import read_metrics
+from .runlog import CONFIG, read_metrics
+from .settings import damaged, read_record, read_settings
 
 if TYPE_CHECKING:
     from .config import PretrainConfig
@@ -108,10 +107,12 @@ def curves(out: Path) -> None:
 
 def _loss_panel(out: Path) -> tuple[str, list[tuple[str, str]]]:
     """Title of the picture of the loss, and its curves: those of the method in pre-training."""
-    settings = yaml.safe_load((out / "config.yaml").read_text())
-    if "method" not in settings:
+    method = read_settings(out / CONFIG).get("method")
+    if method is None:
         return "training loss (cross-entropy + Dice)", [("loss", "")]
-    title, terms = METHODS[settings["method"]].curves
+    if method not in METHODS:
+        raise damaged(out / CONFIG, f"it names no method that is known, but {method!r}")
+    title, terms = METHODS[method].curves
     return title, [*terms.items()]
 
 
@@ -300,13 +301,17 @@ def summary(out: Path) -> str:
         lines.append(", ".join(f"{k} {v:.4g}" for k, v in rows[-1].items() if k != "step"))
     result = out / "results.json"
     if result.exists():
-        content = json.loads(result.read_text())
-        figures = {"mean Dice": content["mean_dice"], **content["dice"]}
-        mean, *dice = (
-            f"{name} {'-' if value is None else format(value, '.3f')}"
-            for name, value in figures.items()
-        )
+        content = read_record(result)
+        try:
+            figures = {"mean Dice": content["mean_dice"], **content["dice"]}
+            mean, *dice = (
+                f"{name} {'-' if value is None else format(value, '.3f')}"
+                for name, value in figures.items()
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise damaged(result, f"no scores ({error!r})") from error
         lines.append(f"{mean} ({', '.join(dice)})")
+        lines += [f"mismatch, let pass by hand: {text}" for text in content.get("mismatches", ())]
     warnings = out / "warnings.txt"
     if warnings.exists():
         lines += [f"warning: {line}" for line in warnings.read_text().splitlines()]

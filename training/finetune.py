@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -15,19 +14,32 @@ from .checkpoint import RunError
 from .config import FinetuneConfig
 from .data.cache import VolumeCache, require_labels
 from .data.manifest import dataset_info
-from .data.review import notices, require_classes, spacing_recorded
+from .data.review import (
+    notices,
+    require_classes,
+    require_scale_of_encoder,
+    spacing_recorded,
+)
 from .data.sampling import LabelledSlices, Shard, SliceBatch
 from .data.splits import Fold, folds_of, labelled_subset, pick
 from .engine import Device, fit
 from .evaluate import Scores, evaluate, write_scores
 from .figures import finetuning as finetuning_figures
+from .identity import (
+    Identity,
+    contents,
+    encoder_identity,
+    for_results,
+    of_weights,
+    require_unseen,
+    split_of,
+)
 from .inputs import open_dataset, tell
+from .locks import sole_use
 from .models import UNet, load_encoder, load_unet, save_unet
-from .pretrain import ENCODER
+from .models.weights import ENCODER, MODEL, weights_file
 from .runlog import RunLog
 from .steps import Task
-
-MODEL = "model.safetensors"
 
 
 def finetune(config: FinetuneConfig) -> Scores:
@@ -38,14 +50,89 @@ def finetune(config: FinetuneConfig) -> Scores:
     require_labels(cache, [*labelled, *fold.test])
     require_classes(cache, labelled)
     require_classes(cache, fold.test)
-    own = Shard(accumulate=config.optim.accumulate)
-    dataset = LabelledSlices(cache, labelled, config.batch_size, config.seed, own)
     model, pretraining = initial_model(config)
-    log = RunLog(config, "finetune", device.describe())
-    tell(config.out, notices(cache))
-    device.to(model)
-    if config.compile:
-        model.compile()  # in place: the keys of the weights stay
+    if pretraining is not None:
+        require_scale_of_encoder(cache, pretraining.get("spacing"), str(config.encoder))
+    believed = identity(config, cache, pretraining)
+    with sole_use(config.out):
+        log = RunLog(config, "finetune", device.describe(), believed)
+        tell(config.out, notices(cache))
+        device.to(model)
+        if config.compile:
+            model.compile()  # in place: the keys of the weights stay
+        _train(config, model, cache, fold, labelled, device, log)
+        about = {
+            **about_model(config, cache, fold, labelled),
+            "pretraining": pretraining and for_results(pretraining),
+            "identity": log.identity.plain(),
+        }
+        save_unet(config.out / MODEL, model, about)
+        exact = device.exact()
+        scores = evaluate(model, cache, fold.test, exact, progress=True)
+        write_scores(config.out, scores, for_results(about))
+        finetuning_figures(config.out, model, cache, fold.test, exact)
+    return scores
+
+
+def identity(
+    config: FinetuneConfig, cache: VolumeCache, pretraining: dict[str, Any] | None
+) -> Identity:
+    """What fine-tuning believes in; the encoder must not have seen whom it must not.
+
+    pretraining: the description of the encoder, where there is one.
+    """
+    fold, labelled = split(config, cache)
+    believed = Identity(
+        cache.info.name,
+        contents(cache),
+        with_labels=labelled,
+        held_out=fold.test,
+        split=split_of(config, "fold", "num_folds", "split_seed"),
+    )
+    if config.encoder is None or pretraining is None:
+        return believed
+    path = weights_file(config.encoder, ENCODER, MODEL)
+    seen = require_unseen(believed, fold.test, path, pretraining, allow=config.allow_mismatch)
+    inherited = of_weights(path, pretraining)
+    marks = (*(inherited.mismatches if inherited else ()), *seen)
+    encoder = encoder_identity(path, pretraining)
+    return replace(believed, encoder=encoder, mismatches=tuple(dict.fromkeys(marks)))
+
+
+def _train(
+    config: FinetuneConfig,
+    model: UNet,
+    cache: VolumeCache,
+    fold: Fold,
+    labelled: tuple[str, ...],
+    device: Device,
+    log: RunLog,
+) -> None:
+    """All steps; the model then has the weights that are to be kept."""
+    own = Shard(accumulate=config.optim.accumulate)
+    best = None
+    if config.select == "best-on-test":
+        best = BestOnTest(model, cache, fold, device.exact(), config)
+    fit(
+        model,
+        [
+            {"params": list(model.encoder.parameters()), "scale": config.encoder_lr},
+            {"params": list(model.decoder.parameters())},
+        ],
+        task_of(config, model, device),
+        LabelledSlices(cache, labelled, config.batch_size, config.seed, own),
+        config,
+        log,
+        device,
+        best.look if best else None,
+    )
+    log.close()
+    if best:
+        best.restore()
+
+
+def task_of(config: FinetuneConfig, model: UNet, device: Device) -> Task[tuple[Tensor, Tensor]]:
+    """Augmented slices in, the segmentation loss out."""
     criterion = segmentation_loss()
 
     def prepare(batch: SliceBatch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -66,32 +153,7 @@ def finetune(config: FinetuneConfig) -> Scores:
         loss = criterion(logits.float(), labels[:, None].long())
         return loss, {"loss": loss}
 
-    best = None
-    if config.select == "best-on-test":
-        best = BestOnTest(model, cache, fold, device.exact(), config)
-    fit(
-        model,
-        [
-            {"params": list(model.encoder.parameters()), "scale": config.encoder_lr},
-            {"params": list(model.decoder.parameters())},
-        ],
-        Task(prepare, loss_of),
-        dataset,
-        config,
-        log,
-        device,
-        best.look if best else None,
-    )
-    log.close()
-    if best:
-        best.restore()
-    about = {**about_model(config, cache, fold, labelled), "pretraining": pretraining}
-    save_unet(config.out / MODEL, model, about)
-    exact = device.exact()
-    scores = evaluate(model, cache, fold.test, exact, progress=True)
-    write_scores(config.out, scores, about)
-    finetuning_figures(config.out, model, cache, fold.test, exact)
-    return scores
+    return Task(prepare, loss_of)
 
 
 def segmentation_loss() -> torch.nn.Module:
@@ -123,7 +185,7 @@ def initial_model(config: FinetuneConfig) -> tuple[UNet, dict[str, Any] | None]:
     model = UNet(config.model, info.num_classes)
     about = None
     if config.encoder is not None:
-        path = config.encoder / ENCODER if config.encoder.is_dir() else config.encoder
+        path = weights_file(config.encoder, ENCODER, MODEL)
         encoder, about = load_encoder(path)
         if encoder.config != config.model:
             raise RunError(
@@ -131,27 +193,8 @@ def initial_model(config: FinetuneConfig) -> tuple[UNet, dict[str, Any] | None]:
                 f"{asdict(config.model)}; pass the preset or the model.* settings it was "
                 f"pre-trained with"
             )
-        _require_same_fold(path, about, config)
         model.encoder.load_state_dict(encoder.state_dict())
     return model, about
-
-
-def _require_same_fold(path: Path, about: dict[str, Any], config: FinetuneConfig) -> None:
-    """An encoder that left a fold out must have left out this one, or it knows the test scans."""
-    if about.get("leave_out_fold") is None:  # it saw all scans without labels, as in the paper
-        return
-    left_out = {
-        "fold": about["leave_out_fold"],
-        "num_folds": about.get("num_folds"),
-        "split_seed": about.get("split_seed"),
-    }
-    held_out = {name: getattr(config, name) for name in left_out}
-    if left_out != held_out:
-        raise RunError(
-            f"the encoder in {path} was pre-trained without the held-out subjects of {left_out}, "
-            f"but this run holds out those of {held_out}, some of which it has seen; use the "
-            f"encoder of this fold, or one that saw all scans (no leave_out_fold)"
-        )
 
 
 class BestOnTest:
@@ -201,15 +244,3 @@ def about_model(
         "seed": config.seed,
         "select": config.select,
     }
-
-
-def model_path(run: Path) -> Path:
-    """The model of a run folder, or the file itself; RunError for a run that has none."""
-    if not run.is_dir():
-        return run
-    if not (run / MODEL).exists() and (run / ENCODER).exists():
-        raise RunError(
-            f"{run} is a run of pre-training, which holds an encoder and no model; run `finetune "
-            f"--encoder {run}` and give the folder of that run"
-        )
-    return run / MODEL

@@ -16,19 +16,29 @@ from .augment import augment
 from .config import PretrainConfig
 from .data.cache import VolumeCache
 from .data.errors import DataError, listed
-from .data.review import notices
+from .data.review import notices, spacing_recorded
 from .data.sampling import Shard, SliceBatch, TwoSubjects
 from .data.splits import folds_of, pick
-from .distributed import first, is_main, parallel, processes, rank, synchronise_norms, world
+from .distributed import (
+    first,
+    is_main,
+    own_folder,
+    parallel,
+    processes,
+    rank,
+    synchronise_norms,
+    world,
+)
 from .engine import Device, fit, step_generator
 from .figures import pretraining as pretraining_figures
+from .identity import Identity, contents, split_of
 from .inputs import open_dataset, tell
 from .methods import METHODS, Method, Outcome, Views
 from .models import save_encoder
-from .runlog import RunLog, read_metrics
+from .models.weights import ENCODER
+from .runlog import WARNINGS, RunLog, read_metrics
 from .steps import Task
 
-ENCODER = "encoder.safetensors"
 INITIAL = "encoder_initial.safetensors"
 
 
@@ -38,24 +48,25 @@ def pretrain(config: PretrainConfig) -> Path:
     Under torchrun the processes share each step: see `distributed`.
     """
     with processes(config.device):
-        run = Pretraining(config)
-        if run.method.trains:
-            run.fit()
-        first(run.finish)
+        device = Device.of(config)
+        cache = open_dataset(config)
+        with own_folder(config.out):
+            run = Pretraining(config, device, cache)
+            if run.method.trains:
+                run.fit()
+            first(run.finish)
     return config.out / ENCODER
 
 
 class Pretraining:
     """One run of pre-training."""
 
-    def __init__(self, config: PretrainConfig) -> None:
-        self.config = config
-        self.device = Device.of(config)
-        self.cache = open_dataset(config)
+    def __init__(self, config: PretrainConfig, device: Device, cache: VolumeCache) -> None:
+        self.config, self.device, self.cache = config, device, cache
         self.seen = subjects(config, self.cache)
         self.corpus = Slices(self.cache, self.seen)
         thin = thin_scans(config, self.cache, self.seen)
-        self.log = RunLog(config, "pretrain", self.device.describe())
+        self.log = RunLog(config, "pretrain", self.device.describe(), identity(config, self.cache))
         first(lambda: tell(config.out, [*notices(self.cache), *thin]))
         torch.manual_seed(config.seed)
         settings = getattr(config, config.method, None)
@@ -116,17 +127,33 @@ class Pretraining:
     def keep_start(self) -> None:
         """Writes the encoder as it is initialised."""
         path = self.config.out / INITIAL
-        if not path.exists():
-            save_encoder(path, self.method.encoder, _about(self.config, self.cache, 0))
+        if self.log.fresh or not path.exists():
+            save_encoder(path, self.method.encoder, self.about(0))
 
     def finish(self) -> None:
         """Writes the encoder, and the figures of what was learnt."""
         config = self.config
         self.log.close()
         steps = config.optim.steps if self.method.trains else 0
-        save_encoder(config.out / ENCODER, self.method.encoder, _about(config, self.cache, steps))
+        save_encoder(config.out / ENCODER, self.method.encoder, self.about(steps))
         if self.method.trains:
             pretraining_figures(config.out, self.cache, config, self.method)
+
+    def about(self, step: int) -> dict[str, Any]:
+        """What a reader of the weights must know."""
+        config = self.config
+        return {
+            "method": config.method,
+            "dataset": config.dataset,
+            "step": step,
+            "seed": config.seed,
+            "leave_out_fold": config.leave_out_fold,
+            "num_folds": config.num_folds,
+            "split_seed": config.split_seed,
+            "scans": len(self.cache.volumes),
+            "spacing": spacing_recorded(self.cache),
+            "identity": self.log.identity.plain(),
+        }
 
 
 class Slices:
@@ -182,6 +209,20 @@ def thin_scans(config: PretrainConfig, cache: VolumeCache, seen: Sequence[str]) 
         f"{len(scans)} scans, so that no two of their slices are a pair: {listed(alone)}; raise "
         f"--{config.method}.t"
     ]
+
+
+def identity(config: PretrainConfig, cache: VolumeCache) -> Identity:
+    """What pre-training believes in: no label is looked at."""
+    seen = subjects(config, cache)
+    strict = config.leave_out_fold is not None
+    return Identity(
+        cache.info.name,
+        contents(cache),
+        without_labels=seen,
+        held_out=tuple(sorted(set(cache.subjects) - set(seen))),
+        split=split_of(config, "leave_out_fold", "num_folds", "split_seed") if strict else {},
+        strict=strict,
+    )
 
 
 def make_views(
@@ -256,7 +297,7 @@ class CollapseWatch:
 
     def __init__(self, method: Method, out: Path) -> None:
         self.method = method
-        self.path = out / "warnings.txt"
+        self.path = out / WARNINGS
         self.history = [row for row in read_metrics(out) if method.watched in row]
         said = self.path.read_text().splitlines() if self.path.exists() else []
         self.said = {line.partition(": ")[0] for line in said}
@@ -272,16 +313,3 @@ class CollapseWatch:
                     file.write(f"{kind}: {sentence}\n")
                 tqdm.write(f"warning: {sentence}", file=sys.stderr)
         return now
-
-
-def _about(config: PretrainConfig, cache: VolumeCache, step: int) -> dict[str, Any]:
-    return {
-        "method": config.method,
-        "dataset": config.dataset,
-        "step": step,
-        "seed": config.seed,
-        "leave_out_fold": config.leave_out_fold,
-        "num_folds": config.num_folds,
-        "split_seed": config.split_seed,
-        "scans": len(cache.volumes),
-    }

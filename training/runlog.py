@@ -6,10 +6,10 @@ import importlib.metadata
 import json
 import platform
 import shlex
-import subprocess
+import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,26 @@ from torch.utils.tensorboard import SummaryWriter
 
 import salkernels
 
-from .checkpoint import LAST, RunError
+from .checkpoint import LAST, RunError, has_checkpoint
 from .config import Precision, RunConfig
 from .distributed import first, is_main, world
 from .files import write_atomically
+from .identity import Identity, read_identity, require_same, write_identity
+from .models.weights import ENCODER, MODEL
+from .revision import commit
+from .settings import damaged, read_record, read_settings
 
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+WARNINGS = "warnings.txt"
 ENVIRONMENT = "environment.json"
 PACKAGES = ("torch", "triton", "numpy", "nibabel", "monai", "safetensors")
 # Settings that may differ between a run and its continuation: they do not change the result, but
-# for the last bits where `threads` or `compile` differs. How many processes times accumulated
-# batches make a step is compared apart.
+# for the last bits where `threads` or `compile` differs. Whom data and splits give is compared by
+# the identity, and how many processes times accumulated batches make a step apart.
 FREE = {
-    "resume", "out", "cache", "data", "threads", "workers", "log_every", "checkpoint_every",
-    "compile", "optim.accumulate",
+    "resume", "out", "cache", "data", "splits", "threads", "workers", "log_every",
+    "checkpoint_every", "compile", "loader_warning", "allow_mismatch", "optim.accumulate",
 }  # fmt: skip
 
 
@@ -41,28 +48,53 @@ class RunLog:
     Of many processes only the first does; the others wait until the folder is open.
     """
 
-    def __init__(self, config: RunConfig, kind: str, chosen: Mapping[str, str]) -> None:
-        """kind: "pretrain" or "finetune". chosen: device and precision, where they were auto."""
+    def __init__(
+        self, config: RunConfig, kind: str, chosen: Mapping[str, str], identity: Identity
+    ) -> None:
+        """kind: "pretrain" or "finetune". chosen: device and precision, where they were auto.
+
+        Whoever calls holds the folder (`locks.sole_use`).
+        """
         self.out = config.out
-        self._metrics = self.out / "metrics.jsonl"
+        self.kind, self.identity, self._allow = kind, identity, config.allow_mismatch
+        self.fresh = True  # nothing was trained here before
+        self._metrics = self.out / METRICS
         self._writer: SummaryWriter | None = None
         first(lambda: self._open(config, kind, chosen))
 
     def _open(self, config: RunConfig, kind: str, chosen: Mapping[str, str]) -> None:
         settings = to_plain(config)
-        description = self.out / "config.yaml"
-        started = description.exists() or (self.out / LAST).exists()
-        if started and not config.resume:
+        self.fresh = not holds_run(self.out)
+        if not self.fresh and not config.resume:
             raise RunError(
                 f"{self.out} already holds a run; pass --resume to go on with it, or another "
                 f"--out to start a new one"
             )
-        if started:
-            require_same_settings(self.out, config)
+        if self.fresh:
+            # A start that failed before its first step may have left these.
+            shutil.rmtree(self.out / LAST.parent, ignore_errors=True)
+            (self.out / WARNINGS).unlink(missing_ok=True)
+            write_atomically(self.out / CONFIG, yaml.safe_dump(settings, sort_keys=False))
         else:
-            write_atomically(description, yaml.safe_dump(settings, sort_keys=False))
+            require_same_settings(self.out, config)
+            self.require_same(read_identity(self.out))
+        write_identity(self.out, self.identity)
         about = {"kind": kind, **chosen, **_batches(config), **environment()}
         write_atomically(self.out / ENVIRONMENT, json.dumps(about, indent=2) + "\n")
+
+    def require_same(self, before: Identity | None) -> None:
+        """Raises a RunError that names how an earlier part of the run had other data, split or
+        encoder; where that is allowed, marks the run."""
+        known = before.mismatches if before else ()
+        found = require_same(
+            before,
+            self.identity,
+            self.out,
+            labels=self.kind == "finetune",
+            allow=self._allow,
+        )
+        marks = dict.fromkeys((*known, *self.identity.mismatches, *found))
+        self.identity = replace(self.identity, mismatches=tuple(marks))
 
     def start_at(self, step: int) -> None:
         """Drops metrics of steps that will be run again, and opens the event file."""
@@ -77,36 +109,81 @@ class RunLog:
         """Appends one line to metrics.jsonl and to the TensorBoard events."""
         if not is_main():
             return
-        with self._metrics.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+        try:
+            with self._metrics.open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+            if self._writer is not None:
+                for name, value in values.items():
+                    self._writer.add_scalar(name, value, step)
+        except OSError as error:
+            raise RunError(
+                f"{self._metrics} or the events beside it cannot be written: {error}; the last "
+                f"checkpoint is intact: make room and pass --resume"
+            ) from error
 
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
 
 
+def holds_run(out: Path) -> bool:
+    """Whether anything was trained or scored there that could be lost."""
+    products = (ENCODER, MODEL, "results.json")
+    return (
+        has_checkpoint(out)
+        or any((out / name).exists() for name in products)
+        or ((out / METRICS).is_file() and (out / METRICS).stat().st_size > 0)
+    )
+
+
+def require_free(out: Path, overwrite: bool) -> None:
+    """Refuses to write scores where others lie.
+
+    Raises:
+        RunError: the folder is that of a run, or has scores that are not to be replaced.
+    """
+    if holds_run(out) and ((out / CONFIG).exists() or has_checkpoint(out)):
+        raise RunError(f"{out} is the folder of a run, whose results would be lost; choose another")
+    if (out / "results.json").exists() and not overwrite:
+        raise RunError(f"{out} holds scores already; choose another --out, or pass --overwrite")
+
+
 def precision_before(out: Path) -> Precision:
     """The precision in which a run was begun; "auto" where there is none."""
-    path = out / ENVIRONMENT
-    about = json.loads(path.read_text()) if path.exists() else {}
-    before: Precision = about.get("precision", "auto")
+    before: Precision = _environment_before(out).get("precision", "auto")
     return before
 
 
+def _environment_before(out: Path) -> dict[str, Any]:
+    path = out / ENVIRONMENT
+    return read_record(path) if holds_run(out) and path.exists() else {}
+
+
 def read_metrics(out: Path) -> list[dict[str, float]]:
-    """The rows of metrics.jsonl; a last line cut short by a kill is left out."""
-    rows = []
-    path = out / "metrics.jsonl"
-    if not path.exists():
+    """The rows of metrics.jsonl; a last line cut short by a kill is left out.
+
+    Raises:
+        RunError: another line is damaged; it is named.
+    """
+    path = out / METRICS
+    if not path.is_file():
         return []
-    for line in path.read_text().splitlines():
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise damaged(path, error) from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line) if line else None
+            if row is not None and not isinstance(row["step"], int):
+                raise TypeError(f"its step is {row['step']!r}")
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            if number == len(lines):
+                break  # without its end of line
+            raise damaged(path, f"line {number} is no row of metrics ({error!r})") from error
+        if row is not None:
+            rows.append(row)
     return rows
 
 
@@ -121,7 +198,7 @@ def environment() -> dict[str, Any]:
     return {
         "command": shlex.join(sys.argv),
         "salkernels": salkernels.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
@@ -137,26 +214,15 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
-    """Commit of the source tree that runs, '+' if it was changed; None for an installed wheel."""
-    here = Path(__file__).parent
-    try:
-        head = _git(here, "rev-parse", "--short", "HEAD")
-        return head + ("+" if _git(here, "status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _git(where: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(where), *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, check=True, timeout=10
-    ).stdout.strip()
-
-
 def require_same_settings(out: Path, config: RunConfig) -> None:
     """Raises a RunError that names what differs between a run's settings and these."""
-    before = yaml.safe_load((out / "config.yaml").read_text())
+    path = out / CONFIG
+    if not path.is_file():
+        raise RunError(
+            f"{out} holds results but no {CONFIG}, so it is not known of which run; choose "
+            f"another --out"
+        )
+    before = read_settings(path)
     now = to_plain(config)
     # A setting that came with a later version was at its default then.
     before = _filled(before, to_plain(type(config)()))
@@ -185,8 +251,7 @@ def _filled(settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any
 
 def _require_same_batches(out: Path, config: RunConfig) -> None:
     """Raises a RunError where a step would no longer take the batches that it took before."""
-    path = out / ENVIRONMENT
-    about = json.loads(path.read_text()) if path.exists() else {}
+    about = _environment_before(out)
     before = {"processes": about.get("processes", 1), "batches": about.get("batches", 1)}
     now = _batches(config)
     if before["batches"] != now["batches"]:

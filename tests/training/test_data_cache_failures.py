@@ -34,7 +34,9 @@ def data(phantom, tmp_path):
 
 
 def visible(folder):
-    return sorted(p.name for p in folder.iterdir() if not p.name.endswith(".lock"))
+    return sorted(
+        p.name for p in folder.iterdir() if not p.name.endswith((".lock", ".digests.json"))
+    )
 
 
 def spoil(folder, what):

@@ -1,6 +1,7 @@
 """Reading and writing NIfTI: what headers say, and what comes back."""
 
 import gzip
+import os
 import struct
 
 import nibabel as nib
@@ -187,11 +188,10 @@ def test_write_refuses_and_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"ends in \.nii"):
         write_labels(tmp_path / "out.png", np.zeros((5, 6, 4)), like)
 
-    def full(self, path):
-        path.write_bytes(b"half")
+    def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(nib.Nifti1Image, "to_filename", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(DataError, match="No space left"):
         write_labels(tmp_path / "out.nii", np.zeros((5, 6, 4)), like)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.nii"]

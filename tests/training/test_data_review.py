@@ -158,7 +158,7 @@ def test_predict_and_evaluate_compare_with_the_training(tmp_path, finetune_confi
         assert main([*command, "--mixed_spacing"]) == 0
     if trained == "recorded":
         assert main([*predict, "--spacing=1.5", "--overwrite"]) == 0
-        assert main([*evaluate, "--spacing=1.5"]) == 0
+        assert main([*evaluate, "--spacing=1.5", "--overwrite"]) == 0
 
 
 def test_models_of_earlier_versions_do_not_say(tmp_path):

@@ -319,9 +319,8 @@ def _require_folder(root: Path, name: str) -> None:
         return
     what = f"expected the folder of {name}, found no folder there"
     if is_file(root):
-        what += " but a file; give the folder that it lies in"
-        if root.suffix == ".json":
-            what += ", or pass --dataset manifest if it is a manifest"
+        what = f"expected the folder of {name}, got a file; give the folder that it lies in, or "
+        what += "pass --dataset manifest if it is a manifest"
     raise DataError(f"{root}: {what}")
 
 

@@ -24,6 +24,11 @@ from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+if __name__ == "__main__":
+    from salkernels.training.startup import leave_current_folder
+
+    leave_current_folder()
+
 from ..files import write_atomically
 from .datasets import DATASETS, DatasetInfo, Scan, require_own_files
 from .nifti import DataError, Spacing, Values, raise_problems

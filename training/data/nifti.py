@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import math
 import os
 import stat
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
+from ..files import write_atomically
 from .errors import DataError as DataError  # the name that everyone imports from here
 from .errors import raise_problems as raise_problems
 from .grid import Grid, grid_of
@@ -214,17 +215,15 @@ def write_labels(path: str | Path, labels: npt.NDArray[Any], like: Volume) -> No
     header.set_data_dtype(np.uint8)
     header["cal_min"] = header["cal_max"] = 0  # the image's grey window would hide the classes
     kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
-    suffix = ".nii.gz" if path.name.endswith(".gz") else ".nii"
-    temporary = path.parent / f".{uuid.uuid4().hex}{suffix}"
+    image: Any = kind(as_bytes, header.get_best_affine(), header)  # type: ignore[no-untyped-call]
+    content = image.to_bytes()
+    if path.name.endswith(".gz"):
+        # No time stamp: equal labels give equal files.
+        content = gzip.compress(content, compresslevel=1, mtime=0)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image: Any = kind(as_bytes, header.get_best_affine(), header)  # type: ignore[no-untyped-call]
-        image.to_filename(temporary)
-        os.replace(temporary, path)
+        write_atomically(path, content)
     except OSError as error:
         raise DataError(f"{path}: cannot be written: {_one_line(error)}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _open(path: Path, *ndims: int) -> tuple[Any, tuple[int, ...], Steps]:

@@ -58,6 +58,45 @@ def require_scale_of_training(
     raise DataError(f"{listed(names, SHOWN_SCANS)}: headers {cause}; {remedy}")
 
 
+def require_own_images(cache: VolumeCache) -> None:
+    """Raise a DataError that names images of two subjects, by content.
+
+    Folds go by subjects: such an image would be trained on and tested on at once.
+    """
+    remedy = "correct the files that are wrong, or leave a subject out"
+    raise_problems(f"one image under the names of two subjects; {remedy}:", copies(cache))
+
+
+def copies(cache: VolumeCache) -> list[str]:
+    """Scans whose image is that of another subject, and whose."""
+    owners: dict[str, VolumeEntry] = {}
+    found = []
+    for entry in cache.volumes:
+        owner = owners.setdefault(entry.image_digest, entry)
+        if owner.subject != entry.subject:
+            found.append(f"{entry.name}: its image has the content of that of {owner.name}")
+    return found
+
+
+def require_scale_of_encoder(cache: VolumeCache, trained: Recorded | None, encoder: str) -> None:
+    """Raise a DataError where fine-tuning sees scans at another scale than its encoder did.
+
+    trained: spacing_recorded of its training, None where an older encoder does not say.
+    """
+    here = spacing_recorded(cache)
+    if trained in (None, "mixed", here) or cache.config.mixed_spacing:
+        return
+    names = listed([entry.name for entry in cache.volumes], SHOWN_SCANS)
+    remedy = "pass --preprocess.mixed_spacing true if you accept another scale"
+    if here == "recorded":
+        cause = "whose headers record no spacing, those here do"
+        remedy = f"state it in pre-training by --preprocess.unknown_spacing MM, or {remedy}"
+    else:
+        cause = "with a recorded spacing, those here record none"
+        remedy = f"state it by --preprocess.unknown_spacing MM, or {remedy}"
+    raise DataError(f"{encoder} was made from scans {cause}: {names}; {remedy}")
+
+
 def require_labels(cache: VolumeCache, subjects: Sequence[str]) -> None:
     """Raise a DataError that names the subjects none of whose scans has a label map."""
     missing = [subject for subject in subjects if not _labelled(cache, [subject])]
@@ -100,6 +139,8 @@ def notices(cache: VolumeCache) -> list[str]:
             f"{len(stored)} of {len(volumes)} scans record no orientation and are taken as stored, "
             f"perhaps in the reverse order of the others: {listed(stored, SHOWN_SCANS)}"
         )
+    if twice := copies(cache):  # where nothing is trained
+        lines.append(f"one image under the names of two subjects: {listed(twice, SHOWN_SCANS)}")
     empty = [entry.name for entry in volumes if entry.labelled and not entry.labelled_voxels]
     if empty:
         lines.append(f"label maps without any class: {listed(empty, SHOWN_SCANS)}")

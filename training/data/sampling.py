@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..checkpoint import STOPPING
 from .cache import VolumeCache
 from .nifti import DataError
 
@@ -163,14 +164,18 @@ class LabelledSlices(Dataset[SliceBatch]):
 
 
 def batches(
-    dataset: Dataset[SliceBatch], start: int, stop: int, workers: int
+    dataset: Dataset[SliceBatch], start: int, stop: int, workers: int, timeout: float = 0
 ) -> DataLoader[SliceBatch]:
-    """Batches `start` to `stop` − 1 of this process, in order."""
+    """Batches `start` to `stop` − 1 of this process, in order.
+
+    timeout: seconds after which waiting for a worker raises a RuntimeError; 0 waits for ever.
+    """
     return DataLoader(
         dataset,
         batch_size=None,
         sampler=_Numbers(start, stop),
         num_workers=workers,
+        timeout=timeout,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=False,
         worker_init_fn=_leave_signals_to_the_parent,
@@ -180,7 +185,7 @@ def batches(
 def _leave_signals_to_the_parent(_: int) -> None:
     """Ctrl-C and batch systems signal every process: a loader that dies takes the run with it,
     before its state is saved. Loaders end when their parent closes them, or ends."""
-    for kind in (signal.SIGINT, signal.SIGTERM):
+    for kind in STOPPING:
         signal.signal(kind, signal.SIG_IGN)
 
 

@@ -113,7 +113,10 @@ def kfold(subjects: Iterable[str], k: int = 5, seed: int = 0) -> list[Fold]:
     order = _shuffled(subjects, f"kfold/{seed}")
     if len(order) < 2:
         got = listed(order) or "none"
-        raise DataError(f"folds need at least two subjects with labels, got {got}; add label maps")
+        raise DataError(
+            f"folds need at least two subjects with labels, got {got}; add label maps, or give "
+            f"--data the folder of all subjects"
+        )
     if not 2 <= k <= len(order):
         raise DataError(
             f"{k} folds: expected 2 to {len(order)}, the number of subjects with labels; "

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from ..config import FinetuneConfig, PretrainConfig, RunConfig
 from ..methods import METHODS
-from ..pretrain import ENCODER
+from ..models.weights import ENCODER
 from ..runlog import require_same_settings
 from .tables import Arm
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..config import FinetuneConfig, PretrainConfig
+from ..identity import data_hash
 from ..inputs import open_dataset
 from ..runlog import environment, to_plain
+from .audit import Audit, own_name, require_own_table
 from .cells import Cell, plan
 from .plots import draw
 from .schedule import run_cells
@@ -32,6 +34,7 @@ class ExperimentConfig:
         jobs: runs at a time, each a process with `threads` threads of its own.
         command: what the user typed, for the table.
         preset: name of the settings, for the table.
+        allow_mismatch: keep runs that were made of other data or encoders; the table says so.
     """
 
     name: str
@@ -44,6 +47,7 @@ class ExperimentConfig:
     jobs: int
     command: str
     preset: str
+    allow_mismatch: bool = False
 
     def __post_init__(self) -> None:
         if self.jobs < 1:
@@ -60,28 +64,42 @@ def experiment(
     """Runs what is missing, and writes tables and figures as runs end; returns the Markdown."""
     table = TABLES[config.name]
     for fold in config.folds:
-        if not 0 <= fold < finetuning.num_folds:
+        # A file of splits has its own number of folds, which is known with the data.
+        if fold < 0 or (finetuning.splits is None and fold >= finetuning.num_folds):
             raise ValueError(f"folds are counted from 0 to {finetuning.num_folds - 1}, got {fold}")
     arms = tuple(table.arm(name) for name in config.arms) or table.arms
     labelled = config.labelled or table.labelled
     labelled = () if config.only_pretrain else labelled
     cells = plan(arms, labelled, config.folds, config.out, pretraining, finetuning)
-    open_dataset(pretraining)  # once, before several runs would build the same cache
+    # Once, before several runs would build the same cache.
+    caches = {"pretrain": open_dataset(pretraining), "finetune": open_dataset(finetuning)}
+    audit = Audit(caches, config.allow_mismatch)
+    name = own_name(config.out)
+    _report(config, table, cells, audit, name)  # first: what is done must be of this experiment
 
     try:
-        run_cells(cells, config.out, config.jobs, lambda _: _report(config, table, cells))
+        run_cells(
+            cells, config.out, config.jobs, lambda _: _report(config, table, cells, audit, name)
+        )
     finally:
-        _report(config, table, cells)
-        draw(collect(table, cells), _folder(config), config.name, _conditions(config, cells))
+        _report(config, table, cells, audit, name)
+        results = collect(table, cells, audit)
+        draw(results, _folder(config), config.name, _conditions(config, cells))
     return (_folder(config) / f"{config.name}.md").read_text()
 
 
-def _report(config: ExperimentConfig, table: Table, cells: Sequence[Cell]) -> None:
-    results = collect(table, cells)
+def _report(
+    config: ExperimentConfig, table: Table, cells: Sequence[Cell], audit: Audit, name: str
+) -> None:
+    require_own_table(_folder(config) / f"{config.name}.json", name)
+    results = collect(table, cells, audit)
+    data = audit.caches["finetune"]
     about = {
         "experiment": config.name,
+        "id": name,
         "commands": [config.command],
         "conditions": _conditions(config, cells),
+        "data": {"sha256": data_hash(data), "subjects": len(data.subjects)},
         "environment": environment(),
         "settings": _settings(cells),
     }

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import fcntl
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import yaml
 from tqdm import tqdm
 
+import salkernels
+import salkernels.training
+
 from ..checkpoint import RunError, stop_on_signal
 from ..engine import Stopped
 from ..files import write_atomically
+from ..locks import in_use, sole_use
 from ..runlog import to_plain
+from ..startup import without_current_folder
+from . import child
 from .cells import Cell
 
 LAST_LINES = 15  # of a failed run's log, in the error message
@@ -32,7 +38,7 @@ def run_cells(
     A run that fails stops the experiment once the others in progress have ended.
 
     Raises:
-        Stopped: after SIGINT or SIGTERM; runs in progress have saved their state.
+        Stopped: after a signal that asks for it; runs in progress have saved their state.
         RunError: a run failed; the message ends as its log does. Or `out` is in use.
     """
     waiting = [cell for cell in cells if not cell.done()]
@@ -40,17 +46,28 @@ def run_cells(
     failed: Cell | None = None
     done = len(cells) - len(waiting)
     bar = tqdm(total=len(cells), initial=done, desc="runs", disable=None, unit="run")
+
+    def ended(cell: Cell) -> None:
+        nonlocal done
+        done += 1
+        bar.update()
+        if bar.disable:
+            print(f"{cell.name}: done, {done} of {len(cells)}", file=sys.stderr)
+        finished(cell)
+
     with _only_one(out), bar, stop_on_signal() as stop:
+        queue = _Queue(waiting)
         while running or (waiting and not failed and not stop.signal):
             while len(running) < jobs and not failed and not stop.signal:
-                cell = next((cell for cell in waiting if cell.ready()), None)
+                cell = queue.next()
                 if cell is None:
                     break
-                waiting.remove(cell)
+                if cell.done():  # by a run that an earlier experiment had left behind
+                    ended(cell)
+                    continue
                 running[cell] = _start(cell, out)
                 bar.set_postfix_str("; ".join(c.name for c in running))
-            if not running:
-                assert waiting  # each waits for a run that was not planned
+            if waiting and not running and not queue.possible():
                 raise RunError(f"{waiting[0].needs} is missing, which no planned run makes")
             time.sleep(0.2)
             if stop.signal:
@@ -61,11 +78,7 @@ def run_cells(
                 if status and not stop.signal:
                     failed = failed or cell
                 elif not status:
-                    done += 1
-                    bar.update()
-                    if bar.disable:
-                        print(f"{cell.name}: done, {done} of {len(cells)}", file=sys.stderr)
-                    finished(cell)
+                    ended(cell)
             if stop.signal:
                 _wait(running)
                 break
@@ -77,21 +90,54 @@ def run_cells(
         raise RunError(f"the run {failed.name} failed; its log {log} ends:\n{end}")
 
 
+class _Queue:
+    """The cells that wait, in order; those whose folder another process uses wait for that."""
+
+    def __init__(self, waiting: list[Cell]) -> None:
+        self.waiting = waiting
+        self.said: set[Cell] = set()
+
+    def next(self) -> Cell | None:
+        """Takes the first cell that can start."""
+        for cell in self.waiting:
+            if cell.ready() and not self._busy(cell):
+                self.waiting.remove(cell)
+                return cell
+        return None
+
+    def possible(self) -> bool:
+        """Whether a cell can start, now or when its folder is free."""
+        return any(cell.ready() for cell in self.waiting)
+
+    def _busy(self, cell: Cell) -> bool:
+        other = in_use(cell.config.out)
+        if other and cell not in self.said:
+            self.said.add(cell)
+            tqdm.write(f"{cell.config.out}: waiting for {other} to end", file=sys.stderr)
+        return bool(other)
+
+
 def _start(cell: Cell, out: Path) -> subprocess.Popen[bytes]:
     """A process of its own for the run: memory and random states are its own, too.
 
     Its session is its own as well: Ctrl-C reaches this process alone, which passes it on once. A
-    second signal would end a run before it has saved its state.
+    second signal would end a run before it has saved its state. It ends when this process does,
+    which holds the other end of its standard input.
     """
     log = _log(cell, out)
     settings = log.with_suffix(".yaml")
     write_atomically(settings, yaml.safe_dump(to_plain(cell.config), sort_keys=False))
     threads = cell.config.threads
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
-    command = [sys.executable, "-m", "salkernels.training.run", cell.command]
+    places = {
+        "path": without_current_folder(sys.path),
+        "packages": {p.__name__: str(p.__file__) for p in (salkernels, salkernels.training)},
+    }
+    command = [sys.executable, "-I", child.__file__, json.dumps(places), cell.command]
     with log.open("ab") as file:
         return subprocess.Popen(
             [*command, "--config", str(settings)],
+            stdin=subprocess.PIPE,
             stdout=file,
             stderr=subprocess.STDOUT,
             env=environment,
@@ -111,10 +157,9 @@ def _log(cell: Cell, out: Path) -> Path:
 @contextmanager
 def _only_one(out: Path) -> Iterator[None]:
     """Two experiments in one folder would start the same runs twice."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as file:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunError(f"another experiment is running in {out}; wait for it to end") from error
+            stack.enter_context(sole_use(out))
+        except RunError as error:
+            raise RunError(f"another experiment is running: {error}") from error
         yield

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
+from ..checkpoint import RunError
 from ..files import write_atomically
 from ..runlog import ENVIRONMENT, read_metrics
+from ..settings import damaged, read_record
 from .cells import Cell
 from .tables import ALL, Table
 
@@ -34,6 +36,7 @@ class Score:
     dice: dict[str, float]  # per class
     mean: float  # over the classes
     subjects: tuple[str, ...]  # whose labels were used
+    held_out: tuple[str, ...] = ()  # who was scored
 
 
 class Summary(NamedTuple):
@@ -64,6 +67,7 @@ class Results:
     scores: tuple[Score, ...]
     pretraining: dict[str, list[dict[str, float]]]  # arm -> monitored figures by step
     commits: tuple[str, ...] = ()  # of the code that ran
+    mismatches: tuple[str, ...] = ()  # what was let pass although it does not fit
 
     def select(self, arm: str, labelled: int) -> list[Score]:
         """By fold."""
@@ -105,33 +109,65 @@ def paired_difference(differences: Sequence[float]) -> Difference:
     return Difference(mean, mean - reach, mean + reach, count)
 
 
-def collect(table: Table, cells: Sequence[Cell]) -> Results:
-    """Reads what is done of the planned runs."""
+def collect(
+    table: Table, cells: Sequence[Cell], audit: Callable[[Cell], Sequence[str]] | None = None
+) -> Results:
+    """Reads what is done of the planned runs.
+
+    audit: names what does not fit of a run, or refuses it.
+
+    Raises:
+        RunError: results that cannot be joined, or that cannot be read.
+    """
     scores, pretraining, commits = [], {}, set()
+    marks: dict[str, None] = {}
     for cell in cells:
         if not cell.path.exists():
             continue
-        commits.add(json.loads((cell.config.out / ENVIRONMENT).read_text()).get("commit"))
+        marks.update(dict.fromkeys(audit(cell) if audit else ()))
+        commits.add(read_record(cell.config.out / ENVIRONMENT).get("commit"))
         if cell.command == "pretrain":
             pretraining[cell.arm] = monitored(cell.config.out)
             continue
-        result = json.loads(cell.path.read_text())
-        scores.append(
-            Score(
-                cell.arm,
-                cell.labelled,
-                cell.fold,
-                {name: _number(value) for name, value in result["dice"].items()},
-                _number(result["mean_dice"]),
-                tuple(result["labelled"]),
-            )
-        )
+        result = read_record(cell.path)
+        marks.update({f"{cell.name}: {text}": None for text in result.get("mismatches", ())})
+        scores.append(_score(cell, result))
+    if not marks:
+        _require_one_partition(scores)
     planned = {cell.arm for cell in cells}
     arms = tuple(arm.name for arm in table.arms if arm.name in planned)
     labelled = tuple(dict.fromkeys(c.labelled for c in cells if c.command == "finetune"))
     folds = tuple(sorted({cell.fold for cell in cells if cell.command == "finetune"}))
     known = tuple(sorted(commit for commit in commits if commit))
-    return Results(table, arms, labelled, folds, tuple(scores), pretraining, known)
+    return Results(table, arms, labelled, folds, tuple(scores), pretraining, known, tuple(marks))
+
+
+def _score(cell: Cell, result: dict[str, Any]) -> Score:
+    try:
+        return Score(
+            cell.arm,
+            cell.labelled,
+            cell.fold,
+            {name: _number(value) for name, value in result["dice"].items()},
+            _number(result["mean_dice"]),
+            tuple(result["labelled"]),
+            tuple(result.get("held_out", ())),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise damaged(cell.path, f"no results of a run ({error!r})") from error
+
+
+def _require_one_partition(scores: Sequence[Score]) -> None:
+    """Folds that are averaged test every subject at most once, the same one for every arm."""
+    fold_of: dict[str, int] = {}
+    for score in scores:
+        for subject in score.held_out:
+            if fold_of.setdefault(subject, score.fold) != score.fold:
+                raise RunError(
+                    f"{subject} is tested in fold {fold_of[subject]} and in fold {score.fold} "
+                    f"({score.arm}): these are results of two splits, which cannot be averaged; "
+                    f"delete the runs of one of them"
+                )
 
 
 def monitored(run: Path) -> list[dict[str, float]]:
@@ -160,6 +196,7 @@ def write(results: Results, folder: Path, name: str, about: dict[str, Any]) -> N
             if (gain := results.difference(arm, m, results.table.baseline))
         ],
         "commits": results.commits,
+        "mismatches": results.mismatches,
         "scores": [asdict(score) for score in results.scores],
         "pretraining": results.pretraining,
     }
@@ -190,6 +227,9 @@ def markdown(results: Results, about: dict[str, Any]) -> str:
         "\n".join(f"    {line}" for line in about["commands"]),
         f"{about['conditions']}.{_revisions(results)}",
     ]
+    if results.mismatches:
+        marks = "\n".join(f"- {text}" for text in results.mismatches)
+        head.append(f"**Not all of one piece**, and let pass by hand:\n\n{marks}")
     dice = [
         _dice_table(results),
         f"## Paired differences from {baseline}\n\nDice on each fold less that of {baseline} on "

@@ -190,7 +190,7 @@ class SAL(Method):
 def alignment(
     features: Tensor, valid: Tensor | None, pairs: Tensor, window_size: int, stop_gradient: bool
 ) -> Tensor:
-    """LA over the pairs (S, S) of features (S, C, H, W) at valid pixels (S, H, W); 0 if none."""
+    """LA over pairs (S, S) of features (S, C, H, W) at valid pixels (S, H, W); 0 without any."""
     if not stop_gradient:
         return wla_set_loss(features, pairs, window_size, valid=valid)
     # The operator on a set gives a row the gradient of both its roles: gather the pairs instead.
