@@ -77,7 +77,7 @@ def _match_backward(
         (window[0], window[1]),
         eps,
     )
-    return grad_query, query.new_empty(0) if grad_key is None else grad_key
+    return grad_query, query.new_empty((0,)) if grad_key is None else grad_key
 
 
 # ---- Shapes --------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def _match_fake(
 def _match_backward_fake(
     grad_sim: Tensor, query: Tensor, key: Tensor | None, *_: Any
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(query), query.new_empty(0) if key is None else torch.empty_like(key)
+    return torch.empty_like(query), query.new_empty((0,)) if key is None else torch.empty_like(key)
 
 
 # ---- Derivatives ---------------------------------------------------------------------------------

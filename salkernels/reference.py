@@ -235,10 +235,10 @@ def outputs(
     dtype = accumulate_dtype(query.dtype)
     plane = (count_pairs(query, key, pairs), *query.shape[3:])
     return Outputs(
-        query.new_empty(plane[0], dtype=dtype),
+        query.new_empty(plane[:1], dtype=dtype),
         query.new_empty(plane, dtype=dtype),
         query.new_empty(plane, dtype=index_dtype(window)),
-        query.new_empty(0, dtype=dtype),
+        query.new_empty((0,), dtype=dtype),
     )
 
 

@@ -52,8 +52,9 @@ def test_half_precision_is_fp32_math_on_the_same_values(dtype, window, backend, 
     assert_values(loss, expected, 2e-7, "loss")
     (grad,) = torch.autograd.grad(24 * loss.sum(), narrow)
     (expected_grad,) = torch.autograd.grad(24 * expected.sum(), wide)
-    # One rounding at the very end: the same as rounding the fp32 gradient, or its neighbour.
-    assert_gradient(grad, expected_grad.to(dtype), tolerance_for(dtype))
+    # One rounding at the very end. Not compared with the rounded gradient of fp32: where that lies
+    # between two numbers, another order of sums may choose the other one.
+    assert_gradient(grad, expected_grad, tolerance_for(dtype))
 
 
 @pytest.mark.parametrize("dtype", HALVES)

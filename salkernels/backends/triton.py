@@ -116,7 +116,7 @@ def outputs(
         return query.new_empty((height, width, count), dtype=dtype).permute(2, 0, 1)
 
     return Outputs(
-        query.new_empty(count, dtype=torch.float32),
+        query.new_empty((count,), dtype=torch.float32),
         planes(count, torch.float32),
         planes(count, index_dtype(window)),
         planes(nodes, torch.float32),
