@@ -150,7 +150,7 @@ def check_valid(name: str, valid: object, maps: Tensor) -> Tensor | None:
     """(samples, H, W) bool for maps (samples, C, H, W), contiguous on their device; or None."""
     if valid is None:
         return None
-    valid = check_tensor(name, valid)
+    valid = check_dense(name, check_tensor(name, valid))
     expected = (maps.shape[0], *maps.shape[2:])
     if valid.shape != expected:
         raise ValueError(
@@ -164,6 +164,9 @@ def check_valid(name: str, valid: object, maps: Tensor) -> Tensor | None:
             f"{name} must be on the device of the maps, got {valid.device} and {maps.device}; "
             f"move it with .to(device)"
         )
+    # One that was made in inference mode cannot be kept for the backward; a copy of it can.
+    if not torch.compiler.is_compiling() and valid.is_inference():
+        return valid.clone(memory_format=torch.contiguous_format)
     return valid.contiguous()
 
 
@@ -217,14 +220,18 @@ def _number(name: str, value: object) -> float:
     raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
+# Norms are roots of sums of squares: below this, squares vanish in fp32 and norms mean nothing.
+LEAST_EPS = torch.finfo(torch.float32).smallest_normal ** 0.5
+
+
 def check_eps(eps: object) -> float:
-    """A lower bound of norms that fp32 can hold, and its inverse too."""
+    """A lower bound of norms, in the range where fp32 can tell one."""
     value = check_finite_number("eps", eps, above=0.0)
-    limits = torch.finfo(torch.float32)
-    if not limits.smallest_normal <= value <= limits.max:
+    largest = torch.finfo(torch.float32).max
+    if not LEAST_EPS <= value <= largest:
         raise ValueError(
-            f"eps must be a normal fp32 number, from {limits.smallest_normal:.3g} to "
-            f"{limits.max:.3g}, got {value}"
+            f"eps must be a norm that fp32 can tell, from {LEAST_EPS:.3g} to {largest:.3g}, "
+            f"got {value:.3g}"
         )
     return value
 

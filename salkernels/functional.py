@@ -128,7 +128,7 @@ def wla_set_loss(
         pairs: (S, S), row i the query and column j the key: bool, or weights >= 0; see
             `slice_pairs`. It may live on the CPU while the features are on a GPU; weights on a
             GPU are not checked, since that would synchronise. Weights that require a gradient get
-            it, those of 0 too: all S² losses are computed then.
+            it, those of 0 too: all S² losses are computed then, and a NaN in one of them counts.
         window_size: ω, as in `wla_loss`.
         valid: (S, H, W) bool, as in `wla_loss`: which pixels of each sample take part.
         reduction: "mean" weighted by `pairs`, or "none".

@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, schema
 from ._torch_private import nobody_looks
 from .checks import AUTOCAST_DEVICES, autocast_on
 from .reference import Outputs, check_not_empty, match_tangent, outputs
-from .schema import LIBRARY
 
 _match_operator = torch.ops.salkernels.match.default
 _match_backward_operator = torch.ops.salkernels.match_backward.default
@@ -223,8 +222,8 @@ def _autocast_rule(device: str) -> None:
             grads: tuple[Tensor, Tensor] = _match_backward_operator(*args)
             return grads
 
-    LIBRARY.impl("match", forward, f"Autocast{device.upper()}")
-    LIBRARY.impl("match_backward", backward, f"Autocast{device.upper()}")
+    schema.LIBRARY.impl("match", forward, f"Autocast{device.upper()}")
+    schema.LIBRARY.impl("match_backward", backward, f"Autocast{device.upper()}")
 
 
 def _register() -> None:
@@ -233,20 +232,22 @@ def _register() -> None:
         ("match", _match, _match_fake),
         ("match_backward", _match_backward, _match_backward_fake),
     ):
-        LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-        library.register_fake(f"salkernels::{name}", fake, lib=LIBRARY)
-    library.register_autograd("salkernels::match", _differentiate, setup_context=_keep, lib=LIBRARY)
+        schema.LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+        library.register_fake(f"salkernels::{name}", fake, lib=schema.LIBRARY)
+    library.register_autograd(
+        "salkernels::match", _differentiate, setup_context=_keep, lib=schema.LIBRARY
+    )
     library.register_autograd(
         "salkernels::match_backward",
         _differentiate_backward,
         setup_context=_keep_backward,
-        lib=LIBRARY,
+        lib=schema.LIBRARY,
     )
     for device in ("cpu", "cuda"):
         _autocast_rule(device)
 
 
-if "_registered" not in globals():  # as in schema.py
+if schema.FIRST and "_registered" not in globals():  # as in schema.py
     _register()
     _registered = True
 

@@ -21,9 +21,11 @@ from .checks import (
     WindowSize,
     check_eps,
     check_features,
+    check_integers,
     check_pairs,
     check_same_kind,
     check_same_shape,
+    check_tensor,
     check_valid,
     check_valid_pair,
     check_window,
@@ -130,7 +132,9 @@ def match_pixels(argmax: Tensor, window_size: WindowSize) -> tuple[Tensor, Tenso
 
     Raises:
         ValueError: `argmax` has less than two axes, or the window does not fit the map.
+        TypeError: `argmax` is no tensor of integers.
     """
+    check_integers("argmax", check_tensor("argmax", argmax))
     if argmax.dim() < 2:
         raise ValueError(f"argmax must be (..., H, W), got shape {tuple(argmax.shape)}")
     height, width = argmax.shape[-2:]
@@ -214,4 +218,4 @@ def _match(
 def _matches(found: Outputs) -> Matches:
     argmax = found.argmax.long()
     none = no_match(found.argmax.dtype)
-    return Matches(found.max_sim, argmax if none < 0 else argmax.masked_fill(argmax == none, -1))
+    return Matches(found.max_sim, argmax if none < 0 else argmax.masked_fill_(argmax == none, -1))

@@ -11,7 +11,6 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from ._torch_private import constant_for_dynamo
 from .checks import (
     check_integers,
     check_per_sample,
@@ -47,8 +46,7 @@ def slice_pairs(volume: Tensor, index: Tensor, num_slices: Tensor, t: float) -> 
     """
     t = check_threshold(t)
     volume, index, num_slices = check_columns(volume=volume, index=index, num_slices=num_slices)
-    above, below = _fraction(t)
-    near = (index[:, None] - index[None, :]).abs() * below < above * num_slices[:, None]
+    near = _less((index[:, None] - index[None, :]).abs(), t, num_slices[:, None])
     return near & (volume[:, None] == volume[None, :]) & _others(volume)
 
 
@@ -74,22 +72,20 @@ def positional_positives(position: Tensor, t: float) -> Tensor:
         raise TypeError(
             f"position must be floating point (index / num_slices), got {position.dtype}"
         )
-    # Quotients are rounded, and so is t: what they leave of a distance of exactly t is far less
-    # than any other distance from t of slices that are counted in hundreds. (Not in 16 bits, which
-    # cannot tell such slices apart.)
-    rounding = 4 * torch.finfo(position.dtype).eps if position.dtype.itemsize > 2 else 0.0
-    position = position.to(torch.promote_types(position.dtype, torch.float32))
-    near = (position[:, None] - position[None, :]).abs() < t - rounding
+    # What rounding leaves of a distance of exactly t: half an eps from either position, both less
+    # than 1. In fp32 any other distance of slices that are counted in hundreds is further from t.
+    rounding = torch.finfo(position.dtype).eps / 2
+    wide = position.to(torch.promote_types(position.dtype, torch.float32))
+    distance = (wide[:, None] - wide[None, :]).abs()
+    near = (distance < t - 1.1 * rounding) | ((distance == 0) & (distance < t))
     return near & _others(position)
 
 
 def near_positions(index: Tensor, num_slices: Tensor, t: float) -> Tensor:
     """`positional_positives` of slices index / num_slices (S,), decided in integers."""
     index, num_slices = check_columns(index=index, num_slices=num_slices)
-    above, below = _fraction(t)
     crossed = index[:, None] * num_slices[None, :]  # i · W, over V · W
-    distance = (crossed - crossed.T).abs()
-    near = distance * below < above * num_slices[:, None] * num_slices[None, :]
+    near = _less((crossed - crossed.T).abs(), t, num_slices[:, None] * num_slices[None, :])
     return near & _others(index)
 
 
@@ -109,11 +105,14 @@ def check_columns(**columns: object) -> tuple[Tensor, ...]:
     return wide
 
 
-@constant_for_dynamo
-def _fraction(t: float) -> tuple[int, int]:
-    """Numerator and denominator of t, as it would be written."""
+def _less(part: Tensor, t: float, whole: Tensor) -> Tensor:
+    """Whether part / whole < t, for integers and t as it would be written."""
+    if torch.compiler.is_compiling():
+        # There t may be a symbol. The rounding of t · whole is far below the margin, and any other
+        # distance from t above it, while whole and the denominator of t are below a million.
+        return part < (t - 1e-13) * whole.double()
     fraction = Fraction(str(t)).limit_denominator(LARGEST_DENOMINATOR)
-    return fraction.numerator, fraction.denominator
+    return part * fraction.denominator < fraction.numerator * whole
 
 
 def _others(samples: Tensor) -> Tensor:

@@ -40,8 +40,10 @@ def define(library: torch.library.Library, schemas: dict[str, str]) -> None:
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-# A process defines an operator once: importlib.reload, and notebooks that call it, keep the first.
-if "LIBRARY" not in globals():
+# A process defines an operator once. importlib.reload, and notebooks that call it, keep what is
+# there; a package that was taken out of sys.modules and imported again finds the old operators.
+FIRST = not hasattr(torch.ops.salkernels, "match")
+if FIRST:
     LIBRARY = torch.library.Library("salkernels", "DEF")
     define(
         LIBRARY,

@@ -114,6 +114,14 @@ BAD = [
     Bad("valid of y", wla(valid=(VALID, VALID[:1])), ValueError, ("valid[1]", "got (1, 4, 5)")),
     Bad("three masks", wla(valid=(VALID,) * 3), TypeError, ("one tensor for both", "two", "got 3")),
     Bad("set of masks", wset(valid=(VALID, VALID)), TypeError, ("torch.Tensor", "got tuple")),
+    Bad("sparse valid", wset(valid=VALID.to_sparse()), TypeError, ("dense", "to_dense()")),
+    Bad(
+        "matches for match_pixels",
+        lambda: sal.match_pixels(sal.align(X, X, 2), 2),
+        TypeError,
+        ("argmax", "torch.Tensor", "got Matches"),
+    ),
+    Bad("float argmax", lambda: sal.match_pixels(E, 2), TypeError, ("argmax", "integer")),
     Bad(
         "weights for align_set",
         lambda: sal.align_set(X, PAIRS.float(), 2),

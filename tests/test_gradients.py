@@ -201,6 +201,25 @@ def test_pairs_edited_after_the_call_change_nothing(backend, device):
     assert torch.equal(torch.autograd.grad(loss, features)[0], expected[0])
 
 
+def test_saved_tensors_that_come_back_in_other_strides(backend, device):
+    x, y = maps(2, 3, 4, 5, device=device), maps(2, 3, 4, 5, device=device)
+    skip_unless_runs(backend, x, y, (2, 2))
+    valid = torch.rand(2, 4, 5, device=device) < 0.8
+
+    def gradients():
+        max_sim, _ = salkernels.align(x, y, 2, valid=valid, backend=backend)
+        return torch.autograd.grad(max_sim.square().sum(), (x, y))
+
+    expected = gradients()
+    turn = torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t.mT.contiguous() if t.dim() > 1 else t, lambda t: t.mT if t.dim() > 1 else t
+    )
+    with turn:
+        actual = gradients()
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert_gradient(ours, theirs, tolerance_for(F64))
+
+
 def test_activation_checkpointing(backend, device):
     x, y = maps(2, 3, 4, 5, device=device), maps(2, 3, 4, 5, device=device)
     skip_unless_runs(backend, x, y, (2, 2))

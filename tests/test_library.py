@@ -163,6 +163,30 @@ def test_compile_where_a_setting_changes():
         )
 
 
+def test_compile_where_the_threshold_changes():
+    """A float that changes becomes a symbol, also where it is decided in integers."""
+    compiled = torch.compile(salkernels.slice_pairs, fullgraph=True, backend="aot_eager")
+    objective = torch.compile(salkernels.sal_loss, fullgraph=True, backend="aot_eager")
+    features, embeddings, *_ = inputs()
+    for t in (0.1, 0.2, 0.35, 1 / 3):
+        assert torch.equal(compiled(*IDS, t), salkernels.slice_pairs(*IDS, t))
+        actual = objective(features, embeddings, *IDS, 2, t=t)
+        torch.testing.assert_close(actual, salkernels.sal_loss(features, embeddings, *IDS, 2, t=t))
+
+
+@pytest.mark.parametrize("name", salkernels.backends.BACKENDS)
+def test_the_choice_of_a_backend_can_be_compiled(name):
+    """On a GPU every backend is asked within the graph; here by hand."""
+    backend = salkernels.backends.get(name)
+
+    def asked(x):
+        return x.sum() + (backend.why_not(x, None, (2, 2)) is None)
+
+    x = torch.ones(2, 3, 4, 4)
+    compiled = torch.compile(asked, fullgraph=True, backend="aot_eager")
+    assert compiled(x) == asked(x)
+
+
 def test_compile_under_autocast():
     features, *_ = inputs()
 

@@ -50,6 +50,16 @@ def test_a_distance_of_exactly_t_is_not_near(t):
     assert torch.equal(near, expected & (count[:, None] == count[None, :]))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_positions_of_few_bits_are_told_apart_as_far_as_they_go(dtype):
+    index = torch.arange(20)
+    positions = (index / 20).to(dtype)
+    expected = salkernels.pairs.near_positions(index, torch.full((20,), 20), 0.1)
+    assert torch.equal(salkernels.positional_positives(positions, 0.1), expected)
+    same = torch.full((2,), 0.5, dtype=dtype)
+    assert salkernels.positional_positives(same, 0.03)[0, 1], "a distance of 0 is near"
+
+
 def test_sal_loss_takes_the_same_threshold_for_both_terms():
     ids = torch.tensor([[0, 0, 0, 0], [1, 2, 3, 4], [10, 10, 10, 10]]).unbind()
     features, embeddings = torch.randn(4, 8, 4, 4), torch.randn(4, 5)
@@ -99,15 +109,15 @@ def test_squares_beyond_fp32_are_nan_and_not_zero(window, dtype, backend, device
     assert grad[3].isfinite().all()
 
 
-@pytest.mark.parametrize("eps", [1e-39, 1e39])
-def test_eps_is_a_normal_number(eps):
+@pytest.mark.parametrize("eps", [1e-39, 1e-20, 1e39])
+def test_eps_is_a_norm_that_fp32_can_tell(eps):
     x = torch.randn(2, 3, 4, 4)
     for call in (
         lambda: salkernels.wla_loss(x, x, 2, eps=eps),
         lambda: salkernels.SALLoss(eps=eps),
         lambda: salkernels.WLALoss(eps=eps),
     ):
-        with pytest.raises(ValueError, match="eps must be a normal fp32 number"):
+        with pytest.raises(ValueError, match="eps must be a norm that fp32 can tell"):
             call()
 
 
@@ -317,11 +327,38 @@ def test_every_module_can_be_loaded_again():
     in_a_process(code)
 
 
+def test_the_package_can_be_taken_out_and_imported_again():
+    code = """
+        import gc, sys, torch, salkernels
+        for name in [name for name in sys.modules if name.split(".")[0] == "salkernels"]:
+            del sys.modules[name]
+        del salkernels
+        gc.collect()
+        import salkernels
+        x = torch.randn(2, 4, 4, 4, requires_grad=True)
+        salkernels.wla_loss(x, x.flip(0), 2).backward()
+        """
+    in_a_process(code)
+
+
+def test_a_mask_made_in_inference_mode():
+    x = maps(2, 3, 4, 4)
+    with torch.inference_mode():
+        valid = torch.rand(2, 4, 4) < 0.8
+    for loss in (
+        salkernels.align_set(x, MASKS["others"](2), 2, valid=valid).max_sim.sum(),
+        salkernels.wla_loss(x, x.flip(0), 2, valid=valid),
+    ):
+        loss.backward()
+
+
 def test_the_function_can_be_imported_and_found_as_a_module():
     code = """
         import importlib.util
         import salkernels.wla_loss
         from salkernels import wla_loss
+        from salkernels.wla_loss import wla_loss as by_module
+        assert by_module is wla_loss
         assert salkernels.wla_loss is wla_loss
         assert importlib.util.find_spec("salkernels.wla_loss").origin.endswith("wla_loss.py")
         import inspect, pickle

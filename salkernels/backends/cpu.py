@@ -72,7 +72,11 @@ def match_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """As `salkernels.reference.match_backward`."""
     _require_library()
-    grad_sim = grad_sim.to(max_sim.dtype).contiguous()
+    # Hooks on saved tensors may give them back in other strides.
+    grad_sim, max_sim, argmax = (
+        x.contiguous() for x in (grad_sim.to(max_sim.dtype), max_sim, argmax)
+    )
+    pairs, valid = (None if x is None else x.contiguous() for x in (pairs, valid))
     grads: tuple[Tensor, Tensor | None] = _match_backward(
         *(grad_sim, query, key, pairs, valid, max_sim, argmax, norm, window, eps, False)
     )

@@ -14,6 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .._torch_private import constant_for_dynamo
 from ..reference import Outputs, check_not_empty, count_pairs, index_dtype, no_match
 
 DEVICES = ("cuda",)  # CPU tensors in the interpreter, but by name only
@@ -23,8 +24,13 @@ LEAST_CAPABILITY = (8, 0)  # bf16 and tf32 products
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
-@cache
+@constant_for_dynamo
 def status() -> str | None:
+    return _ask()
+
+
+@cache
+def _ask() -> str | None:
     reason = _missing()
     if reason is not None:
         return reason
