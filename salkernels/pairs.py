@@ -76,8 +76,7 @@ def positional_positives(position: Tensor, t: float) -> Tensor:
     # than 1. In fp32 any other distance of slices that are counted in hundreds is further from t.
     rounding = torch.finfo(position.dtype).eps / 2
     wide = position.to(torch.promote_types(position.dtype, torch.float32))
-    distance = (wide[:, None] - wide[None, :]).abs()
-    near = (distance < t - 1.1 * rounding) | ((distance == 0) & (distance < t))
+    near = (wide[:, None] - wide[None, :]).abs() < t - min(1.1 * rounding, t / 2)
     return near & _others(position)
 
 
