@@ -54,7 +54,9 @@ def test_positional_positives_by_brute_force(positions, t):
     assert positives.shape == (count, count)
     # At t itself a distance is decided as if nothing had been rounded: see test_reported.
     clear = ((given[:, None] - given).abs() - t).abs() > min(1e-15, t / 2)
-    assert torch.equal(positives & clear, torch.tensor(expected).view(count, count) & clear)
+    assert torch.equal(
+        positives & clear, torch.tensor(expected, dtype=torch.bool).view(count, count) & clear
+    )
 
 
 def test_two_views_of_a_slice_are_a_pair_and_a_sample_is_not_its_own():
