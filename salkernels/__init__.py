@@ -1,5 +1,29 @@
 """Fused kernels for Self-supervised Alignment Learning (SAL): window-wise cosine row-max losses."""
 
+import os as _os
+import sys as _sys
+
+
+def _leave_current_folder() -> None:
+    """Under `python -m salkernels...` imports nothing from the current folder, which is anyone's.
+
+    Python puts it first on the path, and stands as "-m" in argv while it looks for the module.
+    """
+    argv = getattr(_sys, "argv", None) or [""]
+    word = _sys.orig_argv[-len(argv)].partition(".")[0] if argv[0] == "-m" else ""
+    if word != "salkernels" and not (word.startswith("-") and word.endswith("msalkernels")):
+        return
+    own = _os.path.realpath(_os.path.dirname(_os.path.dirname(__file__)))
+    try:
+        here = _os.getcwd()
+    except OSError:  # it is gone
+        return
+    if _os.path.realpath(_sys.path[0]) == here != own:
+        del _sys.path[0]
+
+
+_leave_current_folder()
+
 import typing as _typing
 
 from ._version import __version__

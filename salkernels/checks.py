@@ -299,4 +299,7 @@ def check_per_sample(**columns: object) -> tuple[Tensor, ...]:
 
 def check_integers(name: str, x: Tensor) -> None:
     if x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool:
-        raise TypeError(f"{name} must be an integer tensor, got {x.dtype}; use {name}.long()")
+        hint = f"use {name}.long()"
+        if name == "index":  # a relative position would become 0
+            hint = "give each slice's number in its scan, from 0, not its relative position"
+        raise TypeError(f"{name} must be an integer tensor, got {x.dtype}; {hint}")

@@ -14,7 +14,12 @@ from .checkpoint import RunError
 from .config import FinetuneConfig
 from .data.cache import VolumeCache, require_labels
 from .data.manifest import dataset_info
-from .data.review import notices, require_classes, spacing_recorded
+from .data.review import (
+    notices,
+    require_classes,
+    require_scale_of_encoder,
+    spacing_recorded,
+)
 from .data.sampling import LabelledSlices, Shard, SliceBatch
 from .data.splits import Fold, folds_of, labelled_subset, pick
 from .engine import Device, fit
@@ -27,6 +32,7 @@ from .identity import (
     for_results,
     of_weights,
     require_unseen,
+    split_of,
 )
 from .inputs import open_dataset, tell
 from .locks import sole_use
@@ -45,6 +51,8 @@ def finetune(config: FinetuneConfig) -> Scores:
     require_classes(cache, labelled)
     require_classes(cache, fold.test)
     model, pretraining = initial_model(config)
+    if pretraining is not None:
+        require_scale_of_encoder(cache, pretraining.get("spacing"), str(config.encoder))
     believed = identity(config, cache, pretraining)
     with sole_use(config.out):
         log = RunLog(config, "finetune", device.describe(), believed)
@@ -74,13 +82,12 @@ def identity(
     pretraining: the description of the encoder, where there is one.
     """
     fold, labelled = split(config, cache)
-    names = ("fold", "num_folds", "split_seed")
     believed = Identity(
         cache.info.name,
         contents(cache),
         with_labels=labelled,
         held_out=fold.test,
-        split={name: getattr(config, name) for name in names},
+        split=split_of(config, "fold", "num_folds", "split_seed"),
     )
     if config.encoder is None or pretraining is None:
         return believed

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import RunError
+from .config import RunConfig
 from .data.cache import VolumeCache
 from .files import file_digest, write_atomically
 from .settings import read_record
@@ -87,12 +88,14 @@ class Identity:
 
 
 def contents(cache: VolumeCache) -> dict[str, dict[str, Any]]:
-    """What the files of each subject hold."""
+    """What the files of each subject hold, as they are read."""
     found: dict[str, dict[str, Any]] = {}
+    # Which class a stored value stands for is part of what a label map says.
+    meaning = [cache.info.class_names, cache.info.values, cache.info.above_max]
     for subject in cache.subjects:
         volumes = [cache.volumes[i] for i in cache.of_subject(subject)]
-        scans = [(v.frame, v.role, v.time_index, v.image_digest) for v in volumes]
-        labels = [(v.frame, v.label_digest) for v in volumes if v.label_digest]
+        scans = [(v.frame, v.role, v.time_index, v.image_digest, v.stated_spacing) for v in volumes]
+        labels = [(v.frame, v.label_digest, meaning) for v in volumes if v.label_digest]
         found[subject] = {
             "scans": _hash(scans)[:SHORT],
             "labels": _hash(labels)[:SHORT] if labels else None,
@@ -104,6 +107,14 @@ def contents(cache: VolumeCache) -> dict[str, dict[str, Any]]:
 def data_hash(cache: VolumeCache) -> str:
     """The hash of a data set's contents."""
     return _hash(contents(cache))
+
+
+def split_of(config: RunConfig, *names: str) -> dict[str, Any]:
+    """These settings, which make folds, and the hash of the file that has them instead."""
+    chosen: dict[str, Any] = {name: getattr(config, name) for name in names}
+    if config.splits is not None:
+        chosen["splits"] = file_digest(config.splits.expanduser())
+    return chosen
 
 
 def encoder_identity(path: Path, about: Mapping[str, Any]) -> dict[str, Any]:

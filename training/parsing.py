@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_settings
 
+from .data.text import printable
 from .settings import check_yaml, require_settings_file
 
 MODE = "bounded yaml"
@@ -52,7 +53,9 @@ class Parser(ArgumentParser):
             super().error(message, ex)
         command = next((word for word in self.words if word in self.commands), "")
         parser = getattr(ex, "subcommand_parser", None) or self.commands.get(command, self)
-        lines = [line.strip()[:300] for line in message.splitlines() if line.strip()][:MOST_LINES]
+        lines = [printable(line.strip()[:300]) for line in message.splitlines() if line.strip()][
+            :MOST_LINES
+        ]
         meant = _meant(message, parser)
         hint = f"; did you mean {' or '.join(meant)}?" if meant else ""
         name = parser.prog.replace(" [options]", "")

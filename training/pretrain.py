@@ -16,7 +16,7 @@ from .augment import augment
 from .config import PretrainConfig
 from .data.cache import VolumeCache
 from .data.errors import DataError, listed
-from .data.review import notices
+from .data.review import notices, spacing_recorded
 from .data.sampling import Shard, SliceBatch, TwoSubjects
 from .data.splits import folds_of, pick
 from .distributed import (
@@ -31,7 +31,7 @@ from .distributed import (
 )
 from .engine import Device, fit, step_generator
 from .figures import pretraining as pretraining_figures
-from .identity import Identity, contents
+from .identity import Identity, contents, split_of
 from .inputs import open_dataset, tell
 from .methods import METHODS, Method, Outcome, Views
 from .models import save_encoder
@@ -151,6 +151,7 @@ class Pretraining:
             "num_folds": config.num_folds,
             "split_seed": config.split_seed,
             "scans": len(self.cache.volumes),
+            "spacing": spacing_recorded(self.cache),
             "identity": self.log.identity.plain(),
         }
 
@@ -213,14 +214,13 @@ def thin_scans(config: PretrainConfig, cache: VolumeCache, seen: Sequence[str]) 
 def identity(config: PretrainConfig, cache: VolumeCache) -> Identity:
     """What pre-training believes in: no label is looked at."""
     seen = subjects(config, cache)
-    names = ("leave_out_fold", "num_folds", "split_seed")
     strict = config.leave_out_fold is not None
     return Identity(
         cache.info.name,
         contents(cache),
         without_labels=seen,
         held_out=tuple(sorted(set(cache.subjects) - set(seen))),
-        split={name: getattr(config, name) for name in names} if strict else {},
+        split=split_of(config, "leave_out_fold", "num_folds", "split_seed") if strict else {},
         strict=strict,
     )
 

@@ -34,11 +34,11 @@ WARNINGS = "warnings.txt"
 ENVIRONMENT = "environment.json"
 PACKAGES = ("torch", "triton", "numpy", "nibabel", "monai", "safetensors")
 # Settings that may differ between a run and its continuation: they do not change the result, but
-# for the last bits where `threads` or `compile` differs. How many processes times accumulated
-# batches make a step is compared apart.
+# for the last bits where `threads` or `compile` differs. Whom data and splits give is compared by
+# the identity, and how many processes times accumulated batches make a step apart.
 FREE = {
-    "resume", "out", "cache", "data", "threads", "workers", "log_every", "checkpoint_every",
-    "compile", "loader_warning", "allow_mismatch", "optim.accumulate",
+    "resume", "out", "cache", "data", "splits", "threads", "workers", "log_every",
+    "checkpoint_every", "compile", "loader_warning", "allow_mismatch", "optim.accumulate",
 }  # fmt: skip
 
 

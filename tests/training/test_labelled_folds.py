@@ -153,13 +153,15 @@ def test_the_example_of_the_documentation_can_be_fine_tuned_on(some, finetune_co
     text = (Path(__file__).parents[2] / "docs/training/own-data.md").read_text()
     content = json.loads(re.search(r"## Or by hand\s+```json\n(.*?)```", text, re.DOTALL)[1])
     options = re.search(r"--(num_folds) (\d) --(labelled)\s(\d)", text)
-    sources = iter(sorted(some.glob("*/*_frame01.nii.gz")))
+    images = sorted(some.glob("*/*_frame01.nii.gz"))
+    sources = iter([path for path in images if path.parent.name not in LABELLED])
     labels = iter(sorted(some.glob("*/*_frame01_gt.nii.gz")))
     for row in content["scans"]:
-        image = next(sources)
         if "label" in row:
             label = next(labels)
             image = label.with_name(label.name.replace("_gt", ""))
+        else:
+            image = next(sources)
         for key, source in (("image", image), ("label", label)):
             if key in row:
                 (tmp_path / row[key]).parent.mkdir(exist_ok=True)

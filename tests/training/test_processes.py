@@ -316,6 +316,7 @@ def traps(tmp_path, monkeypatch):
     folder, trace = tmp_path / "current", tmp_path / "trace"
     folder.mkdir()
     names = ["yaml", "nibabel", "monai", "jsonargparse", "scipy", "matplotlib", "safetensors"]
+    names += ["torch", "numpy", "dataclasses", "inspect"]
     for name in names:
         (folder / f"{name}.py").write_text(f"open({str(trace)!r}, 'a').write({name!r})\n")
     monkeypatch.chdir(folder)
@@ -324,11 +325,30 @@ def traps(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("traps")
-@pytest.mark.parametrize("module", ["run", "data.manifest"])
-def test_python_m_imports_nothing_of_the_current_folder(module):
-    command = [sys.executable, "-m", f"salkernels.training.{module}", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("-m", "salkernels.training.run"),
+        ("-m", "salkernels.training.data.manifest"),
+        ("-m", "salkernels"),
+        ("-um", "salkernels.training.run"),
+        ("-msalkernels.training.run",),
+    ],
+    ids=" ".join,
+)
+def test_python_m_imports_nothing_of_the_current_folder(words):
+    done = subprocess.run([sys.executable, *words, "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_python_m_of_others_keeps_the_current_folder(tmp_path):
+    (tmp_path / "tool").mkdir()
+    (tmp_path / "tool" / "__init__.py").write_text("import salkernels\n")
+    (tmp_path / "tool" / "__main__.py").write_text("import beside\n")
+    (tmp_path / "beside.py").write_text("print('beside')\n")
+    command = [sys.executable, "-m", "tool", "salkernels"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == "beside\n", done.stderr
 
 
 def test_children_run_the_package_of_their_parent_and_nothing_of_the_current_folder(

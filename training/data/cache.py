@@ -324,6 +324,7 @@ def _build(
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
     temporary.mkdir()
     problems: dict[str, None] = {}  # in order, once: the frames of a bad cine say the same
+    owners: dict[str, Scan] = {}  # the first scan of each image, by content
     entries: list[VolumeEntry] = []
     total = 0
     # One cine file serves all its frames, which follow each other.
@@ -344,6 +345,8 @@ def _build(
                 else:
                     if digest.image is None or (scan.label and digest.label is None):
                         problems[f"{scan.image}: could not be read at first; try again"] = None
+                    elif (owner := owners.setdefault(digest.image, scan)).subject != scan.subject:
+                        problems[_copy(owner, scan)] = None
                 if problems:
                     continue  # the files that are left are only checked
                 images.write(done.images.data)
@@ -383,6 +386,14 @@ def _build(
         os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _copy(first: Scan, second: Scan) -> str:
+    """What is wrong with one image of two people: one may be trained on, the other tested."""
+    return (
+        f"{second.image}: has the content of {first.image}; expected images of {first.subject} and "
+        f"{second.subject} that differ; correct the one that is wrong, or leave one subject out"
+    )
 
 
 def _finish(file: IO[bytes], dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:

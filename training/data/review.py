@@ -58,6 +58,25 @@ def require_scale_of_training(
     raise DataError(f"{listed(names, SHOWN_SCANS)}: headers {cause}; {remedy}")
 
 
+def require_scale_of_encoder(cache: VolumeCache, trained: Recorded | None, encoder: str) -> None:
+    """Raise a DataError where fine-tuning sees scans at another scale than its encoder did.
+
+    trained: spacing_recorded of its training, None where an older encoder does not say.
+    """
+    here = spacing_recorded(cache)
+    if trained in (None, "mixed", here) or cache.config.mixed_spacing:
+        return
+    names = listed([entry.name for entry in cache.volumes], SHOWN_SCANS)
+    remedy = "pass --preprocess.mixed_spacing true if you accept another scale"
+    if here == "recorded":
+        cause = "whose headers record no spacing, those here do"
+        remedy = f"state it in pre-training by --preprocess.unknown_spacing MM, or {remedy}"
+    else:
+        cause = "with a recorded spacing, those here record none"
+        remedy = f"state it by --preprocess.unknown_spacing MM, or {remedy}"
+    raise DataError(f"{encoder} was made from scans {cause}: {names}; {remedy}")
+
+
 def require_labels(cache: VolumeCache, subjects: Sequence[str]) -> None:
     """Raise a DataError that names the subjects none of whose scans has a label map."""
     missing = [subject for subject in subjects if not _labelled(cache, [subject])]

@@ -64,7 +64,8 @@ def experiment(
     """Runs what is missing, and writes tables and figures as runs end; returns the Markdown."""
     table = TABLES[config.name]
     for fold in config.folds:
-        if not 0 <= fold < finetuning.num_folds:
+        # A file of splits has its own number of folds, which is known with the data.
+        if fold < 0 or (finetuning.splits is None and fold >= finetuning.num_folds):
             raise ValueError(f"folds are counted from 0 to {finetuning.num_folds - 1}, got {fold}")
     arms = tuple(table.arm(name) for name in config.arms) or table.arms
     labelled = config.labelled or table.labelled
