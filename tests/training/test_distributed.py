@@ -65,7 +65,10 @@ def pairs_of_runs(tmp_path_factory, phantom, cache_folder, common):
     twice = OptimConfig(steps=4, accumulate=2)
     jobs["accumulated"] = "plain", small(make, "sal", optim=twice)
     batch = {"model": UNetConfig(width=4, depth=4)}
-    jobs["synchronised"] = "plain", small(make, "sal", sync_batchnorm=True, **batch)
+    # Two steps: with batch norms, weights that differ in the last bit alone choose other maxima
+    # here and there, and in one process too the fourth loss differs by 7e-5, its LA by 2e-4.
+    few = {"optim": OptimConfig(steps=2), **batch}
+    jobs["synchronised"] = "plain", small(make, "sal", sync_batchnorm=True, **few)
     eight = {"optim": OptimConfig(steps=8), **batch}
     jobs["straight"] = "plain", small(make, "sal", **eight)
     jobs["terminated"] = "terminated", small(make, "sal", checkpoint_every=8, **eight)

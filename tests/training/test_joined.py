@@ -118,18 +118,25 @@ def test_experiments_take_the_folds_of_a_file(data, pretrain_config, finetune_co
         experiment(config, pretrain_config(data=data, optim=ONE), finetuning)
 
 
-@pytest.mark.parametrize("compressed", [True, False])
-def test_a_copy_of_an_image_under_another_subject_is_named(data, pretrain_config, compressed):
+def test_a_copy_of_an_image_under_another_subject_is_named(
+    data, pretrain_config, finetune_config, capsys
+):
     source = next((data / NAMES[1]).glob("*frame01.nii.gz"))
     target = data / NAMES[4] / source.name.replace(NAMES[1], NAMES[4])
+    config = finetune_config(data=data, num_folds=2, labelled=0, optim=ONE)
+    finetune(config)
     shutil.copy(source, target)
-    if not compressed:  # other files may be damaged too: all are in the message
-        next((data / NAMES[2]).glob("*frame01.nii.gz")).write_bytes(b"")
-    with pytest.raises(DataError) as caught:
-        open_dataset(pretrain_config(data=data))
-    said = str(caught.value)
-    assert f"{target}: has the content of {source}" in said
-    assert ("the file is empty" in said) is not compressed
+    for run, again in ((pretrain, pretrain_config(data=data)), (finetune, config)):
+        with pytest.raises(DataError) as caught:
+            run(replace(again, out=config.out / "new"))
+        said = f"{NAMES[4]}_frame01: its image has the content of that of {NAMES[1]}_frame01"
+        assert said in str(caught.value)
+    # Where nothing is trained, it is said.
+    out = config.out.parent / "scores" / "held_out"
+    command = ["evaluate", f"--model={config.out}", f"--data={data}", f"--out={out}"]
+    assert main([*command, "--device=cpu"]) == 0
+    assert said in capsys.readouterr().err
+    assert said in (out / "data.txt").read_text()
 
 
 def test_copies_within_a_subject_are_its_own_affair(data, pretrain_config):

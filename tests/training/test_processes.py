@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +17,6 @@ from pathlib import Path
 
 import pytest
 
-import salkernels
-import salkernels.training
 from salkernels.training import loading, pretrain
 from salkernels.training.checkpoint import (
     STOPPING,
@@ -28,7 +25,6 @@ from salkernels.training.checkpoint import (
     load_checkpoint,
     stop_on_signal,
 )
-from salkernels.training.cli import main
 from salkernels.training.config import OptimConfig
 from salkernels.training.data.sampling import TwoSubjects
 from salkernels.training.engine import Stopped
@@ -37,7 +33,6 @@ from salkernels.training.experiment.cells import plan
 from salkernels.training.experiment.schedule import run_cells
 from salkernels.training.experiment.tables import TABLES
 from salkernels.training.locks import in_use, sole_use
-from salkernels.training.revision import commit
 from salkernels.training.runlog import read_metrics
 from salkernels.training.startup import without_current_folder
 
@@ -396,77 +391,6 @@ def test_the_current_folder_leaves_the_path_and_python_stays(tmp_path, monkeypat
     site = Path(json.__file__).parents[1]  # the standard library
     monkeypatch.chdir(site)
     assert without_current_folder([str(site), other]) == [str(site), other]
-
-
-EVIL = {
-    "nested": "optim:\n  class_path: trap.Thing\n",
-    "init": "optim:\n  class_path: trap.Thing\n  init_args: {lr: 1}\n",
-    "top": "class_path: trap.Thing\n",
-    "deep": "model:\n  width:\n    class_path: trap.Thing\n",
-    "string": "optim: trap.Thing\n",
-}
-
-
-@pytest.mark.parametrize("kind", EVIL)
-@pytest.mark.parametrize("command", ["pretrain", "finetune"])
-def test_settings_import_no_module(kind, command, tmp_path, monkeypatch, capsys):
-    (tmp_path / "trap.py").write_text(f"open({str(tmp_path / 'trace')!r}, 'a')\nclass Thing: ...\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    settings = tmp_path / "settings.yaml"
-    settings.write_text(EVIL[kind])
-    words = [command, "--config", str(settings), "--data", str(tmp_path), "--out", str(tmp_path)]
-    with pytest.raises(SystemExit) as stopped:
-        main(words)
-    assert stopped.value.code == 2
-    said = capsys.readouterr().err
-    assert len(said.splitlines()) <= 6
-    assert not (tmp_path / "trace").exists()
-    with pytest.raises(SystemExit):
-        main([command, "--optim", "trap.Thing"])
-    with pytest.raises(SystemExit):
-        main([command, "--optim", '{"class_path": "trap.Thing"}'])
-    assert not (tmp_path / "trace").exists()
-
-
-@pytest.fixture
-def repository(tmp_path):
-    """A repository whose configuration runs a program whenever git looks at its files."""
-    root = tmp_path / "repository"
-    root.mkdir()
-    hook = tmp_path / "hook"
-    hook.write_text(f"#!/bin/sh\ntouch {tmp_path / 'ran'}\n")
-    hook.chmod(0o755)
-    (root / "file").write_text("x")
-    git = ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b"]
-    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "one"]):
-        subprocess.run([*git, *words], check=True)
-    subprocess.run([*git, "config", "core.fsmonitor", str(hook)], check=True)
-    return root
-
-
-def test_the_commit_is_that_of_the_package_or_none(repository, tmp_path):
-    """A virtual environment within a repository says nothing about what is installed in it."""
-    source = Path(salkernels.training.__file__).parent
-    installed = repository / ".venv" / "lib" / "site-packages" / "salkernels" / "training"
-    shutil.copytree(source, installed, ignore=shutil.ignore_patterns("results", "__pycache__"))
-    assert commit(installed) is None
-    vendored = repository / "training"
-    shutil.copytree(installed, vendored)
-    assert commit(vendored) is None
-    assert not (tmp_path / "ran").exists()
-    (repository / "pyproject.toml").write_text('[project]\nname = "salkernels"\n')
-    (repository / "salkernels").mkdir()
-    (repository / "salkernels" / "__init__.py").write_text("")
-    found = commit(vendored)
-    assert found is not None
-    assert not (tmp_path / "ran").exists()
-    environment = {"GIT_DIR": str(tmp_path / "nowhere"), **os.environ}
-    said = subprocess.run(
-        [sys.executable, "-c", "import sys; from pathlib import Path; "
-         "from salkernels.training.revision import commit; print(commit(Path(sys.argv[1])))",
-         str(vendored)], env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert said.stdout.strip() == found
 
 
 def test_a_failed_start_leaves_no_trace_that_matters(pretrain_config, monkeypatch):

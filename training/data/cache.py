@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from .datasets import DatasetInfo, Scan, read_scan
 from .digests import ScanDigest, scan_digests
-from .nifti import DataError, Spacing, raise_problems, read_image
-from .preprocess import Geometry, PreprocessConfig, preprocess
+from .nifti import DataError, Spacing, Volume, raise_problems, read_image
+from .preprocess import Geometry, PreprocessConfig, Preprocessed, preprocess
 from .review import require_labels as require_labels
 from .review import require_one_scale
 
@@ -324,7 +324,6 @@ def _build(
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
     temporary.mkdir()
     problems: dict[str, None] = {}  # in order, once: the frames of a bad cine say the same
-    owners: dict[str, Scan] = {}  # the first scan of each image, by content
     entries: list[VolumeEntry] = []
     total = 0
     # One cine file serves all its frames, which follow each other.
@@ -345,27 +344,11 @@ def _build(
                 else:
                     if digest.image is None or (scan.label and digest.label is None):
                         problems[f"{scan.image}: could not be read at first; try again"] = None
-                    elif (owner := owners.setdefault(digest.image, scan)).subject != scan.subject:
-                        problems[_copy(owner, scan)] = None
                 if problems:
                     continue  # the files that are left are only checked
                 images.write(done.images.data)
                 labels.write(done.labels.data)
-                entries.append(
-                    VolumeEntry(
-                        **vars(scan),
-                        offset=total,
-                        num_slices=len(done.images),
-                        geometry=done.geometry,
-                        spacing=image.spacing,
-                        lost_voxels=done.lost_voxels,
-                        labelled_voxels=done.labelled_voxels,
-                        oriented=image.orientation is not None,
-                        notes=image.notes,
-                        image_digest=str(digest.image),
-                        label_digest=digest.label,
-                    )
-                )
+                entries.append(_entry(scan, image, done, digest, total))
                 total += len(done.images)
             raise_problems(f"{len(problems)} problems with the data:", list(problems))
             shape = (total, config.size, config.size)
@@ -388,11 +371,21 @@ def _build(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _copy(first: Scan, second: Scan) -> str:
-    """What is wrong with one image of two people: one may be trained on, the other tested."""
-    return (
-        f"{second.image}: has the content of {first.image}; expected images of {first.subject} and "
-        f"{second.subject} that differ; correct the one that is wrong, or leave one subject out"
+def _entry(
+    scan: Scan, image: Volume, done: Preprocessed, digest: ScanDigest, offset: int
+) -> VolumeEntry:
+    return VolumeEntry(
+        **vars(scan),
+        offset=offset,
+        num_slices=len(done.images),
+        geometry=done.geometry,
+        spacing=image.spacing,
+        lost_voxels=done.lost_voxels,
+        labelled_voxels=done.labelled_voxels,
+        oriented=image.orientation is not None,
+        notes=image.notes,
+        image_digest=str(digest.image),
+        label_digest=digest.label,
     )
 
 
