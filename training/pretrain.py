@@ -50,8 +50,10 @@ def pretrain(config: PretrainConfig) -> Path:
     with processes(config.device):
         device = Device.of(config)
         cache = open_dataset(config)
+        told = [*notices(cache), *thin_scans(config, cache, subjects(config, cache))]
         with own_folder(config.out):
             run = Pretraining(config, device, cache)
+            first(lambda: tell(config.out, told))
             if run.method.trains:
                 run.fit()
             first(run.finish)
@@ -65,9 +67,7 @@ class Pretraining:
         self.config, self.device, self.cache = config, device, cache
         self.seen = subjects(config, self.cache)
         self.corpus = Slices(self.cache, self.seen)
-        thin = thin_scans(config, self.cache, self.seen)
         self.log = RunLog(config, "pretrain", self.device.describe(), identity(config, self.cache))
-        first(lambda: tell(config.out, [*notices(self.cache), *thin]))
         torch.manual_seed(config.seed)
         settings = getattr(config, config.method, None)
         self.method = METHODS[config.method](config.model, settings, self.corpus)
