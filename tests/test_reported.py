@@ -313,6 +313,19 @@ def test_a_call_while_python_ends_is_an_error_at_most(when, backend):
         assert printed.count("while Python is shutting down") == 2
 
 
+def test_a_mistyped_instruction_set_is_said():
+    code = """
+        import os, warnings
+        os.environ["SALKERNELS_CPU_ISA"] = "axv2"
+        with warnings.catch_warnings(record=True) as caught:
+            import salkernels
+        assert "must be one of baseline, avx2, avx512, got 'axv2'" in str(caught[0].message)
+        status = {s.name: s for s in salkernels.backends()}["cpu"]
+        assert not status.available and "axv2" in status.reason
+        """
+    in_a_process(code)
+
+
 def test_every_module_can_be_loaded_again():
     """As notebooks with autoreload do."""
     code = """

@@ -26,13 +26,13 @@ __device__ inline bool is_pair(const Problem& p, int64_t row) {
 }
 
 // A block for each row of the outputs: the loss of its pair, the mean of |1 − m| in an order that
-// never changes. A row without a pair is filled with what takes no part, of which that is 0.
+// never changes, and in fp64: an fp32 sum over a large map would lose digits. A row without a pair is filled with what takes no part, of which that is 0.
 template <class F>
 __device__ void reduce_losses(const Problem& p) {
   SALKERNELS_SHARED(memory);
   const int64_t plane = p.grid.pixels(), first = blockIdx.x * plane;
   F* const max_sim = static_cast<F*>(p.max_sim) + first;
-  F sum = 0;
+  double sum = 0;
   if (is_pair(p, blockIdx.x)) {
     for (int64_t i = threadIdx.x; i < plane; i += kThreads) sum += fabs(F(1) - max_sim[i]);
   } else {
@@ -41,14 +41,14 @@ __device__ void reduce_losses(const Problem& p) {
       store_argmax(p, first + i, no_match(p));
     }
   }
-  F* const of_warp = reinterpret_cast<F*>(memory);
+  double* const of_warp = reinterpret_cast<double*>(memory);
   for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = sum;
   __syncthreads();
   if (threadIdx.x != 0) return;
   sum = 0;
   for (int w = 0; w < kWarps; ++w) sum += of_warp[w];
-  static_cast<F*>(p.loss)[blockIdx.x] = sum / F(plane);
+  static_cast<F*>(p.loss)[blockIdx.x] = F(sum / double(plane));
 }
 
 }  // namespace cuda

@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import os
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -14,8 +17,22 @@ from ..reference import Outputs
 DEVICES = ("cpu",)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
+LEVELS = ("baseline", "avx2", "avx512")
+LEVEL_VARIABLE = "SALKERNELS_CPU_ISA"
+
+
+def _unknown_instruction_set() -> str | None:
+    """What is wrong with the variable that limits the kernel; said aloud: all else is slower."""
+    level = os.environ.get(LEVEL_VARIABLE, "")
+    if level in ("", *LEVELS):
+        return None
+    reason = f"{LEVEL_VARIABLE} must be one of {', '.join(LEVELS)}, got {level!r}"
+    warnings.warn(f"the cpu backend cannot run: {reason}", stacklevel=2)
+    return reason
+
+
 # Now, not at the first call: that may be one which torch.compile traces. It takes milliseconds.
-_MISSING = _native.load("cpu")
+_MISSING = _native.load("cpu") or _unknown_instruction_set()
 _match = torch.ops.salkernels.native_match.default
 _match_backward = torch.ops.salkernels.native_match_backward.default
 
@@ -41,7 +58,7 @@ def _require_library() -> None:
 def instruction_set() -> str:
     """What the kernels were chosen for: "baseline", "avx2" or "avx512"."""
     _require_library()
-    return ("baseline", "avx2", "avx512")[_native.number("cpu", "instruction_set")]
+    return LEVELS[_native.number("cpu", "instruction_set")]
 
 
 def match(

@@ -310,14 +310,15 @@ def loss_kernel(
     # Neighbouring threads take neighbouring pairs only where the compiler does not see that they
     # are neighbours: else each takes some, one by one because of the mask, from more sectors.
     column = tl.where(present, pair, 0)
-    total = tl.zeros((LINES, PAIRS), tl.float32)
+    # In fp64: an fp32 sum over a large map would lose digits.
+    total = tl.zeros((LINES, PAIRS), tl.float64)
     for start in range(0, lines, LINES):
         line = start + tl.arange(0, LINES)
         total += tl.load(
             partial + line.to(tl.int64)[:, None] * sizes.pairs + column[None, :],
             mask=(line < lines)[:, None] & present[None, :], other=0.0,
-        )  # fmt: skip
-    tl.store(loss + pair, tl.sum(total, 0) / pixels, mask=inside)
+        ).to(tl.float64)  # fmt: skip
+    tl.store(loss + pair, (tl.sum(total, 0) / pixels).to(tl.float32), mask=inside)
 
 
 @triton.jit
