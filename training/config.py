@@ -229,6 +229,12 @@ class PretrainConfig(RunConfig):
                 f"sal.window_size {self.sal.window_size} is larger than the {side} x {side} map of "
                 f"scale {self.sal.scale} at crop {self.crop}"
             )
+        if self.method == "sal" and self.sal.roll and self.sal.window_size > side // 2:
+            raise ValueError(
+                f"sal.roll moves keys by {side // 2} pixels, half of the map of scale "
+                f"{self.sal.scale} at crop {self.crop}: windows of {self.sal.window_size} would "
+                f"still overlap with their own place; use a smaller sal.window_size"
+            )
 
 
 @dataclass
