@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..config import FinetuneConfig, PretrainConfig, RunConfig
+from ..augment import AugmentConfig
+from ..config import (
+    FinetuneConfig,
+    LabelledConfig,
+    OptimConfig,
+    PretrainConfig,
+    ProbeConfig,
+    RunConfig,
+)
 from ..methods import METHODS
 from ..models.weights import ENCODER
 from ..runlog import require_same_settings
-from .tables import Arm
+from .tables import SCORED, Arm, Endpoint
 
 Config = TypeVar("Config")
 
@@ -20,7 +28,7 @@ Config = TypeVar("Config")
 class Cell:
     """One run. It is done when `product` is in its folder; it can start when `needs` is done."""
 
-    command: str  # "pretrain" or "finetune"
+    command: str  # "pretrain", "finetune" or "probe"
     config: RunConfig
     product: str
     needs: Path | None = None
@@ -30,8 +38,15 @@ class Cell:
 
     @property
     def name(self) -> str:
-        kind = "pretrain" if self.command == "pretrain" else f"M = {self.labelled or 'all'}"
-        return f"{self.arm}, {kind}" + ("" if kind == "pretrain" else f", fold {self.fold}")
+        if not self.scored:
+            return f"{self.arm}, pretrain"
+        kind = "probe, " if self.command == "probe" else ""
+        return f"{self.arm}, {kind}M = {self.labelled or 'all'}, fold {self.fold}"
+
+    @property
+    def scored(self) -> bool:
+        """Whether it gives Dice on held-out scans."""
+        return self.command != "pretrain"
 
     @property
     def path(self) -> Path:
@@ -55,9 +70,12 @@ def plan(
     out: Path,
     pretraining: PretrainConfig,
     finetuning: FinetuneConfig,
+    endpoint: Endpoint = "dice",
 ) -> list[Cell]:
     """All runs, in the order in which they give complete comparisons soonest."""
     cells = []
+    command = SCORED[endpoint]
+    scoring = finetuning if endpoint == "dice" else probing(finetuning)
     encoders: dict[str, Path | None] = {}
     for arm in arms:
         encoders[arm.name] = None
@@ -74,16 +92,23 @@ def plan(
             for arm in arms:
                 encoder = encoders[arm.name]
                 config = replace(
-                    finetuning,
+                    scoring,
                     encoder=encoder,
                     labelled=m,
                     fold=fold,
-                    out=out / "finetune" / arm.name / f"m{m or 'all'}_f{fold}",
+                    out=out / command / arm.name / f"m{m or 'all'}_f{fold}",
                     resume=True,
                 )
                 needs = encoder / ENCODER if encoder else None
-                cells.append(Cell("finetune", config, "results.json", needs, arm.name, m, fold))
+                cells.append(Cell(command, config, "results.json", needs, arm.name, m, fold))
     return cells
+
+
+def probing(finetuning: FinetuneConfig) -> ProbeConfig:
+    """The probe on the data and folds of fine-tuning, whatever its training is like."""
+    shared = {f.name: getattr(finetuning, f.name) for f in fields(LabelledConfig)}
+    unused = {"optim": OptimConfig(), "augment": AugmentConfig(), "precision": "fp32"}
+    return ProbeConfig(**{**shared, **unused})
 
 
 def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:

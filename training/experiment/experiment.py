@@ -10,13 +10,14 @@ from typing import Any
 from ..config import FinetuneConfig, PretrainConfig
 from ..identity import data_hash
 from ..inputs import open_dataset
+from ..probe import ENDPOINT
 from ..runlog import environment, to_plain
 from .audit import Audit, own_name, require_own_table
 from .cells import Cell, plan
 from .plots import draw
 from .schedule import run_cells
 from .summary import collect, write
-from .tables import TABLES, Table
+from .tables import SCORED, TABLES, Endpoint, Table
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class ExperimentConfig:
         jobs: runs at a time, each a process with `threads` threads of its own.
         command: what the user typed, for the table.
         preset: name of the settings, for the table.
+        endpoint: "dice", of fine-tuned U-Nets, or "probe", of linear probes on frozen encoders.
         allow_mismatch: keep runs that were made of other data or encoders; the table says so.
     """
 
@@ -48,6 +50,12 @@ class ExperimentConfig:
     command: str
     preset: str
     allow_mismatch: bool = False
+    endpoint: Endpoint = "dice"
+
+    @property
+    def document(self) -> str:
+        """How the files of the table are called."""
+        return self.name + ("-probe" if self.endpoint == "probe" else "")
 
     def __post_init__(self) -> None:
         if self.jobs < 1:
@@ -70,9 +78,10 @@ def experiment(
     arms = tuple(table.arm(name) for name in config.arms) or table.arms
     labelled = config.labelled or table.labelled
     labelled = () if config.only_pretrain else labelled
-    cells = plan(arms, labelled, config.folds, config.out, pretraining, finetuning)
+    cells = plan(arms, labelled, config.folds, config.out, pretraining, finetuning, config.endpoint)
     # Once, before several runs would build the same cache.
-    caches = {"pretrain": open_dataset(pretraining), "finetune": open_dataset(finetuning)}
+    scoring = SCORED[config.endpoint]
+    caches = {"pretrain": open_dataset(pretraining), scoring: open_dataset(finetuning)}
     audit = Audit(caches, config.allow_mismatch)
     name = own_name(config.out)
     _report(config, table, cells, audit, name)  # first: what is done must be of this experiment
@@ -84,18 +93,19 @@ def experiment(
     finally:
         _report(config, table, cells, audit, name)
         results = collect(table, cells, audit)
-        draw(results, _folder(config), config.name, _conditions(config, cells))
-    return (_folder(config) / f"{config.name}.md").read_text()
+        draw(results, _folder(config), config.document, _conditions(config, cells))
+    return (_folder(config) / f"{config.document}.md").read_text()
 
 
 def _report(
     config: ExperimentConfig, table: Table, cells: Sequence[Cell], audit: Audit, name: str
 ) -> None:
-    require_own_table(_folder(config) / f"{config.name}.json", name)
+    require_own_table(_folder(config) / f"{config.document}.json", name)
     results = collect(table, cells, audit)
-    data = audit.caches["finetune"]
+    data = audit.caches[SCORED[config.endpoint]]
     about = {
         "experiment": config.name,
+        "endpoint": config.endpoint,
         "id": name,
         "commands": [config.command],
         "conditions": _conditions(config, cells),
@@ -103,14 +113,14 @@ def _report(
         "environment": environment(),
         "settings": _settings(cells),
     }
-    write(results, _folder(config), config.name, about)
+    write(results, _folder(config), config.document, about)
 
 
 def _conditions(config: ExperimentConfig, cells: Sequence[Cell]) -> str:
     """In one line, what the figures hold for."""
     pretraining = next((c.config for c in cells if c.command == "pretrain"), None)
-    finetuning = next((c.config for c in cells if c.command == "finetune"), None)
-    run = pretraining or finetuning
+    scoring = next((c.config for c in cells if c.scored), None)
+    run = pretraining or scoring
     if run is None:
         return "no runs"
     parts = [
@@ -119,10 +129,14 @@ def _conditions(config: ExperimentConfig, cells: Sequence[Cell]) -> str:
     ]
     if pretraining:
         parts.append(f"{pretraining.optim.steps:,} steps of pre-training")
-    if finetuning:
+    if scoring:
+        how = (
+            f"{ENDPOINT} without fine-tuning; 3D Dice"
+            if config.endpoint == "probe"
+            else f"{scoring.optim.steps:,} steps of fine-tuning; 3D Dice of the last weights"
+        )
         parts.append(
-            f"{finetuning.optim.steps:,} steps of fine-tuning; 3D Dice of the last weights on "
-            f"held-out subjects, mean (standard deviation) over {len(config.folds)} folds"
+            f"{how} on held-out subjects, mean (standard deviation) over {len(config.folds)} folds"
         )
     return ", ".join(parts)
 

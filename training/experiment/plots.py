@@ -50,7 +50,7 @@ def dice_by_labelled(results: Results) -> Figure | None:
         return None
     figure, (ours, theirs) = _axes(2, width=5.2, sharey=False)
     places = range(len(results.labelled))
-    paper = results.table.paper
+    paper = results.paper
     for number, arm in enumerate(results.arms):
         label, colour = results.table.arm(arm).label, COLOURS[number % len(COLOURS)]
         offset = 0.04 * (number - (len(results.arms) - 1) / 2)
@@ -70,7 +70,11 @@ def dice_by_labelled(results: Results) -> Figure | None:
                 color=colour, marker="s", ms=4, capsize=2, lw=1.3, label=label,
             )  # fmt: skip
     for axes, title in ((ours, "here"), (theirs, "paper (full scale)")):
-        axes.set(title=title, xlabel="labelled subjects M", ylabel="3D Dice, mean of the classes")
+        axes.set(
+            title=title,
+            xlabel="labelled subjects M",
+            ylabel=f"{results.measure}, mean of the classes",
+        )
         axes.set_xticks(list(places), ["all" if m == 0 else str(m) for m in results.labelled])
     if not theirs.lines:
         theirs.remove()
@@ -96,7 +100,7 @@ def classes(results: Results) -> Figure | None:
                     axes.bar(x, np.mean(values), 0.9 * width, color=colour, alpha=0.7, label=label)
                     axes.plot([x] * len(values), values, ".", color="k", ms=3)
         axes.set_xticks(range(len(names)), [*map(unmarked, names)])
-        axes.set(title=f"M = {m or 'all'}", ylim=(0, 1), ylabel="3D Dice")
+        axes.set(title=f"M = {m or 'all'}", ylim=(0, 1), ylabel=results.measure)
     _legend(*panels)
     return figure
 
@@ -124,7 +128,7 @@ def differences(results: Results) -> Figure | None:
         axes.set_yticks(range(len(arms)), [results.table.arm(arm).label for arm in arms])
         axes.invert_yaxis()
         label = results.table.arm(baseline).label
-        axes.set(title=f"M = {m or 'all'}", xlabel=f"Dice less that of {label}, same fold")
+        axes.set(title=f"M = {m or 'all'}", xlabel=f"{results.measure} less that of {label}")
     return figure
 
 
@@ -145,9 +149,9 @@ def curve(results: Results) -> Figure | None:
             label="here",
         )  # fmt: skip
         known = [
-            (i, table.paper[arm.name][m])
+            (i, results.paper[arm.name][m])
             for i, arm in enumerate(varied)
-            if m in table.paper.get(arm.name, {})
+            if m in results.paper.get(arm.name, {})
         ]
         if known:
             axes.errorbar(
@@ -158,7 +162,7 @@ def curve(results: Results) -> Figure | None:
         if without and (level := results.summary(without, m)):
             axes.axhline(level.mean, ls=":", color="C0", label=table.arm(without).label)
         axes.set_xticks(range(len(varied)), [f"{arm.value:g}" for arm in varied])
-        axes.set(title=f"M = {m or 'all'}", xlabel=table.varies, ylabel="3D Dice")
+        axes.set(title=f"M = {m or 'all'}", xlabel=table.varies, ylabel=results.measure)
         axes.legend(frameon=False, fontsize=8)
     return figure
 

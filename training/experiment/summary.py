@@ -16,6 +16,7 @@ from scipy import stats
 
 from ..checkpoint import RunError
 from ..files import write_atomically
+from ..probe import ENDPOINT
 from ..runlog import ENVIRONMENT, read_metrics
 from ..settings import damaged, read_record
 from .cells import Cell
@@ -23,12 +24,17 @@ from .tables import ALL, Table
 
 CONFIDENCE = 0.95
 LOOKS = 5
+PROBED = (
+    f"**{ENDPOINT.capitalize()}**: ridge regression from the frozen encoder's maps to the classes, "
+    "and no fine-tuning. It is for screening: it does not tell how well an encoder starts a U-Net, "
+    "and its Dice is not to be compared with that of a fine-tuned one, the paper's among them."
+)
 MONITORED = ("gp", "la", "la_pairs", "la_control", "cosine_embedding", "cosine_encoder")
 
 
 @dataclass(frozen=True)
 class Score:
-    """Dice of one fine-tuning run on its fold's held-out scans."""
+    """Dice of one fine-tuned model, or of one probe, on its fold's held-out scans."""
 
     arm: str
     labelled: int
@@ -68,6 +74,17 @@ class Results:
     pretraining: dict[str, list[dict[str, float]]]  # arm -> monitored figures by step
     commits: tuple[str, ...] = ()  # of the code that ran
     mismatches: tuple[str, ...] = ()  # what was let pass although it does not fit
+    endpoint: str = "dice"
+
+    @property
+    def measure(self) -> str:
+        """What the scores are, for titles and axes."""
+        return "3D Dice" if self.endpoint == "dice" else f"3D Dice of a {ENDPOINT}"
+
+    @property
+    def paper(self) -> Mapping[str, Mapping[int, tuple[float, float]]]:
+        """The paper's scores, where they are of the same kind."""
+        return self.table.paper if self.endpoint == "dice" else {}
 
     def select(self, arm: str, labelled: int) -> list[Score]:
         """By fold."""
@@ -136,10 +153,13 @@ def collect(
         _require_one_partition(scores)
     planned = {cell.arm for cell in cells}
     arms = tuple(arm.name for arm in table.arms if arm.name in planned)
-    labelled = tuple(dict.fromkeys(c.labelled for c in cells if c.command == "finetune"))
-    folds = tuple(sorted({cell.fold for cell in cells if cell.command == "finetune"}))
+    labelled = tuple(dict.fromkeys(c.labelled for c in cells if c.scored))
+    folds = tuple(sorted({cell.fold for cell in cells if cell.scored}))
     known = tuple(sorted(commit for commit in commits if commit))
-    return Results(table, arms, labelled, folds, tuple(scores), pretraining, known, tuple(marks))
+    endpoint = "probe" if any(cell.command == "probe" for cell in cells) else "dice"
+    return Results(
+        table, arms, labelled, folds, tuple(scores), pretraining, known, tuple(marks), endpoint
+    )
 
 
 def _score(cell: Cell, result: dict[str, Any]) -> Score:
@@ -207,7 +227,7 @@ def write(results: Results, folder: Path, name: str, about: dict[str, Any]) -> N
 
 
 def as_csv(results: Results) -> str:
-    """One line per fine-tuning run."""
+    """One line per scored run."""
     classes = list(results.scores[0].dice) if results.scores else []
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -222,11 +242,14 @@ def as_csv(results: Results) -> str:
 def markdown(results: Results, about: dict[str, Any]) -> str:
     """The table beside the paper's, classes, paired differences, and what pre-training came to."""
     baseline = results.table.arm(results.table.baseline).label
+    title = results.table.title + (f" ({ENDPOINT})" if results.endpoint == "probe" else "")
     head = [
-        f"# {results.table.title}",
+        f"# {title}",
         "\n".join(f"    {line}" for line in about["commands"]),
         f"{about['conditions']}.{_revisions(results)}",
     ]
+    if results.endpoint == "probe":
+        head.append(PROBED)
     if results.mismatches:
         marks = "\n".join(f"- {text}" for text in results.mismatches)
         head.append(f"**Not all of one piece**, and let pass by hand:\n\n{marks}")
@@ -256,10 +279,10 @@ def _revisions(results: Results) -> str:
 
 def _dice_table(results: Results) -> str:
     columns = [_labelled(m) for m in results.labelled]
-    paper = [m for m in results.labelled if any(m in row for row in results.table.paper.values())]
+    paper = [m for m in results.labelled if any(m in row for row in results.paper.values())]
     rows = [["", *columns, *(f"paper, {_labelled(m)}" for m in paper)]]
     for arm in results.arms:
-        theirs = results.table.paper.get(arm, {})
+        theirs = results.paper.get(arm, {})
         rows.append(
             [
                 results.table.arm(arm).label,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from ..methods import METHODS
 
 ALL = 0  # as `labelled`: all subjects of the fold
+Endpoint = Literal["dice", "probe"]  # of fine-tuned U-Nets, or of a probe on frozen encoders
+SCORED = {"dice": "finetune", "probe": "probe"}  # by which command
 
 
 @dataclass(frozen=True)
