@@ -222,7 +222,17 @@ def _experiment_parser(preset: PresetName, text: str) -> Parser:
     parser.add_argument("--only_pretrain", type=bool, default=False, help="no fine-tuning")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of each run; 0: all")
-    parser.add_argument("--seed", type=int, default=0, help="of pre-training and fine-tuning")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0],
+        help="of pre-training and fine-tuning; with several, intervals are over seeds",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rotate_folds", type=int, default=0,
+        help="how many of the folds each seed takes, the next ones for each; 0: all",
+    )  # fmt: skip
+    parser.add_argument(
+        "--baseline", type=str, default="", help="arm to compare with; by default the table's"
+    )
     _add_allow_mismatch(parser)
     parser.add_class_arguments(PretrainConfig, "pretrain", skip=SET_BY_EXPERIMENT)
     parser.add_class_arguments(FinetuneConfig, "finetune", skip=SET_BY_EXPERIMENT)
@@ -340,8 +350,8 @@ def run_cache(namespace: Namespace) -> None:
 def run_experiment(namespace: Namespace) -> None:
     from .experiment.experiment import ExperimentConfig, experiment
 
-    common = {name: namespace[name] for name in ("data", "seed", "threads", "allow_mismatch")}
-    common["cache"] = namespace.out / "cache"
+    common = {name: namespace[name] for name in ("data", "threads", "allow_mismatch")}
+    common |= {"cache": namespace.out / "cache", "seed": namespace.seeds[0]}
     pretraining = _build(PretrainConfig, namespace.pretrain, **common)
     finetuning = _build(FinetuneConfig, namespace.finetune, **common)
     config = ExperimentConfig(
@@ -357,6 +367,9 @@ def run_experiment(namespace: Namespace) -> None:
         preset=namespace.preset,
         allow_mismatch=namespace.allow_mismatch,
         endpoint=namespace.endpoint,
+        seeds=tuple(namespace.seeds),
+        rotate_folds=namespace.rotate_folds,
+        baseline=namespace.baseline,
     )
     _say(experiment(config, pretraining, finetuning))
 

@@ -45,7 +45,7 @@ def draw(results: Results, folder: Path, name: str, conditions: str) -> list[Pat
 
 
 def dice_by_labelled(results: Results) -> Figure | None:
-    """Dice against M, a line for each arm, its folds as dots, and the paper's values beside."""
+    """Dice against M, a line for each arm, and the paper's values beside."""
     if not results.scores or len(results.labelled) < 2:
         return None
     figure, (ours, theirs) = _axes(2, width=5.2, sharey=False)
@@ -83,7 +83,7 @@ def dice_by_labelled(results: Results) -> Figure | None:
 
 
 def classes(results: Results) -> Figure | None:
-    """Dice of each class, a panel for each M, bars with the folds as dots."""
+    """Dice of each class, a panel for each M, bars with the runs as dots."""
     if not results.scores:
         return None
     names = list(results.scores[0].dice)
@@ -106,7 +106,7 @@ def classes(results: Results) -> Figure | None:
 
 
 def differences(results: Results) -> Figure | None:
-    """Paired differences from the baseline with their intervals; each fold is a dot."""
+    """Paired differences from the baseline with their intervals; each seed or fold is a dot."""
     baseline = results.table.baseline
     arms = [
         a for a in results.arms if any(results.difference(a, m, baseline) for m in results.labelled)
@@ -116,11 +116,10 @@ def differences(results: Results) -> Figure | None:
     width = max(4.4, 7 / len(results.labelled))
     figure, panels = _axes(len(results.labelled), width=width, height=1.4 + 0.32 * len(arms))
     for axes, m in zip(panels, results.labelled, strict=True):
-        theirs = {score.fold: score.mean for score in results.select(baseline, m)}
         for row, arm in enumerate(arms):
             colour = COLOURS[results.arms.index(arm) % len(COLOURS)]
-            folds = [s.mean - theirs[s.fold] for s in results.select(arm, m) if s.fold in theirs]
-            axes.plot(folds, [row] * len(folds), "o", color=colour, alpha=0.4, ms=4)
+            units = [*results.by_unit(results.gaps(arm, m, baseline)).values()]
+            axes.plot(units, [row] * len(units), "o", color=colour, alpha=0.4, ms=4)
             if found := results.difference(arm, m, baseline):
                 axes.plot([found.low, found.high], [row, row], color=colour, lw=2)
                 axes.plot(found.mean, row, "D", color=colour, ms=6)
@@ -128,7 +127,10 @@ def differences(results: Results) -> Figure | None:
         axes.set_yticks(range(len(arms)), [results.table.arm(arm).label for arm in arms])
         axes.invert_yaxis()
         label = results.table.arm(baseline).label
-        axes.set(title=f"M = {m or 'all'}", xlabel=f"{results.measure} less that of {label}")
+        axes.set(
+            title=f"M = {m or 'all'}",
+            xlabel=f"{results.measure} less that of {label}, same {results.unit}",
+        )
     return figure
 
 
