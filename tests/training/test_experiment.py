@@ -227,7 +227,7 @@ def test_markdown_holds_means_spread_paper_and_gaps():
     assert "    the command" in text
     assert "the conditions. Runs of revision abc0, abc1." in text
     # Means of the last five looks, the first one is another: 0.2, 0.5 and their ratio.
-    assert "| SAL |  | 0.2 | 0.5 | 0.4 |  | 0.3 |" in text
+    assert "| SAL |  |  | 0.2 | 0.5 | 0.4 |  |  | 0.3 |  |" in text
 
 
 def test_files_are_strict_json_and_one_csv_line_per_run(tmp_path):

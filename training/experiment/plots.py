@@ -181,8 +181,10 @@ def collapse(results: Results) -> Figure | None:
         (f"LA, same / different scans, mean of {LOOKS}", _share),
         ("mean cosine after E", lambda row: row.get("cosine_embedding")),
         ("mean cosine of the encoder", lambda row: row.get("cosine_encoder")),
+        ("effective rank after E", lambda row: row.get("rank_embedding")),
+        ("effective rank of the encoder", lambda row: row.get("rank_encoder")),
     ]
-    figure, grid = _axes(len(panels), width=4, height=4)
+    figure, grid = _axes(len(panels), width=3.4, height=4)
     for axes, (title, value) in zip(grid, panels, strict=True):
         for number, (arm, rows) in enumerate(shown.items()):
             points = [(row["step"], v) for row in rows if (v := value(row)) is not None]

@@ -28,7 +28,10 @@ PROBED = (
     "and no fine-tuning. It is for screening: it does not tell how well an encoder starts a U-Net, "
     "and its Dice is not to be compared with that of a fine-tuned one, the paper's among them."
 )
-MONITORED = ("gp", "la", "la_pairs", "la_control", "cosine_embedding", "cosine_encoder")
+MONITORED = (
+    "gp", "chance_gp", "la", "la_pairs", "la_control", "cosine_embedding", "rank_embedding",
+    "cosine_encoder", "rank_encoder",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -277,9 +280,10 @@ def markdown(results: Results, about: dict[str, Any]) -> str:
     parts = head + (dice if results.labelled else [])
     if any("la_pairs" in rows[-1] for rows in results.pretraining.values() if rows):
         parts.append(
-            "## The end of pre-training\n\nGP; LA on slices of one scan, as a control on slices of "
-            "different scans, and the ratio of the two, which tells whether the right ones match; "
-            f"mean cosine of arbitrary pixels (1 is collapse). Means of the last {LOOKS} looks."
+            "## The end of pre-training\n\nGP, and what it is by chance; LA on slices of one scan, "
+            "as a control on slices of different scans, and the ratio of the two, which tells "
+            "whether the right ones match; mean cosine (1 is collapse) and effective rank (1 is "
+            f"collapse to one line) of arbitrary pixels. Means of the last {LOOKS} looks."
             f"\n\n{_pretraining_table(results)}"
         )
     return "\n\n".join(parts) + "\n"
@@ -349,19 +353,22 @@ def _class_table(results: Results) -> str:
 def _pretraining_table(results: Results) -> str:
     columns = {
         "gp": "GP",
+        "chance_gp": "by chance",
         "la_pairs": "LA, same scan",
         "la_control": "LA, different scans",
         "cosine_embedding": "cosine after E",
+        "rank_embedding": "rank after E",
         "cosine_encoder": "cosine of the encoder",
+        "rank_encoder": "rank of the encoder",
     }
     names = list(columns.values())
-    rows = [["", *names[:3], "same / different", *names[3:]]]
+    rows = [["", *names[:4], "same / different", *names[4:]]]
     for arm, history in results.pretraining.items():
         if history:
             ends = [mean_of_end(history, name) for name in columns]
-            same, different = ends[1:3]
+            same, different = ends[2:4]
             share = same / different if same is not None and different else None
-            cells = ["" if x is None else f"{x:.3g}" for x in (*ends[:3], share, *ends[3:])]
+            cells = ["" if x is None else f"{x:.3g}" for x in (*ends[:4], share, *ends[4:])]
             rows.append([results.table.arm(arm).label, *cells])
     return _table(rows)
 

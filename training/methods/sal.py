@@ -21,7 +21,18 @@ from salkernels import (
 from ..augment import Geometry, shown, undo
 from ..distributed import gather, share
 from ..models import Embedding, EmbeddingKind, Encoder, Projection, UNetConfig
-from .base import COSINE_LIMIT, Corpus, Method, Outcome, Views, mean_cosine
+from .base import (
+    COSINE_LIMIT,
+    RANK_LIMIT,
+    Corpus,
+    Method,
+    Outcome,
+    Views,
+    chances,
+    drift,
+    likeness,
+)
+from .contrast import alike
 
 Centre = Literal["none", "batch", "image", "window"]
 Pairs = Literal["near", "same", "other"]
@@ -134,7 +145,8 @@ class SAL(Method):
         features = maps[settings.scale - 1]
         # GP contrasts the samples of all processes; a scan, and so a pair of LA, is on one of them.
         positives = positional_positives(gather(views.position), settings.t)
-        gp = gp_loss(gather(self.projection(maps[-1])), positives, settings.temperature)
+        projected = gather(self.projection(maps[-1]))
+        gp = gp_loss(projected, positives, settings.temperature)
         outcome = Outcome(gp, {"loss": gp, "gp": gp, "la": gp.new_zeros(())})
         embedded = self.embedding(features)
         if settings.lambda_:
@@ -143,6 +155,7 @@ class SAL(Method):
             loss = gp + settings.lambda_ * la
             outcome = Outcome(loss, {"loss": loss, "gp": gp, "la": la})
         outcome.maps = {"encoder": features.detach(), "embedding": embedded.detach()}
+        outcome.chance = {"gp": gp_loss(alike(projected), positives, settings.temperature)}
         return outcome
 
     @property
@@ -204,24 +217,31 @@ class SAL(Method):
         return {
             "la_pairs": wla_set_loss(features, neighbours, window, valid=valid).item(),
             "la_control": wla_set_loss(features, strangers, window, valid=valid).item(),
-            "cosine_embedding": mean_cosine(embedded).item(),
-            "cosine_encoder": mean_cosine(outcome.maps["encoder"]).item(),
+            **likeness({"embedding": embedded, "encoder": outcome.maps["encoder"]}),
+            **chances(outcome),
         }
 
     def warnings(self, history: list[dict[str, float]]) -> dict[str, str]:
+        found = drift(history)
         if not history or self.settings.lambda_ == 0:
-            return {}
+            return found
         first, last = history[0], history[-1]
         advice = "try a smaller sal.lambda_"
         if self.settings.embedding == "linear":
             advice = "try sal.embedding=orthogonal or none, or a smaller sal.lambda_"
-        found = {}
         for what in ("embedding", "encoder"):
             if last[f"cosine_{what}"] > COSINE_LIMIT:
                 found[f"collapsed {what}"] = (
                     f"the {what}'s pixels have collapsed to one direction (mean cosine "
                     f"{last[f'cosine_{what}']:.2f} > {COSINE_LIMIT}): a low LA no longer means "
                     f"alignment; {advice}"
+                )
+            rank = last.get(f"rank_{what}", RANK_LIMIT)
+            if rank < RANK_LIMIT and last[f"cosine_{what}"] <= COSINE_LIMIT:
+                found[f"flat {what}"] = (
+                    f"the {what}'s pixels have collapsed to one line with two signs (effective "
+                    f"rank {rank:.2f} < {RANK_LIMIT}, which their mean cosine does not show): a "
+                    f"low LA no longer means alignment; {advice}"
                 )
         if all(last[key] < FALL * first[key] for key in ("la_control", "la_pairs")):
             found["control falls"] = (
