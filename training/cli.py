@@ -1,4 +1,4 @@
-"""Subcommands: demo, pretrain, finetune, evaluate, predict, show, cache, experiment.
+"""Subcommands: demo, pretrain, finetune, probe, evaluate, predict, show, cache, experiment.
 
 Settings come from, in order: the dataclass defaults, `--preset`, `--config FILE`, the command line.
 An unknown key anywhere is an error.
@@ -18,10 +18,10 @@ from typing import Any, TypeVar, get_args
 from jsonargparse import ArgumentParser, Namespace
 
 from .checkpoint import RunError
-from .config import FinetuneConfig, Precision, PretrainConfig, RunConfig
+from .config import FinetuneConfig, Precision, PretrainConfig, ProbeConfig, RunConfig
 from .data.nifti import DataError
 from .data.text import printable
-from .experiment.tables import TABLES
+from .experiment.tables import TABLES, Endpoint
 from .parsing import Parser, require_settings_files
 from .presets import BEST, FINETUNE, PRETRAIN, PresetName
 
@@ -124,6 +124,12 @@ def make_parser(arguments: Sequence[str]) -> Parser:
             FINETUNE[preset],
             "fine-tune on few labelled subjects, evaluate",
         ),
+        (
+            "probe",
+            ProbeConfig,
+            FINETUNE[preset],
+            "read classes linearly from a frozen encoder, evaluate",
+        ),
     ):
         sub = Parser(description=text[0].upper() + text[1:] + ".")
         sub.add_argument("--config", action="config", help="YAML file of settings")
@@ -209,10 +215,24 @@ def _experiment_parser(preset: PresetName, text: str) -> Parser:
         "--labelled", type=int, nargs="+", default=[], help="M; 0 is all, by default the paper's"
     )
     parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument(
+        "--endpoint", type=Endpoint, default="dice",
+        help="Dice of fine-tuned U-Nets, or of a probe on frozen encoders: seconds, for screening",
+    )  # fmt: skip
     parser.add_argument("--only_pretrain", type=bool, default=False, help="no fine-tuning")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of each run; 0: all")
-    parser.add_argument("--seed", type=int, default=0, help="of pre-training and fine-tuning")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0],
+        help="of pre-training and fine-tuning; with several, intervals are over seeds",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rotate_folds", type=int, default=0,
+        help="how many of the folds each seed takes, the next ones for each; 0: all",
+    )  # fmt: skip
+    parser.add_argument(
+        "--baseline", type=str, default="", help="arm to compare with; by default the table's"
+    )
     _add_allow_mismatch(parser)
     parser.add_class_arguments(PretrainConfig, "pretrain", skip=SET_BY_EXPERIMENT)
     parser.add_class_arguments(FinetuneConfig, "finetune", skip=SET_BY_EXPERIMENT)
@@ -239,6 +259,15 @@ def run_finetune(namespace: Namespace) -> None:
     config = _build(FinetuneConfig, namespace)
     finetune(config)
     _say(f"{summary(config.out)}\nfigures: {config.out / 'figures'}")
+
+
+def run_probe(namespace: Namespace) -> None:
+    from .figures import summary
+    from .probe import probe
+
+    config = _build(ProbeConfig, namespace)
+    probe(config)
+    _say(summary(config.out))
 
 
 def run_demo(namespace: Namespace) -> None:
@@ -321,8 +350,8 @@ def run_cache(namespace: Namespace) -> None:
 def run_experiment(namespace: Namespace) -> None:
     from .experiment.experiment import ExperimentConfig, experiment
 
-    common = {name: namespace[name] for name in ("data", "seed", "threads", "allow_mismatch")}
-    common["cache"] = namespace.out / "cache"
+    common = {name: namespace[name] for name in ("data", "threads", "allow_mismatch")}
+    common |= {"cache": namespace.out / "cache", "seed": namespace.seeds[0]}
     pretraining = _build(PretrainConfig, namespace.pretrain, **common)
     finetuning = _build(FinetuneConfig, namespace.finetune, **common)
     config = ExperimentConfig(
@@ -337,6 +366,10 @@ def run_experiment(namespace: Namespace) -> None:
         command=f"python training/run.py {shlex.join(sys.argv[1:])}",
         preset=namespace.preset,
         allow_mismatch=namespace.allow_mismatch,
+        endpoint=namespace.endpoint,
+        seeds=tuple(namespace.seeds),
+        rotate_folds=namespace.rotate_folds,
+        baseline=namespace.baseline,
     )
     _say(experiment(config, pretraining, finetuning))
 
@@ -359,6 +392,7 @@ COMMANDS = {
     "demo": run_demo,
     "pretrain": run_pretrain,
     "finetune": run_finetune,
+    "probe": run_probe,
     "evaluate": run_evaluate,
     "predict": run_predict,
     "show": run_show,

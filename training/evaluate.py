@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from .data.cache import VolumeCache
@@ -57,9 +58,12 @@ class Scores:
 
 
 def segment(
-    model: UNet, slices: npt.NDArray[np.float32], geometry: Geometry, device: Device
+    model: nn.Module, slices: npt.NDArray[np.float32], geometry: Geometry, device: Device
 ) -> npt.NDArray[np.uint8]:
-    """Labels (X, Y, Z) at native resolution of preprocessed slices (Z, size, size)."""
+    """Labels (X, Y, Z) at native resolution of preprocessed slices (Z, size, size).
+
+    model: (B, 1, size, size) -> (B, K, size, size) scores; the class is that of the highest.
+    """
     model.eval()
     labels = np.empty(geometry.native_slices, dtype=np.uint8)
     batch = max(1, min(BATCH, BATCH_PIXELS // geometry.size**2))
@@ -76,7 +80,7 @@ def segment(
 
 
 def evaluate(
-    model: UNet, cache: VolumeCache, subjects: Sequence[str], device: Device, *, progress: bool
+    model: nn.Module, cache: VolumeCache, subjects: Sequence[str], device: Device, *, progress: bool
 ) -> Scores:
     """3D Dice of every labelled scan of the subjects, against the label map as it was stored."""
     info = cache.info

@@ -76,6 +76,7 @@ def curves(out: Path) -> None:
             "mean cosine of arbitrary pixels",
             [("cosine_embedding", "after E"), ("cosine_encoder", "encoder")],
         ),
+        ("effective rank", [("rank_embedding", "after E"), ("rank_encoder", "encoder")]),
         ("held-out Dice (used to select)", [("dice_on_test", "mean")]),
         ("learning rate", [("lr", "")]),
     ]
@@ -89,7 +90,8 @@ def curves(out: Path) -> None:
         for name, label in series:
             points = [(row["step"], row[name]) for row in rows if name in row]
             if points:
-                axes.plot(*zip(*points, strict=True), label=label or None, lw=1.5)
+                line = axes.plot(*zip(*points, strict=True), label=label or None, lw=1.5)[0]
+                _chance(axes, rows, name, line.get_color())
         if title.startswith("mean cosine"):
             axes.set_ylim(-0.05, 1.05)
             axes.axhline(0.9, color="0.6", ls=":", label="collapse")
@@ -103,6 +105,14 @@ def curves(out: Path) -> None:
             axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     _save(figure, out / "figures" / "curves.png")
+
+
+def _chance(axes: Axes, rows: Sequence[dict[str, float]], name: str, colour: Any) -> None:
+    """The level of a loss that tells nothing apart, where it has one."""
+    levels = [row[f"chance_{name}"] for row in rows if f"chance_{name}" in row]
+    if levels:
+        label = None if axes.get_legend_handles_labels()[1][-1:] == ["by chance"] else "by chance"
+        axes.axhline(sum(levels) / len(levels), color=colour, ls=":", label=label)
 
 
 def _loss_panel(out: Path) -> tuple[str, list[tuple[str, str]]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .augment import augment
 from .checkpoint import RunError
-from .config import FinetuneConfig
+from .config import FinetuneConfig, LabelledConfig
 from .data.cache import VolumeCache, require_labels
 from .data.manifest import dataset_info
 from .data.review import (
@@ -75,7 +75,7 @@ def finetune(config: FinetuneConfig) -> Scores:
 
 
 def identity(
-    config: FinetuneConfig, cache: VolumeCache, pretraining: dict[str, Any] | None
+    config: LabelledConfig, cache: VolumeCache, pretraining: dict[str, Any] | None
 ) -> Identity:
     """What fine-tuning believes in; the encoder must not have seen whom it must not.
 
@@ -165,7 +165,7 @@ def segmentation_loss() -> torch.nn.Module:
     return DiceCELoss(to_onehot_y=True, softmax=True, batch=True)
 
 
-def split(config: FinetuneConfig, cache: VolumeCache) -> tuple[Fold, tuple[str, ...]]:
+def split(config: LabelledConfig, cache: VolumeCache) -> tuple[Fold, tuple[str, ...]]:
     """The fold, and its M labelled training subjects: the same for every method."""
     folds = folds_of(cache, config.num_folds, config.split_seed, config.splits)
     fold = pick(folds, config.fold, "fold")
@@ -175,7 +175,7 @@ def split(config: FinetuneConfig, cache: VolumeCache) -> tuple[Fold, tuple[str, 
     return fold, labelled_subset(train, count, config.fold, config.split_seed)
 
 
-def initial_model(config: FinetuneConfig) -> tuple[UNet, dict[str, Any] | None]:
+def initial_model(config: LabelledConfig) -> tuple[UNet, dict[str, Any] | None]:
     """A U-Net with random weights, or with the pre-trained encoder, and how that was trained.
 
     The decoder is the same in both cases: seeded, and drawn after the encoder's random weights.
@@ -229,6 +229,14 @@ def about_model(
     config: FinetuneConfig, cache: VolumeCache, fold: Fold, labelled: tuple[str, ...]
 ) -> dict[str, Any]:
     """What a reader of the model or its results must know."""
+    training = {"steps": config.optim.steps, "select": config.select}
+    return about_labelled(config, cache, fold, labelled) | training
+
+
+def about_labelled(
+    config: LabelledConfig, cache: VolumeCache, fold: Fold, labelled: tuple[str, ...]
+) -> dict[str, Any]:
+    """What a reader of scores must know, however they came about."""
     return {
         "dataset": config.dataset,
         "class_names": list(cache.info.class_names),
@@ -240,7 +248,5 @@ def about_model(
         "split_seed": config.split_seed,
         "labelled": list(labelled),
         "held_out": list(fold.test),
-        "steps": config.optim.steps,
         "seed": config.seed,
-        "select": config.select,
     }

@@ -199,16 +199,19 @@ def thin_scans(config: PretrainConfig, cache: VolumeCache, seen: Sequence[str]) 
             f"lies; expected several slices, as in {scans[0].name}: pass another --method, such as "
             f"simclr"
         )
-    t = getattr(getattr(config, config.method), "t", None)
-    # |i - j| < t V has no solution but i = j.
-    alone = [scan.name for scan in scans if t is not None and t * scan.num_slices <= 1]
-    if not alone:
-        return []
-    return [
-        f"{config.method}.t {t:g} times the number of slices is at most 1 in {len(alone)} of "
-        f"{len(scans)} scans, so that no two of their slices are a pair: {listed(alone)}; raise "
-        f"--{config.method}.t"
-    ]
+    settings = getattr(config, config.method)
+    found = []
+    for name in ("t", "t_la"):  # t_la: of SAL, where it is not t
+        t = getattr(settings, name, None)
+        # |i - j| < t V has no solution but i = j.
+        alone = [scan.name for scan in scans if t is not None and t * scan.num_slices <= 1]
+        if alone:
+            found.append(
+                f"{config.method}.{name} {t:g} times the number of slices is at most 1 in "
+                f"{len(alone)} of {len(scans)} scans, so that no two of their slices are a pair: "
+                f"{listed(alone)}; raise --{config.method}.{name}"
+            )
+    return found
 
 
 def identity(config: PretrainConfig, cache: VolumeCache) -> Identity:

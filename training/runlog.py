@@ -51,7 +51,7 @@ class RunLog:
     def __init__(
         self, config: RunConfig, kind: str, chosen: Mapping[str, str], identity: Identity
     ) -> None:
-        """kind: "pretrain" or "finetune". chosen: device and precision, where they were auto.
+        """kind: the subcommand. chosen: device and precision, where they were auto.
 
         Whoever calls holds the folder (`locks.sole_use`).
         """
@@ -90,7 +90,7 @@ class RunLog:
             before,
             self.identity,
             self.out,
-            labels=self.kind == "finetune",
+            labels=self.kind != "pretrain",
             allow=self._allow,
         )
         marks = dict.fromkeys((*known, *self.identity.mismatches, *found))

@@ -17,6 +17,7 @@ import yaml
 
 from salkernels.training.cli import COMMANDS, main
 from salkernels.training.config import FinetuneConfig, PretrainConfig
+from salkernels.training.data.preprocess import PreprocessConfig
 from salkernels.training.presets import FINETUNE, PRETRAIN
 
 TINY = [
@@ -216,6 +217,19 @@ def test_presets_are_valid(name):
         assert config.crop % config.model.stride == 0
 
 
+def test_mini_is_the_field_of_the_desk_at_a_lower_resolution():
+    for presets in (PRETRAIN, FINETUNE):
+        mini, desk = presets["mini"], presets["desk"]
+        size, spacing = "preprocess.size", "preprocess.spacing"
+        assert mini[size] * mini[spacing] == pytest.approx(desk[size] * desk[spacing])
+        known, default = mini["preprocess.unknown_zoom"], PreprocessConfig().unknown_zoom
+        assert mini[size] / known == desk[size] / default
+        differ = {name for name in mini.keys() | desk if mini.get(name) != desk.get(name)}
+        assert differ - {"optim.steps"} == {
+            size, spacing, "preprocess.unknown_zoom", "crop", "model.width",
+        }  # fmt: skip
+
+
 def test_desk_pretrains_with_what_did_best_and_experiments_with_what_the_arms_say(tmp_path):
     from salkernels.training.cli import _build, make_parser
 
@@ -224,7 +238,7 @@ def test_desk_pretrains_with_what_did_best_and_experiments_with_what_the_arms_sa
         config = _build(PretrainConfig, make_parser(arguments).parse_args(arguments)["pretrain"])
         return config.sal.embedding, config.sal.common_frame, config.augment.geometry
 
-    assert sal() == sal("--preset=desk") == ("none", True, "independent")
+    assert sal() == sal("--preset=desk") == sal("--preset=mini") == ("none", True, "independent")
     assert sal("--preset=acdc") == ("linear", False, "auto")
     paper = ("--sal.embedding=linear", "--sal.common_frame=false", "--augment.geometry=shared")
     assert sal(*paper) == ("linear", False, "shared")

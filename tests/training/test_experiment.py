@@ -21,12 +21,12 @@ from salkernels.training.experiment import schedule
 from salkernels.training.experiment.cells import plan, with_settings
 from salkernels.training.experiment.plots import draw
 from salkernels.training.experiment.schedule import run_cells
+from salkernels.training.experiment.statistics import paired_difference
 from salkernels.training.experiment.summary import (
     Results,
     Score,
     collect,
     markdown,
-    paired_difference,
     write,
 )
 from salkernels.training.experiment.tables import ALL, TABLES
@@ -41,7 +41,8 @@ def cells(pretrain_config, finetune_config, tmp_path):
 
     def make(*arms, labelled=(1,), folds=(0, 1)):
         chosen = tuple(TABLES["table1"].arm(name) for name in arms)
-        return plan(chosen, labelled, folds, tmp_path / "out", pretrain_config(), finetune_config())
+        own = {0: folds}
+        return plan(chosen, labelled, own, tmp_path / "out", pretrain_config(), finetune_config())
 
     return make
 
@@ -192,8 +193,8 @@ def results(**changes):
         for step, (same, other) in enumerate(looks)
     ]
     made = Results(
-        TABLES["table1"], ("random", "sal"), (2, ALL), (0, 1, 2), tuple(scores), {"sal": history},
-        ("abc0", "abc1"),
+        TABLES["table1"], ("random", "sal"), (2, ALL), ((0, 0), (0, 1), (0, 2)), tuple(scores),
+        {"sal": history}, ("abc0", "abc1"),
     )  # fmt: skip
     return replace(made, **changes)
 
@@ -222,11 +223,11 @@ def test_markdown_holds_means_spread_paper_and_gaps():
     text = markdown(results(), ABOUT)
     assert "| SAL | 0.670 (0.070) | 0.900, 2 of 3 missing | 0.723 (0.04) | 0.929 (0.00) |" in text
     assert "| Random | 0.550 (0.050) | not run | 0.588 (0.07) | 0.928 (0.00) |" in text
-    assert "| SAL | +0.120 [+0.070, +0.170] |" in text
+    assert "| SAL | +0.120 [+0.070, +0.170], p = 0.25 |" in text
     assert "    the command" in text
     assert "the conditions. Runs of revision abc0, abc1." in text
     # Means of the last five looks, the first one is another: 0.2, 0.5 and their ratio.
-    assert "| SAL |  | 0.2 | 0.5 | 0.4 |  | 0.3 |" in text
+    assert "| SAL |  |  | 0.2 | 0.5 | 0.4 |  |  | 0.3 |  |" in text
 
 
 def test_files_are_strict_json_and_one_csv_line_per_run(tmp_path):
@@ -238,7 +239,7 @@ def test_files_are_strict_json_and_one_csv_line_per_run(tmp_path):
     assert document["differences"][0]["folds"] == 3
     lines = (tmp_path / "table1.csv").read_text().splitlines()
     assert len(lines) == 1 + 7
-    assert lines[-1] == "sal,all,0,0.9000,0.9000,0.9000,a b c"
+    assert lines[-1] == "sal,all,0,0,0.9000,0.9000,0.9000,a b c"
 
 
 @pytest.mark.filterwarnings("error")  # of an empty legend, for one

@@ -89,7 +89,7 @@ def test_the_batch_is_drawn_as_the_method_shows_it(
         "pirl": ["noise-contrastive losses"],
         "simclr": ["NT-Xent"],
     }[method]
-    rest = ["mean cosine of arbitrary pixels", "learning rate"]
+    rest = ["mean cosine of arbitrary pixels", "effective rank", "learning rate"]
     assert panels["curves.png"] == expected + rest
 
 

@@ -29,5 +29,7 @@ def test_rates_are_of_all_batches_together():
 
 def test_unknown_presets_are_named(phantom, tmp_path):
     settings = Settings("cpu", 1, 0, 1, True)
-    with pytest.raises(ValueError, match="unknown preset 'dsek'; expected one of phantom, desk"):
+    with pytest.raises(
+        ValueError, match="unknown preset 'dsek'; expected one of phantom, mini, desk"
+    ):
         measure_loading("here", settings, tmp_path, "dsek", phantom)

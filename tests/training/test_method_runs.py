@@ -28,7 +28,10 @@ TERMS = {
     "pirl": {"loss", "jigsaw", "slice"},
     "sal": {"loss", "gp", "la"},
 }
-WATCHED = {"sal": {"la_pairs", "la_control", "cosine_embedding", "cosine_encoder"}}
+WATCHED = {
+    "sal": {"la_pairs", "la_control", "cosine_embedding", "cosine_encoder", "rank_embedding",
+            "rank_encoder", "chance_gp"},
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -75,7 +78,7 @@ def test_interrupted_equals_uninterrupted(config_of, monkeypatch, tmp_path, meth
     rows = read_metrics(straight.out)
     assert rows == read_metrics(broken.out)
     assert set(rows[1]) == {"step", "lr"} | TERMS.get(method, {"loss"})
-    watched = WATCHED.get(method, {"cosine_encoder"})
+    watched = WATCHED.get(method, {"cosine_encoder", "rank_encoder", "chance_loss"})
     assert [row["step"] for row in rows if watched <= set(row)] == [1, 4, 5]
     assert METHODS[method].watched in watched
     before, after = (load_encoder(straight.out / f)[0] for f in (
@@ -226,7 +229,7 @@ def test_a_collapsed_encoder_is_said_once_in_every_method(tmp_path, capsys):
     spread = torch.randn(4, 8, 3, 3)
     for maps, warned in ((spread, 0), (spread + 100, 1), (spread + 100, 1)):
         figures_now = watch(None, Outcome(torch.zeros(()), {}, {"encoder": maps}))
-        assert set(figures_now) == {"cosine_encoder"}
+        assert set(figures_now) == {"cosine_encoder", "rank_encoder"}
         text = (tmp_path / "warnings.txt").read_text() if warned else ""
         assert text.count("collapsed encoder: ") == warned
     assert "lower optim.lr" in capsys.readouterr().err

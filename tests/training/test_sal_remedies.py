@@ -83,7 +83,7 @@ def test_la_of_the_method_is_that_of_the_centred_maps(centre):
 def test_stop_gradient_moves_the_query_and_not_its_match():
     x = torch.randn(2, 4, 4, 4, requires_grad=True)
     pairs = torch.tensor([[False, True], [False, False]])  # 0 asks, 1 answers
-    both, stopped = (alignment(x, None, pairs, 2, stop) for stop in (False, True))
+    both, stopped = (alignment(x, None, pairs, 2, stop_gradient=stop) for stop in (False, True))
     torch.testing.assert_close(both, stopped)
     full, half = (torch.autograd.grad(loss, x)[0] for loss in (both, stopped))
     torch.testing.assert_close(full[0], half[0])
@@ -126,7 +126,7 @@ def test_orthogonal_embedding_leaves_cosines_alone_unless_it_is_smaller(dim, kee
     x = torch.randn(2, 8, 5, 5)
     embedded = Embedding("orthogonal", 8, dim)(x)
     pairs = torch.tensor([[False, True], [True, False]])
-    losses = [float(alignment(maps, None, pairs, 2, False)) for maps in (x, embedded)]
+    losses = [float(alignment(maps, None, pairs, 2)) for maps in (x, embedded)]
     assert (losses[0] == pytest.approx(losses[1], abs=1e-5)) == keeps
 
 

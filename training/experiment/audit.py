@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import finetune, pretrain
 from ..checkpoint import RunError
-from ..config import FinetuneConfig, PretrainConfig
+from ..config import LabelledConfig, PretrainConfig
 from ..data.cache import VolumeCache
 from ..files import write_atomically
 from ..identity import OPTION, Identity, differences, read_identity
@@ -24,8 +24,8 @@ OWN = "experiment.json"  # in the folder of all runs: who may overwrite a table
 class Audit:
     """Compares runs that are done with what they would be made of now.
 
-    caches: the data of each command, "pretrain" and "finetune". allow: mark what does not fit, and
-    go on.
+    caches: the data of each command, "pretrain" and that which scores. allow: mark what does not
+    fit, and go on.
     """
 
     def __init__(self, caches: Mapping[str, VolumeCache], allow: bool) -> None:
@@ -40,7 +40,7 @@ class Audit:
         """
         before = read_identity(cell.config.out)
         try:
-            found = differences(before, self._now(cell), labels=cell.command == "finetune")
+            found = differences(before, self._now(cell), labels=cell.scored)
         except FileNotFoundError:
             found = [f"its encoder, {cell.needs}, is no longer there"]
         if found and not self.allow:
@@ -55,7 +55,7 @@ class Audit:
         cache = self.caches[cell.command]
         if isinstance(cell.config, PretrainConfig):
             return pretrain.identity(cell.config, cache)
-        assert isinstance(cell.config, FinetuneConfig)
+        assert isinstance(cell.config, LabelledConfig)
         return finetune.identity(cell.config, cache, self._about(cell.needs))
 
     def _about(self, encoder: Path | None) -> dict[str, Any] | None:

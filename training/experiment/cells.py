@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, is_dataclass, replace
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..config import FinetuneConfig, PretrainConfig, RunConfig
+from ..augment import AugmentConfig
+from ..config import (
+    FinetuneConfig,
+    LabelledConfig,
+    OptimConfig,
+    PretrainConfig,
+    ProbeConfig,
+    RunConfig,
+)
 from ..methods import METHODS
 from ..models.weights import ENCODER
 from ..runlog import require_same_settings
-from .tables import Arm
+from .tables import SCORED, Arm, Endpoint
 
 Config = TypeVar("Config")
 
@@ -20,18 +29,27 @@ Config = TypeVar("Config")
 class Cell:
     """One run. It is done when `product` is in its folder; it can start when `needs` is done."""
 
-    command: str  # "pretrain" or "finetune"
+    command: str  # "pretrain", "finetune" or "probe"
     config: RunConfig
     product: str
     needs: Path | None = None
     arm: str = ""
     labelled: int = 0
     fold: int = 0
+    seed: int = 0
 
     @property
     def name(self) -> str:
-        kind = "pretrain" if self.command == "pretrain" else f"M = {self.labelled or 'all'}"
-        return f"{self.arm}, {kind}" + ("" if kind == "pretrain" else f", fold {self.fold}")
+        seed = f", seed {self.seed}" if self.seed else ""
+        if not self.scored:
+            return f"{self.arm}, pretrain{seed}"
+        kind = "probe, " if self.command == "probe" else ""
+        return f"{self.arm}, {kind}M = {self.labelled or 'all'}, fold {self.fold}{seed}"
+
+    @property
+    def scored(self) -> bool:
+        """Whether it gives Dice on held-out scans."""
+        return self.command != "pretrain"
 
     @property
     def path(self) -> Path:
@@ -48,42 +66,75 @@ class Cell:
         return self.needs is None or self.needs.exists()
 
 
+def folds_by_seed(
+    seeds: Sequence[int], folds: Sequence[int], rotate: int = 0
+) -> dict[int, tuple[int, ...]]:
+    """Which folds each seed is scored on: all, or `rotate` of them, the next ones for each seed.
+
+    They depend on the seed and not on which others there are, so that seeds can be added.
+    """
+    count = rotate or len(folds)
+    return {
+        seed: tuple(sorted(folds[(seed * rotate + i) % len(folds)] for i in range(count)))
+        for seed in seeds
+    }
+
+
 def plan(
     arms: tuple[Arm, ...],
     labelled: tuple[int, ...],
-    folds: tuple[int, ...],
+    folds: Mapping[int, tuple[int, ...]],
     out: Path,
     pretraining: PretrainConfig,
     finetuning: FinetuneConfig,
+    endpoint: Endpoint = "dice",
 ) -> list[Cell]:
-    """All runs, in the order in which they give complete comparisons soonest."""
+    """All runs, in the order in which they give complete comparisons soonest.
+
+    folds: seed -> folds. The seed is that of pre-training and of fine-tuning: without the latter
+    `Random` would be the same start every time.
+    """
     cells = []
-    encoders: dict[str, Path | None] = {}
-    for arm in arms:
-        encoders[arm.name] = None
-        if not METHODS[arm.method].trains:
-            continue  # fine-tuning starts from the same weights by itself
-        folder = out / "pretrain" / arm.name
-        start = with_settings(
-            pretraining, {**arm.settings, "method": arm.method, "out": folder, "resume": True}
-        )
-        encoders[arm.name] = folder
-        cells.append(Cell("pretrain", start, ENCODER, arm=arm.name))
-    for m in labelled:
-        for fold in folds:
-            for arm in arms:
-                encoder = encoders[arm.name]
-                config = replace(
-                    finetuning,
-                    encoder=encoder,
-                    labelled=m,
-                    fold=fold,
-                    out=out / "finetune" / arm.name / f"m{m or 'all'}_f{fold}",
-                    resume=True,
-                )
-                needs = encoder / ENCODER if encoder else None
-                cells.append(Cell("finetune", config, "results.json", needs, arm.name, m, fold))
+    command = SCORED[endpoint]
+    scoring = finetuning if endpoint == "dice" else probing(finetuning)
+    for seed, own in folds.items():
+        starts = {arm.name: _pretraining(arm, seed, out, pretraining) for arm in arms}
+        cells += [cell for cell in starts.values() if cell]
+        for m, fold, arm in itertools.product(labelled, own, arms):
+            start = starts[arm.name]
+            config = replace(
+                scoring,
+                encoder=start.config.out if start else None,
+                labelled=m,
+                fold=fold,
+                seed=seed,
+                out=out / command / _folder(arm, seed) / f"m{m or 'all'}_f{fold}",
+                resume=True,
+            )
+            needs = start.path if start else None
+            cells.append(Cell(command, config, "results.json", needs, arm.name, m, fold, seed))
     return cells
+
+
+def _pretraining(arm: Arm, seed: int, out: Path, settings: PretrainConfig) -> Cell | None:
+    """The pre-training of an arm; None for one that starts from random weights by itself."""
+    if not METHODS[arm.method].trains:
+        return None
+    folder = out / "pretrain" / _folder(arm, seed)
+    own = {"method": arm.method, "out": folder, "seed": seed, "resume": True}
+    config = with_settings(settings, {**arm.settings, **own})
+    return Cell("pretrain", config, ENCODER, arm=arm.name, seed=seed)
+
+
+def _folder(arm: Arm, seed: int) -> str:
+    return arm.name + (f"_s{seed}" if seed else "")
+
+
+def probing(finetuning: FinetuneConfig) -> ProbeConfig:
+    """The probe on the data and folds of fine-tuning, whatever its training is like."""
+    shared = {f.name: getattr(finetuning, f.name) for f in fields(LabelledConfig)}
+    unused = {"optim": OptimConfig(), "augment": AugmentConfig(), "precision": "fp32"}
+    return ProbeConfig(**{**shared, **unused})
 
 
 def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..config import FinetuneConfig, PretrainConfig
 from ..identity import data_hash
 from ..inputs import open_dataset
+from ..probe import ENDPOINT
 from ..runlog import environment, to_plain
 from .audit import Audit, own_name, require_own_table
-from .cells import Cell, plan
+from .cells import Cell, folds_by_seed, plan
 from .plots import draw
 from .schedule import run_cells
 from .summary import collect, write
-from .tables import TABLES, Table
+from .tables import SCORED, TABLES, Endpoint, Table
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,14 @@ class ExperimentConfig:
         arms: which of the table's arms; none takes all.
         labelled: M, labelled subjects, 0 for all; none takes those of the table.
         folds: which folds.
+        seeds: of pre-training and fine-tuning; with several, the seed is what intervals go by.
+        rotate_folds: how many of the folds each seed takes, other ones each; 0: all of them.
+        baseline: the arm that the others are compared with; "" is that of the table.
         only_pretrain: leave fine-tuning out, where only what pre-training logs is of interest.
         jobs: runs at a time, each a process with `threads` threads of its own.
         command: what the user typed, for the table.
         preset: name of the settings, for the table.
+        endpoint: "dice", of fine-tuned U-Nets, or "probe", of linear probes on frozen encoders.
         allow_mismatch: keep runs that were made of other data or encoders; the table says so.
     """
 
@@ -48,6 +53,15 @@ class ExperimentConfig:
     command: str
     preset: str
     allow_mismatch: bool = False
+    endpoint: Endpoint = "dice"
+    seeds: tuple[int, ...] = (0,)
+    rotate_folds: int = 0
+    baseline: str = ""
+
+    @property
+    def document(self) -> str:
+        """How the files of the table are called."""
+        return self.name + ("-probe" if self.endpoint == "probe" else "")
 
     def __post_init__(self) -> None:
         if self.jobs < 1:
@@ -56,6 +70,14 @@ class ExperimentConfig:
             raise ValueError(f"labelled must be >= 1 subjects, or 0 for all, got {self.labelled}")
         if len(set(self.folds)) < len(self.folds) or not self.folds:
             raise ValueError(f"folds must be different numbers, got {self.folds}")
+        seeds = self.seeds
+        if len(set(seeds)) < len(seeds) or min(seeds, default=-1) < 0:
+            raise ValueError(f"seeds must be different numbers >= 0, got {seeds}")
+        if not 0 <= self.rotate_folds <= len(self.folds):
+            raise ValueError(
+                f"rotate_folds must be 0, or how many of the {len(self.folds)} folds each seed "
+                f"takes, got {self.rotate_folds}"
+            )
 
 
 def experiment(
@@ -63,6 +85,8 @@ def experiment(
 ) -> str:
     """Runs what is missing, and writes tables and figures as runs end; returns the Markdown."""
     table = TABLES[config.name]
+    if config.baseline:
+        table = replace(table, baseline=table.arm(config.baseline).name)
     for fold in config.folds:
         # A file of splits has its own number of folds, which is known with the data.
         if fold < 0 or (finetuning.splits is None and fold >= finetuning.num_folds):
@@ -70,9 +94,11 @@ def experiment(
     arms = tuple(table.arm(name) for name in config.arms) or table.arms
     labelled = config.labelled or table.labelled
     labelled = () if config.only_pretrain else labelled
-    cells = plan(arms, labelled, config.folds, config.out, pretraining, finetuning)
+    folds = folds_by_seed(config.seeds, config.folds, config.rotate_folds)
+    cells = plan(arms, labelled, folds, config.out, pretraining, finetuning, config.endpoint)
     # Once, before several runs would build the same cache.
-    caches = {"pretrain": open_dataset(pretraining), "finetune": open_dataset(finetuning)}
+    scoring = SCORED[config.endpoint]
+    caches = {"pretrain": open_dataset(pretraining), scoring: open_dataset(finetuning)}
     audit = Audit(caches, config.allow_mismatch)
     name = own_name(config.out)
     _report(config, table, cells, audit, name)  # first: what is done must be of this experiment
@@ -84,18 +110,19 @@ def experiment(
     finally:
         _report(config, table, cells, audit, name)
         results = collect(table, cells, audit)
-        draw(results, _folder(config), config.name, _conditions(config, cells))
-    return (_folder(config) / f"{config.name}.md").read_text()
+        draw(results, _folder(config), config.document, _conditions(config, cells))
+    return (_folder(config) / f"{config.document}.md").read_text()
 
 
 def _report(
     config: ExperimentConfig, table: Table, cells: Sequence[Cell], audit: Audit, name: str
 ) -> None:
-    require_own_table(_folder(config) / f"{config.name}.json", name)
+    require_own_table(_folder(config) / f"{config.document}.json", name)
     results = collect(table, cells, audit)
-    data = audit.caches["finetune"]
+    data = audit.caches[SCORED[config.endpoint]]
     about = {
         "experiment": config.name,
+        "endpoint": config.endpoint,
         "id": name,
         "commands": [config.command],
         "conditions": _conditions(config, cells),
@@ -103,28 +130,43 @@ def _report(
         "environment": environment(),
         "settings": _settings(cells),
     }
-    write(results, _folder(config), config.name, about)
+    write(results, _folder(config), config.document, about)
 
 
 def _conditions(config: ExperimentConfig, cells: Sequence[Cell]) -> str:
     """In one line, what the figures hold for."""
     pretraining = next((c.config for c in cells if c.command == "pretrain"), None)
-    finetuning = next((c.config for c in cells if c.command == "finetune"), None)
-    run = pretraining or finetuning
+    scoring = next((c.config for c in cells if c.scored), None)
+    run = pretraining or scoring
     if run is None:
         return "no runs"
     parts = [
         f"{run.dataset.upper()}, preset {config.preset} (crop {run.crop}, width "
-        f"{run.model.width}), seed {run.seed}"
+        f"{run.model.width}), {_counted('seed', config.seeds)}"
     ]
     if pretraining:
         parts.append(f"{pretraining.optim.steps:,} steps of pre-training")
-    if finetuning:
-        parts.append(
-            f"{finetuning.optim.steps:,} steps of fine-tuning; 3D Dice of the last weights on "
-            f"held-out subjects, mean (standard deviation) over {len(config.folds)} folds"
+    if scoring:
+        how = (
+            f"{ENDPOINT} without fine-tuning; 3D Dice"
+            if config.endpoint == "probe"
+            else f"{scoring.optim.steps:,} steps of fine-tuning; 3D Dice of the last weights"
         )
+        parts.append(f"{how} on held-out subjects, mean (standard deviation) over {_units(config)}")
     return ", ".join(parts)
+
+
+def _units(config: ExperimentConfig) -> str:
+    """What means and deviations are over."""
+    folds = f"{config.rotate_folds or len(config.folds)} folds"
+    if len(config.seeds) == 1:
+        return folds
+    rotating = f", other ones of {len(config.folds)} for each" if config.rotate_folds else ""
+    return f"{len(config.seeds)} seeds of the mean over {folds}{rotating}"
+
+
+def _counted(word: str, numbers: Sequence[int]) -> str:
+    return f"{word}{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
 
 
 def _settings(cells: Sequence[Cell]) -> dict[str, Any]:

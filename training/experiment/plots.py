@@ -45,12 +45,12 @@ def draw(results: Results, folder: Path, name: str, conditions: str) -> list[Pat
 
 
 def dice_by_labelled(results: Results) -> Figure | None:
-    """Dice against M, a line for each arm, its folds as dots, and the paper's values beside."""
+    """Dice against M, a line for each arm, and the paper's values beside."""
     if not results.scores or len(results.labelled) < 2:
         return None
     figure, (ours, theirs) = _axes(2, width=5.2, sharey=False)
     places = range(len(results.labelled))
-    paper = results.table.paper
+    paper = results.paper
     for number, arm in enumerate(results.arms):
         label, colour = results.table.arm(arm).label, COLOURS[number % len(COLOURS)]
         offset = 0.04 * (number - (len(results.arms) - 1) / 2)
@@ -70,7 +70,11 @@ def dice_by_labelled(results: Results) -> Figure | None:
                 color=colour, marker="s", ms=4, capsize=2, lw=1.3, label=label,
             )  # fmt: skip
     for axes, title in ((ours, "here"), (theirs, "paper (full scale)")):
-        axes.set(title=title, xlabel="labelled subjects M", ylabel="3D Dice, mean of the classes")
+        axes.set(
+            title=title,
+            xlabel="labelled subjects M",
+            ylabel=f"{results.measure}, mean of the classes",
+        )
         axes.set_xticks(list(places), ["all" if m == 0 else str(m) for m in results.labelled])
     if not theirs.lines:
         theirs.remove()
@@ -79,7 +83,7 @@ def dice_by_labelled(results: Results) -> Figure | None:
 
 
 def classes(results: Results) -> Figure | None:
-    """Dice of each class, a panel for each M, bars with the folds as dots."""
+    """Dice of each class, a panel for each M, bars with the runs as dots."""
     if not results.scores:
         return None
     names = list(results.scores[0].dice)
@@ -96,13 +100,13 @@ def classes(results: Results) -> Figure | None:
                     axes.bar(x, np.mean(values), 0.9 * width, color=colour, alpha=0.7, label=label)
                     axes.plot([x] * len(values), values, ".", color="k", ms=3)
         axes.set_xticks(range(len(names)), [*map(unmarked, names)])
-        axes.set(title=f"M = {m or 'all'}", ylim=(0, 1), ylabel="3D Dice")
+        axes.set(title=f"M = {m or 'all'}", ylim=(0, 1), ylabel=results.measure)
     _legend(*panels)
     return figure
 
 
 def differences(results: Results) -> Figure | None:
-    """Paired differences from the baseline with their intervals; each fold is a dot."""
+    """Paired differences from the baseline with their intervals; each seed or fold is a dot."""
     baseline = results.table.baseline
     arms = [
         a for a in results.arms if any(results.difference(a, m, baseline) for m in results.labelled)
@@ -112,11 +116,10 @@ def differences(results: Results) -> Figure | None:
     width = max(4.4, 7 / len(results.labelled))
     figure, panels = _axes(len(results.labelled), width=width, height=1.4 + 0.32 * len(arms))
     for axes, m in zip(panels, results.labelled, strict=True):
-        theirs = {score.fold: score.mean for score in results.select(baseline, m)}
         for row, arm in enumerate(arms):
             colour = COLOURS[results.arms.index(arm) % len(COLOURS)]
-            folds = [s.mean - theirs[s.fold] for s in results.select(arm, m) if s.fold in theirs]
-            axes.plot(folds, [row] * len(folds), "o", color=colour, alpha=0.4, ms=4)
+            units = [*results.by_unit(results.gaps(arm, m, baseline)).values()]
+            axes.plot(units, [row] * len(units), "o", color=colour, alpha=0.4, ms=4)
             if found := results.difference(arm, m, baseline):
                 axes.plot([found.low, found.high], [row, row], color=colour, lw=2)
                 axes.plot(found.mean, row, "D", color=colour, ms=6)
@@ -124,7 +127,10 @@ def differences(results: Results) -> Figure | None:
         axes.set_yticks(range(len(arms)), [results.table.arm(arm).label for arm in arms])
         axes.invert_yaxis()
         label = results.table.arm(baseline).label
-        axes.set(title=f"M = {m or 'all'}", xlabel=f"Dice less that of {label}, same fold")
+        axes.set(
+            title=f"M = {m or 'all'}",
+            xlabel=f"{results.measure} less that of {label}, same {results.unit}",
+        )
     return figure
 
 
@@ -145,9 +151,9 @@ def curve(results: Results) -> Figure | None:
             label="here",
         )  # fmt: skip
         known = [
-            (i, table.paper[arm.name][m])
+            (i, results.paper[arm.name][m])
             for i, arm in enumerate(varied)
-            if m in table.paper.get(arm.name, {})
+            if m in results.paper.get(arm.name, {})
         ]
         if known:
             axes.errorbar(
@@ -158,7 +164,7 @@ def curve(results: Results) -> Figure | None:
         if without and (level := results.summary(without, m)):
             axes.axhline(level.mean, ls=":", color="C0", label=table.arm(without).label)
         axes.set_xticks(range(len(varied)), [f"{arm.value:g}" for arm in varied])
-        axes.set(title=f"M = {m or 'all'}", xlabel=table.varies, ylabel="3D Dice")
+        axes.set(title=f"M = {m or 'all'}", xlabel=table.varies, ylabel=results.measure)
         axes.legend(frameon=False, fontsize=8)
     return figure
 
@@ -175,8 +181,10 @@ def collapse(results: Results) -> Figure | None:
         (f"LA, same / different scans, mean of {LOOKS}", _share),
         ("mean cosine after E", lambda row: row.get("cosine_embedding")),
         ("mean cosine of the encoder", lambda row: row.get("cosine_encoder")),
+        ("effective rank after E", lambda row: row.get("rank_embedding")),
+        ("effective rank of the encoder", lambda row: row.get("rank_encoder")),
     ]
-    figure, grid = _axes(len(panels), width=4, height=4)
+    figure, grid = _axes(len(panels), width=3.4, height=4)
     for axes, (title, value) in zip(grid, panels, strict=True):
         for number, (arm, rows) in enumerate(shown.items()):
             points = [(row["step"], v) for row in rows if (v := value(row)) is not None]

@@ -9,26 +9,34 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from ..checkpoint import RunError
 from ..files import write_atomically
+from ..probe import ENDPOINT
 from ..runlog import ENVIRONMENT, read_metrics
 from ..settings import damaged, read_record
 from .cells import Cell
+from .statistics import Difference, Summary, paired_difference, summarised
 from .tables import ALL, Table
 
-CONFIDENCE = 0.95
 LOOKS = 5
-MONITORED = ("gp", "la", "la_pairs", "la_control", "cosine_embedding", "cosine_encoder")
+PROBED = (
+    f"**{ENDPOINT.capitalize()}**: ridge regression from the frozen encoder's maps to the classes, "
+    "and no fine-tuning. It is for screening: it does not tell how well an encoder starts a U-Net, "
+    "and its Dice is not to be compared with that of a fine-tuned one, the paper's among them."
+)
+MONITORED = (
+    "gp", "chance_gp", "la", "la_pairs", "la_control", "cosine_embedding", "rank_embedding",
+    "cosine_encoder", "rank_encoder",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Score:
-    """Dice of one fine-tuning run on its fold's held-out scans."""
+    """Dice of one fine-tuned model, or of one probe, on its fold's held-out scans."""
 
     arm: str
     labelled: int
@@ -37,23 +45,7 @@ class Score:
     mean: float  # over the classes
     subjects: tuple[str, ...]  # whose labels were used
     held_out: tuple[str, ...] = ()  # who was scored
-
-
-class Summary(NamedTuple):
-    """Mean and standard deviation (n − 1) over folds."""
-
-    mean: float
-    std: float
-    folds: int
-
-
-class Difference(NamedTuple):
-    """Mean over folds of Dice less the baseline's on the same fold, with a confidence interval."""
-
-    mean: float
-    low: float
-    high: float
-    folds: int
+    seed: int = 0  # of pre-training, and of fine-tuning
 
 
 @dataclass(frozen=True)
@@ -63,50 +55,77 @@ class Results:
     table: Table
     arms: tuple[str, ...]
     labelled: tuple[int, ...]
-    folds: tuple[int, ...]  # planned, done or not
+    planned: tuple[tuple[int, int], ...]  # (seed, fold), done or not
     scores: tuple[Score, ...]
-    pretraining: dict[str, list[dict[str, float]]]  # arm -> monitored figures by step
+    pretraining: dict[str, list[dict[str, float]]]  # arm -> monitored by step, mean over seeds
     commits: tuple[str, ...] = ()  # of the code that ran
     mismatches: tuple[str, ...] = ()  # what was let pass although it does not fit
+    endpoint: str = "dice"
+
+    @property
+    def measure(self) -> str:
+        """What the scores are, for titles and axes."""
+        return "3D Dice" if self.endpoint == "dice" else f"3D Dice of a {ENDPOINT}"
+
+    @property
+    def paper(self) -> Mapping[str, Mapping[int, tuple[float, float]]]:
+        """The paper's scores, where they are of the same kind."""
+        return self.table.paper if self.endpoint == "dice" else {}
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Planned, done or not."""
+        return tuple(sorted({seed for seed, _ in self.planned}))
+
+    @property
+    def unit(self) -> str:
+        """What is taken as independent: pre-training seeds, or the folds of a single one."""
+        return "seed" if len(self.seeds) > 1 else "fold"
 
     def select(self, arm: str, labelled: int) -> list[Score]:
-        """By fold."""
+        """By seed and fold."""
         found = [s for s in self.scores if (s.arm, s.labelled) == (arm, labelled)]
-        return sorted(found, key=lambda score: score.fold)
+        return sorted(found, key=lambda score: (score.seed, score.fold))
 
     def summary(self, arm: str, labelled: int, name: str = "") -> Summary | None:
-        """Of the mean Dice, or of one class; None where no fold is done."""
+        """Of the mean Dice, or of one class; None where nothing is done."""
         scores = self.select(arm, labelled)
-        values = [score.dice[name] if name else score.mean for score in scores]
-        if not values:
+        if not scores:
             return None
-        std = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-        return Summary(float(np.mean(values)), std, len(values))
+        values = {(s.seed, s.fold): s.dice[name] if name else s.mean for s in scores}
+        found = summarised([*self.by_unit(values).values()])
+        return found._replace(folds=len(scores), seeds=len({s.seed for s in scores}))
+
+    def gaps(self, arm: str, labelled: int, baseline: str) -> dict[tuple[int, int], float]:
+        """(seed, fold) -> Dice less the baseline's, where both are done."""
+        ours, theirs = (
+            {(score.seed, score.fold): score for score in self.select(name, labelled)}
+            for name in (arm, baseline)
+        )
+        both = sorted(ours.keys() & theirs.keys())
+        for run in both:
+            if ours[run].subjects != theirs[run].subjects:
+                raise ValueError(
+                    f"fold {run[1]}: {arm} and {baseline} were fine-tuned on other subjects, "
+                    f"{ours[run].subjects} and {theirs[run].subjects}; they cannot be compared"
+                )
+        return {run: ours[run].mean - theirs[run].mean for run in both}
+
+    def by_unit(self, values: Mapping[tuple[int, int], float]) -> dict[int, float]:
+        """Values by (seed, fold) -> one for each unit: of a seed, the mean over its folds."""
+        grouped: dict[int, list[float]] = {}
+        for (seed, fold), value in values.items():
+            grouped.setdefault(seed if self.unit == "seed" else fold, []).append(value)
+        return {unit: float(np.mean(group)) for unit, group in grouped.items()}
 
     def difference(self, arm: str, labelled: int, baseline: str) -> Difference | None:
-        """Over the folds that both have; None where there are fewer than two."""
-        ours, theirs = (
-            {score.fold: score for score in self.select(name, labelled)} for name in (arm, baseline)
-        )
-        folds = sorted(ours.keys() & theirs.keys())
-        if arm == baseline or len(folds) < 2:
+        """Over the units that both have; None where there are fewer than two."""
+        gaps = self.gaps(arm, labelled, baseline)
+        units = self.by_unit(gaps)
+        if arm == baseline or len(units) < 2:
             return None
-        for fold in folds:
-            if ours[fold].subjects != theirs[fold].subjects:
-                raise ValueError(
-                    f"fold {fold}: {arm} and {baseline} were fine-tuned on other subjects, "
-                    f"{ours[fold].subjects} and {theirs[fold].subjects}; they cannot be compared"
-                )
-        return paired_difference([ours[f].mean - theirs[f].mean for f in folds])
-
-
-def paired_difference(differences: Sequence[float]) -> Difference:
-    """Mean and Student's interval of paired differences; it takes folds as independent draws."""
-    values = np.asarray(differences, dtype=float)
-    count, mean = len(values), float(values.mean())
-    error = float(values.std(ddof=1)) / math.sqrt(count)
-    reach = float(stats.t.ppf(0.5 + CONFIDENCE / 2, count - 1)) * error
-    return Difference(mean, mean - reach, mean + reach, count)
+        found = paired_difference([*units.values()])
+        return found._replace(folds=len(gaps), seeds=len({seed for seed, _ in gaps}))
 
 
 def collect(
@@ -119,7 +138,8 @@ def collect(
     Raises:
         RunError: results that cannot be joined, or that cannot be read.
     """
-    scores, pretraining, commits = [], {}, set()
+    scores, commits = [], set()
+    histories: dict[str, list[list[dict[str, float]]]] = {}
     marks: dict[str, None] = {}
     for cell in cells:
         if not cell.path.exists():
@@ -127,19 +147,22 @@ def collect(
         marks.update(dict.fromkeys(audit(cell) if audit else ()))
         commits.add(read_record(cell.config.out / ENVIRONMENT).get("commit"))
         if cell.command == "pretrain":
-            pretraining[cell.arm] = monitored(cell.config.out)
+            histories.setdefault(cell.arm, []).append(monitored(cell.config.out))
             continue
         result = read_record(cell.path)
         marks.update({f"{cell.name}: {text}": None for text in result.get("mismatches", ())})
         scores.append(_score(cell, result))
     if not marks:
         _require_one_partition(scores)
-    planned = {cell.arm for cell in cells}
-    arms = tuple(arm.name for arm in table.arms if arm.name in planned)
-    labelled = tuple(dict.fromkeys(c.labelled for c in cells if c.command == "finetune"))
-    folds = tuple(sorted({cell.fold for cell in cells if cell.command == "finetune"}))
+    arms = tuple(arm.name for arm in table.arms if arm.name in {cell.arm for cell in cells})
+    labelled = tuple(dict.fromkeys(c.labelled for c in cells if c.scored))
+    planned = tuple(sorted({(cell.seed, cell.fold) for cell in cells if cell.scored}))
+    pretraining = {arm: averaged(rows) for arm, rows in histories.items()}
     known = tuple(sorted(commit for commit in commits if commit))
-    return Results(table, arms, labelled, folds, tuple(scores), pretraining, known, tuple(marks))
+    endpoint = "probe" if any(cell.command == "probe" for cell in cells) else "dice"
+    return Results(
+        table, arms, labelled, planned, tuple(scores), pretraining, known, tuple(marks), endpoint
+    )
 
 
 def _score(cell: Cell, result: dict[str, Any]) -> Score:
@@ -152,6 +175,7 @@ def _score(cell: Cell, result: dict[str, Any]) -> Score:
             _number(result["mean_dice"]),
             tuple(result["labelled"]),
             tuple(result.get("held_out", ())),
+            cell.seed,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise damaged(cell.path, f"no results of a run ({error!r})") from error
@@ -176,6 +200,20 @@ def monitored(run: Path) -> list[dict[str, float]]:
         {"step": row["step"], **{name: row[name] for name in MONITORED if name in row}}
         for row in read_metrics(run)
         if "cosine_encoder" in row
+    ]
+
+
+def averaged(runs: Sequence[list[dict[str, float]]]) -> list[dict[str, float]]:
+    """Means over the runs of several seeds of what they monitored at the same steps."""
+    if len(runs) == 1:
+        return runs[0]
+    rows: dict[float, list[dict[str, float]]] = {}
+    for run in runs:
+        for row in run:
+            rows.setdefault(row["step"], []).append(row)
+    return [
+        {name: float(np.mean([r[name] for r in same if name in r])) for name in same[0]}
+        for _, same in sorted(rows.items())
     ]
 
 
@@ -207,46 +245,65 @@ def write(results: Results, folder: Path, name: str, about: dict[str, Any]) -> N
 
 
 def as_csv(results: Results) -> str:
-    """One line per fine-tuning run."""
+    """One line per scored run."""
     classes = list(results.scores[0].dice) if results.scores else []
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["arm", "labelled", "fold", "mean_dice", *classes, "labelled_subjects"])
+    writer.writerow(["arm", "labelled", "fold", "seed", "mean_dice", *classes, "labelled_subjects"])
     for score in results.scores:
         dice = [f"{score.dice[name]:.4f}" for name in classes]
-        row = [score.arm, score.labelled or "all", score.fold, f"{score.mean:.4f}", *dice]
-        writer.writerow([*row, " ".join(score.subjects)])
+        which = [score.arm, score.labelled or "all", score.fold, score.seed]
+        writer.writerow([*which, f"{score.mean:.4f}", *dice, " ".join(score.subjects)])
     return text.getvalue()
 
 
 def markdown(results: Results, about: dict[str, Any]) -> str:
     """The table beside the paper's, classes, paired differences, and what pre-training came to."""
     baseline = results.table.arm(results.table.baseline).label
+    title = results.table.title + (f" ({ENDPOINT})" if results.endpoint == "probe" else "")
     head = [
-        f"# {results.table.title}",
+        f"# {title}",
         "\n".join(f"    {line}" for line in about["commands"]),
         f"{about['conditions']}.{_revisions(results)}",
     ]
+    if results.endpoint == "probe":
+        head.append(PROBED)
     if results.mismatches:
         marks = "\n".join(f"- {text}" for text in results.mismatches)
         head.append(f"**Not all of one piece**, and let pass by hand:\n\n{marks}")
     dice = [
         _dice_table(results),
-        f"## Paired differences from {baseline}\n\nDice on each fold less that of {baseline} on "
-        f"the same fold with the same labelled subjects: mean over folds [95 % interval, Student's "
-        f"t]. Folds share their training scans, and each arm was pre-trained once, so the true "
-        f"uncertainty is larger.\n\n{_difference_table(results)}",
+        f"## Paired differences from {baseline}\n\n{_explained(results, baseline)}\n\n"
+        f"{_difference_table(results)}",
         f"## Classes\n\n{_class_table(results)}",
     ]
     parts = head + (dice if results.labelled else [])
     if any("la_pairs" in rows[-1] for rows in results.pretraining.values() if rows):
         parts.append(
-            "## The end of pre-training\n\nGP; LA on slices of one scan, as a control on slices of "
-            "different scans, and the ratio of the two, which tells whether the right ones match; "
-            f"mean cosine of arbitrary pixels (1 is collapse). Means of the last {LOOKS} looks."
+            "## The end of pre-training\n\nGP, and what it is by chance; LA on slices of one scan, "
+            "as a control on slices of different scans, and the ratio of the two, which tells "
+            "whether the right ones match; mean cosine (1 is collapse) and effective rank (1 is "
+            f"collapse to one line) of arbitrary pixels. Means of the last {LOOKS} looks."
             f"\n\n{_pretraining_table(results)}"
         )
     return "\n\n".join(parts) + "\n"
+
+
+def _explained(results: Results, baseline: str) -> str:
+    """What the table of differences shows, and how far it can be believed."""
+    paired = f"Dice on each fold less that of {baseline} on the same fold, same labelled subjects"
+    p = "exact two-sided p of flipped signs"
+    if results.unit == "fold":
+        return (
+            f"{paired}: mean over folds [95 % interval, Student's t], {p}. Folds share their "
+            "training scans, and each arm was pre-trained once, so the true uncertainty is larger."
+        )
+    return (
+        f"{paired} and the same seed, averaged over the folds of a seed: mean over "
+        f"{len(results.seeds)} seeds of pre-training [95 % interval, Student's t], {p}. The seed "
+        "is the unit; an arm that was picked as the best of many is flattered all the same, and is "
+        "to be run again with fresh seeds."
+    )
 
 
 def _revisions(results: Results) -> str:
@@ -256,10 +313,10 @@ def _revisions(results: Results) -> str:
 
 def _dice_table(results: Results) -> str:
     columns = [_labelled(m) for m in results.labelled]
-    paper = [m for m in results.labelled if any(m in row for row in results.table.paper.values())]
+    paper = [m for m in results.labelled if any(m in row for row in results.paper.values())]
     rows = [["", *columns, *(f"paper, {_labelled(m)}" for m in paper)]]
     for arm in results.arms:
-        theirs = results.table.paper.get(arm, {})
+        theirs = results.paper.get(arm, {})
         rows.append(
             [
                 results.table.arm(arm).label,
@@ -275,9 +332,13 @@ def _difference_table(results: Results) -> str:
     for arm in results.arms:
         found = [results.difference(arm, m, results.table.baseline) for m in results.labelled]
         if any(found):
-            cells = [f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]" if d else "" for d in found]
-            rows.append([results.table.arm(arm).label, *cells])
+            rows.append([results.table.arm(arm).label, *(_gap(d) if d else "" for d in found)])
     return _table(rows)
+
+
+def _gap(found: Difference) -> str:
+    p = "" if math.isnan(found.p) else f", p = {found.p:.2g}"
+    return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]{p}"
 
 
 def _class_table(results: Results) -> str:
@@ -292,19 +353,22 @@ def _class_table(results: Results) -> str:
 def _pretraining_table(results: Results) -> str:
     columns = {
         "gp": "GP",
+        "chance_gp": "by chance",
         "la_pairs": "LA, same scan",
         "la_control": "LA, different scans",
         "cosine_embedding": "cosine after E",
+        "rank_embedding": "rank after E",
         "cosine_encoder": "cosine of the encoder",
+        "rank_encoder": "rank of the encoder",
     }
     names = list(columns.values())
-    rows = [["", *names[:3], "same / different", *names[3:]]]
+    rows = [["", *names[:4], "same / different", *names[4:]]]
     for arm, history in results.pretraining.items():
         if history:
             ends = [mean_of_end(history, name) for name in columns]
-            same, different = ends[1:3]
+            same, different = ends[2:4]
             share = same / different if same is not None and different else None
-            cells = ["" if x is None else f"{x:.3g}" for x in (*ends[:3], share, *ends[3:])]
+            cells = ["" if x is None else f"{x:.3g}" for x in (*ends[:4], share, *ends[4:])]
             rows.append([results.table.arm(arm).label, *cells])
     return _table(rows)
 
@@ -325,9 +389,9 @@ def _summary(results: Results, arm: str, labelled: int, name: str = "") -> str:
     if value is None:
         return "not run"
     spread = "" if math.isnan(value.std) else f" ({value.std:.3f})"
-    missing = len(results.folds) - value.folds
+    missing = len(results.planned) - value.folds
     return f"{value.mean:.3f}{spread}" + (
-        f", {missing} of {len(results.folds)} missing" * bool(missing)
+        f", {missing} of {len(results.planned)} missing" * bool(missing)
     )
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from ..methods import METHODS
 
 ALL = 0  # as `labelled`: all subjects of the fold
+Endpoint = Literal["dice", "probe"]  # of fine-tuned U-Nets, or of a probe on frozen encoders
+SCORED = {"dice": "finetune", "probe": "probe"}  # by which command
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,12 @@ def _sal(name: str, label: str, value: float | None = None, /, **settings: Any) 
     """An ablation of SAL; the settings are those of `sal.`, `augment.` or `optim.` as `a__b`."""
     dotted = {key.replace("__", "."): chosen for key, chosen in settings.items()}
     return Arm(name, label, "sal", dotted, value)
+
+
+def _frame(name: str, label: str, **settings: Any) -> Arm:
+    """SAL without E, on independent views whose maps are brought into one frame before LA."""
+    frame = {"sal__embedding": "none", "augment__geometry": "independent"}
+    return _sal(name, label, **frame, sal__common_frame=True, **settings)
 
 
 _ACDC, _CHD = (2, 6, 10, ALL), (2, 6, 15, ALL)
@@ -174,6 +182,7 @@ TABLES: dict[str, Table] = {
     "collapse": Table(
         "What keeps the alignment loss from collapsing",
         (
+            METHOD_ARMS[0],
             _NO_LA,
             Arm("pcl", "PCL: λ = 0, independent views", "pcl"),
             _SAL,
@@ -194,8 +203,12 @@ TABLES: dict[str, Table] = {
                  sal__embedding="none", augment__geometry="independent"),
             _sal("sal-frame", "E, independent views in one frame",
                  augment__geometry="independent", sal__common_frame=True),
-            _sal("sal-noE-frame", "no E, independent views in one frame",
-                 sal__embedding="none", augment__geometry="independent", sal__common_frame=True),
+            _frame("sal-noE-frame", "no E, independent views in one frame"),
+            # Placebos of the arm before: the same pull, on what cannot be aligned.
+            _frame("frame-same", "frame, the two views of one slice only", sal__pairs="same"),
+            _frame("frame-other", "frame, placebo: slices of other scans", sal__pairs="other"),
+            _frame("frame-roll", "frame, placebo: keys rolled by half a map", sal__roll=True),
+            _frame("frame-adjacent", "frame, LA on adjacent slices", sal__t_la=0.15),
             _sal("sal-noE-s3", "no E, s = 3", sal__embedding="none", sal__scale=3),
             _sal("sal-noE-s5", "no E, s = 5", sal__embedding="none", sal__scale=5),
         ),

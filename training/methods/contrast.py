@@ -6,6 +6,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from salkernels import gp_loss
@@ -53,8 +54,10 @@ class Contrastive(Method):
     def forward(self, views: Views) -> Outcome:
         maps = self.encoder(views.images)
         embeddings = gather(self.projection(maps[-1]))
-        loss = self.contrast(embeddings, gather(views.sample), gather(views.position))
-        return Outcome(loss, {"loss": loss}, {"encoder": maps[-1].detach()})
+        samples = gather(views.sample), gather(views.position)
+        loss = self.contrast(embeddings, *samples)
+        chance = self.contrast(alike(embeddings), *samples)
+        return Outcome(loss, {"loss": loss}, {"encoder": maps[-1].detach()}, {"loss": chance})
 
     def contrast(self, embeddings: Tensor, sample: Tensor, position: Tensor) -> Tensor:
         """The loss of embeddings (S, D) of the samples of all processes."""
@@ -64,3 +67,8 @@ class Contrastive(Method):
     @abstractmethod
     def positives(self, sample: Tensor, position: Tensor) -> Tensor:
         """(S, S) bool: which samples attract each other; the diagonal is ignored."""
+
+
+def alike(embeddings: Tensor) -> Tensor:
+    """As many embeddings (S, 1), all the same: what a loss makes of them is its chance level."""
+    return torch.ones_like(embeddings[:, :1], requires_grad=False)

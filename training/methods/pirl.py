@@ -89,7 +89,11 @@ class PIRL(Method):
         loss = weight * jigsaw + (1 - weight) * identity
         self.remember(gather(sample), gather(f.detach()))
         terms = {"loss": loss, "jigsaw": jigsaw, "slice": identity}
-        return Outcome(loss, terms, {"encoder": maps[-1].detach()})
+        # As if the bank held the same vector everywhere.
+        same = self.bank[:1].expand(len(f), -1)
+        level = nce(same, same, self.bank[:1].expand(negatives.shape), temperature).mean()
+        chance = dict.fromkeys(terms, level)
+        return Outcome(loss, terms, {"encoder": maps[-1].detach()}, chance)
 
     def jigsaw(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Projected features (n, D) of shuffled pieces of images (n, 1, H, W)."""

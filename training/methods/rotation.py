@@ -36,7 +36,9 @@ class Rotation(Method):
         logits = self.classifier(maps[-1])
         loss = F.cross_entropy(logits.float(), turns)
         right = (logits.argmax(dim=1) == turns).float().mean()
-        return Outcome(loss, {"loss": loss, "accuracy": right}, {"encoder": maps[-1].detach()})
+        chance = loss.new_tensor(TURNS).log()
+        terms, kept = {"loss": loss, "accuracy": right}, {"encoder": maps[-1].detach()}
+        return Outcome(loss, terms, kept, {"loss": chance})
 
     def draw(self, views: Views) -> Tensor:
         """Turns of the 2n views, (2n,) int64 from 0 to 3, each as often as the others."""

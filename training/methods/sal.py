@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,9 +21,21 @@ from salkernels import (
 from ..augment import Geometry, shown, undo
 from ..distributed import gather, share
 from ..models import Embedding, EmbeddingKind, Encoder, Projection, UNetConfig
-from .base import COSINE_LIMIT, Corpus, Method, Outcome, Views, mean_cosine
+from .base import (
+    COSINE_LIMIT,
+    RANK_LIMIT,
+    Corpus,
+    Method,
+    Outcome,
+    Views,
+    chances,
+    drift,
+    likeness,
+)
+from .contrast import alike
 
 Centre = Literal["none", "batch", "image", "window"]
+Pairs = Literal["near", "same", "other"]
 # A fall of LA on pairs of different scans to this share of the untrained network's is suspicious.
 # With a trainable E on ACDC it falls to 0.01; without E, where nothing collapses, single batches of
 # a phantom fall to 0.5.
@@ -39,6 +51,13 @@ class SALConfig:
         scale: s, the encoder's level whose map LA acts on; 4 is at 1/8 of the input resolution.
         lambda_: λ, weight of LA; 0 leaves the positional loss alone, which is PCL.
         t: threshold of both losses as a fraction of the scan.
+        t_la: threshold of LA where it is not that of the positional loss; None: as t. At 0.35 pairs
+            of LA lie up to three slices apart in a scan of ten; 0.15 leaves neighbours.
+        pairs: what LA compares: "near", slices of one scan less than t_la apart (the paper). Two
+            placebos share all but the anatomy with it: "same", the two views of one slice alone;
+            "other", slices of *different* scans at near positions, and none of one scan.
+        roll: a third placebo: keys are rolled by half a map along both axes before LA, so that a
+            window never meets the window that shows the same place.
         temperature: τ of the positional loss.
         embedding: E before LA: "linear" (the paper), "normalised" (kernels of unit norm),
             "orthogonal" (fixed), or "none".
@@ -58,6 +77,9 @@ class SALConfig:
     scale: int = 4
     lambda_: float = 1.0
     t: float = 0.35
+    t_la: float | None = None
+    pairs: Pairs = "near"
+    roll: bool = False
     temperature: float = 0.1
     embedding: EmbeddingKind = "linear"
     embedding_dim: int = 0
@@ -81,8 +103,19 @@ class SALConfig:
                 "sal.centre=window centres the windows of the view, which sal.common_frame moves; "
                 "use sal.centre=image, or only one of the two"
             )
+        if self.pairs not in get_args(Pairs):
+            raise ValueError(
+                f"sal.pairs must be one of {', '.join(get_args(Pairs))}, got {self.pairs!r}"
+            )
+        if self.t_la is not None and not 0 < self.t_la <= 1:
+            raise ValueError(f"sal.t_la is a fraction of the scan in (0, 1], got {self.t_la}")
         # The public losses check ω, λ, t and τ: let them do so before anything is loaded.
         SALLoss(self.window_size, lambda_=self.lambda_, t=self.t, temperature=self.temperature)
+
+    @property
+    def near(self) -> float:
+        """Threshold of LA, as a fraction of the scan."""
+        return self.t if self.t_la is None else self.t_la
 
 
 class SAL(Method):
@@ -112,7 +145,8 @@ class SAL(Method):
         features = maps[settings.scale - 1]
         # GP contrasts the samples of all processes; a scan, and so a pair of LA, is on one of them.
         positives = positional_positives(gather(views.position), settings.t)
-        gp = gp_loss(gather(self.projection(maps[-1])), positives, settings.temperature)
+        projected = gather(self.projection(maps[-1]))
+        gp = gp_loss(projected, positives, settings.temperature)
         outcome = Outcome(gp, {"loss": gp, "gp": gp, "la": gp.new_zeros(())})
         embedded = self.embedding(features)
         if settings.lambda_:
@@ -121,6 +155,7 @@ class SAL(Method):
             loss = gp + settings.lambda_ * la
             outcome = Outcome(loss, {"loss": loss, "gp": gp, "la": la})
         outcome.maps = {"encoder": features.detach(), "embedding": embedded.detach()}
+        outcome.chance = {"gp": gp_loss(alike(projected), positives, settings.temperature)}
         return outcome
 
     @property
@@ -141,42 +176,72 @@ class SAL(Method):
     def align(self, features: Tensor, valid: Tensor | None, pairs: Tensor) -> Tensor:
         """LA of comparable maps (2n, C, H, W) and their valid pixels over pairs (2n, 2n)."""
         settings = self.settings
-        return alignment(features, valid, pairs, settings.window_size, settings.stop_gradient)
+        return alignment(
+            features,
+            valid,
+            pairs,
+            settings.window_size,
+            stop_gradient=settings.stop_gradient,
+            roll=settings.roll,
+        )
 
     def pairs(self, views: Views) -> Tensor:
         """(2n, 2n) bool, the pairs of LA."""
-        return slice_pairs(views.volume, views.slice_index, views.num_slices, self.settings.t)
+        if self.settings.pairs == "other":
+            return self.strangers(views)
+        near = self.neighbours(views)
+        if self.settings.pairs == "same":
+            return near & (views.sample[:, None] == views.sample[None, :])
+        return near
+
+    def neighbours(self, views: Views) -> Tensor:
+        """(2n, 2n) bool, slices of one scan that are near each other."""
+        return slice_pairs(views.volume, views.slice_index, views.num_slices, self.settings.near)
+
+    def strangers(self, views: Views) -> Tensor:
+        """(2n, 2n) bool, slices of different scans at near positions."""
+        near = positional_positives(views.position, self.settings.near)
+        return near & (views.volume[:, None] != views.volume[None, :])
 
     @torch.no_grad()
     def monitor(self, views: Views, outcome: Outcome) -> dict[str, float]:
-        """LA on true pairs and, as a control, on pairs of different scans; how alike pixels are."""
-        volume = views.volume
-        near = positional_positives(views.position, self.settings.t)
-        control = near & (volume[:, None] != volume[None, :])
+        """LA on true pairs and, as a control, on pairs of different scans; how alike pixels are.
+
+        A placebo is watched as the paper's loss is, on what it does not train: near slices of one
+        scan, keys in their place. So the figures of all arms are of the same thing.
+        """
+        neighbours, strangers = self.neighbours(views), self.strangers(views)
         window = self.settings.window_size
         embedded = centred(outcome.maps["embedding"], self.settings.centre, window)
         features, valid = self.aligned(outcome.maps["embedding"], views)
         return {
-            "la_pairs": wla_set_loss(features, self.pairs(views), window, valid=valid).item(),
-            "la_control": wla_set_loss(features, control, window, valid=valid).item(),
-            "cosine_embedding": mean_cosine(embedded).item(),
-            "cosine_encoder": mean_cosine(outcome.maps["encoder"]).item(),
+            "la_pairs": wla_set_loss(features, neighbours, window, valid=valid).item(),
+            "la_control": wla_set_loss(features, strangers, window, valid=valid).item(),
+            **likeness({"embedding": embedded, "encoder": outcome.maps["encoder"]}),
+            **chances(outcome),
         }
 
     def warnings(self, history: list[dict[str, float]]) -> dict[str, str]:
+        found = drift(history)
         if not history or self.settings.lambda_ == 0:
-            return {}
+            return found
         first, last = history[0], history[-1]
         advice = "try a smaller sal.lambda_"
         if self.settings.embedding == "linear":
             advice = "try sal.embedding=orthogonal or none, or a smaller sal.lambda_"
-        found = {}
         for what in ("embedding", "encoder"):
             if last[f"cosine_{what}"] > COSINE_LIMIT:
                 found[f"collapsed {what}"] = (
                     f"the {what}'s pixels have collapsed to one direction (mean cosine "
                     f"{last[f'cosine_{what}']:.2f} > {COSINE_LIMIT}): a low LA no longer means "
                     f"alignment; {advice}"
+                )
+            rank = last.get(f"rank_{what}", RANK_LIMIT)
+            if rank < RANK_LIMIT and last[f"cosine_{what}"] <= COSINE_LIMIT:
+                found[f"flat {what}"] = (
+                    f"the {what}'s pixels have collapsed to one line with two signs (effective "
+                    f"rank {rank:.2f} < {RANK_LIMIT}, which their mean cosine does not show): a "
+                    f"low LA no longer means alignment; {advice}"
                 )
         if all(last[key] < FALL * first[key] for key in ("la_control", "la_pairs")):
             found["control falls"] = (
@@ -188,15 +253,37 @@ class SAL(Method):
 
 
 def alignment(
-    features: Tensor, valid: Tensor | None, pairs: Tensor, window_size: int, stop_gradient: bool
+    features: Tensor,
+    valid: Tensor | None,
+    pairs: Tensor,
+    window_size: int,
+    *,
+    stop_gradient: bool = False,
+    roll: bool = False,
 ) -> Tensor:
-    """LA over pairs (S, S) of features (S, C, H, W) at valid pixels (S, H, W); 0 without any."""
-    if not stop_gradient:
+    """LA over pairs (S, S) of features (S, C, H, W) at valid pixels (S, H, W); 0 without any.
+
+    stop_gradient: keys get no gradient. roll: keys are rolled by half a map.
+    """
+    if not (stop_gradient or roll):
         return wla_set_loss(features, pairs, window_size, valid=valid)
-    # The operator on a set gives a row the gradient of both its roles: gather the pairs instead.
+    # The operator on a set has one map, and one gradient, for both roles of a sample: gather the
+    # pairs instead.
     query, key = pairs.nonzero(as_tuple=True)
-    both = None if valid is None else (valid[query], valid[key])
-    return wla_loss(features[query], features.detach()[key], window_size, valid=both)
+    keys, keys_valid = (features.detach() if stop_gradient else features), valid
+    if roll:
+        keys = rolled(keys)
+        keys_valid = None if valid is None else rolled(valid)
+    both = None
+    if valid is not None and keys_valid is not None:
+        both = valid[query], keys_valid[key]
+    return wla_loss(features[query], keys[key], window_size, valid=both)
+
+
+def rolled(maps: Tensor) -> Tensor:
+    """Maps (..., H, W) moved by half of each side, round the edges."""
+    height, width = maps.shape[-2:]
+    return maps.roll((height // 2, width // 2), dims=(-2, -1))
 
 
 def centred(features: Tensor, centre: Centre, window_size: int) -> Tensor:
