@@ -11,7 +11,6 @@ from tqdm import tqdm
 from .config import RunConfig
 from .data.cache import VolumeCache, open_cache
 from .data.manifest import dataset_info
-from .data.review import require_own_images
 from .data.text import printable
 from .distributed import first
 from .files import write_atomically
@@ -20,8 +19,7 @@ NOTES = "data.txt"  # in a run folder: what the user should know of its data
 
 
 def open_dataset(config: RunConfig) -> VolumeCache:
-    """The run's data, preprocessed once and kept; every bad file is named in one DataError,
-    and so is one image under the names of two subjects.
+    """The run's data, preprocessed once and kept; every bad file is named in one DataError.
 
     Of many processes the first preprocesses; then all open what it wrote.
     """
@@ -29,9 +27,7 @@ def open_dataset(config: RunConfig) -> VolumeCache:
     def opened() -> VolumeCache:
         info = dataset_info(config.dataset, config.data_folder())
         scans = info.find(config.data_folder(), cine=config.cine)
-        cache = open_cache(scans, config.preprocess, info, config.cache_folder)
-        require_own_images(cache)
-        return cache
+        return open_cache(scans, config.preprocess, info, config.cache_folder)
 
     own: list[VolumeCache] = []
     first(lambda: own.append(opened()))

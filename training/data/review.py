@@ -58,15 +58,6 @@ def require_scale_of_training(
     raise DataError(f"{listed(names, SHOWN_SCANS)}: headers {cause}; {remedy}")
 
 
-def require_own_images(cache: VolumeCache) -> None:
-    """Raise a DataError that names images of two subjects, by content.
-
-    Folds go by subjects: such an image would be trained on and tested on at once.
-    """
-    remedy = "correct the files that are wrong, or leave a subject out"
-    raise_problems(f"one image under the names of two subjects; {remedy}:", copies(cache))
-
-
 def copies(cache: VolumeCache) -> list[str]:
     """Scans whose image is that of another subject, and whose."""
     owners: dict[str, VolumeEntry] = {}
@@ -139,8 +130,12 @@ def notices(cache: VolumeCache) -> list[str]:
             f"{len(stored)} of {len(volumes)} scans record no orientation and are taken as stored, "
             f"perhaps in the reverse order of the others: {listed(stored, SHOWN_SCANS)}"
         )
-    if twice := copies(cache):  # where nothing is trained
-        lines.append(f"one image under the names of two subjects: {listed(twice, SHOWN_SCANS)}")
+    # Not refused: published releases hold such copies, ACDC as it is passed on among them.
+    if twice := copies(cache):
+        lines.append(
+            f"one image under the names of two subjects: {listed(twice, SHOWN_SCANS)}; folds go by "
+            f"subjects, so it may be learnt from and tested on at once: leave one out by --splits"
+        )
     empty = [entry.name for entry in volumes if entry.labelled and not entry.labelled_voxels]
     if empty:
         lines.append(f"label maps without any class: {listed(empty, SHOWN_SCANS)}")
