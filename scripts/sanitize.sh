@@ -34,7 +34,7 @@ cd "$copy"
 tests="not compile and not opcheck and not instruction and not large_memory"
 for level in avx512 avx2 baseline; do
   if [ "$quick" ] && [ $level != avx512 ]; then
-    tests="(parity and (float32 or bfloat16)) or mask or range" # one source: the levels differ in width
+    tests="(parity and (float32 or bfloat16)) or mask or range or part or list" # one source: the levels differ in width
   fi
   echo "== at most $level"
   LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
