@@ -18,8 +18,8 @@ from ..models import Encoder
 COSINE_LIMIT = 0.9  # mean cosine of arbitrary features above which they count as collapsed
 RANK_LIMIT = 1.5  # effective rank below which they count as collapsed to one line
 # A rise of the encoder's mean cosine that is worth a word long before the limit: over means of
-# LOOKS looks, since each is of a single batch. SAL without E on ACDC (desk) went from 0.48 after 400
-# steps to 0.62 after 2,500.
+# LOOKS looks, since each is of a single batch. SAL without E on ACDC (desk) went from 0.48 after
+# 400 steps to 0.62 after 2,500.
 DRIFT, DRIFTED, LOOKS = 0.1, 0.5, 5
 
 
