@@ -88,7 +88,9 @@ def classes(results: Results) -> Figure | None:
         return None
     names = list(results.scores[0].dice)
     width = 0.8 / len(results.arms)
-    figure, panels = _axes(len(results.labelled), width=1.5 + 0.28 * len(names) * len(results.arms))
+    figure, panels = _axes(
+        len(results.labelled), width=max(5, 1.5 + 0.28 * len(names) * len(results.arms))
+    )
     for axes, m in zip(panels, results.labelled, strict=True):
         for number, arm in enumerate(results.arms):
             colour = COLOURS[number % len(COLOURS)]
@@ -114,7 +116,7 @@ def differences(results: Results) -> Figure | None:
     if not arms:
         return None
     width = max(4.4, 7 / len(results.labelled))
-    figure, panels = _axes(len(results.labelled), width=width, height=1.4 + 0.32 * len(arms))
+    figure, panels = _axes(len(results.labelled), width=width, height=1.9 + 0.32 * len(arms))
     for axes, m in zip(panels, results.labelled, strict=True):
         for row, arm in enumerate(arms):
             colour = COLOURS[results.arms.index(arm) % len(COLOURS)]
@@ -129,7 +131,7 @@ def differences(results: Results) -> Figure | None:
         label = results.table.arm(baseline).label
         axes.set(
             title=f"M = {m or 'all'}",
-            xlabel=f"{results.measure} less that of {label}, same {results.unit}",
+            xlabel=f"{results.measure} less that of\n{label}, same {results.unit}",
         )
     return figure
 
