@@ -51,6 +51,14 @@ with sole_use(Path(sys.argv[1])):
 
 
 @pytest.fixture(autouse=True)
+def hang_ups_are_heard():
+    """Also where the tests themselves run under nohup, whose children would ignore them too."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.fixture(autouse=True)
 def without_figures(monkeypatch):
     monkeypatch.setattr(pretrain, "pretraining_figures", lambda *_: None)
 
@@ -133,7 +141,7 @@ def cells(pretrain_config, finetune_config, tmp_path):
     arms = tuple(TABLES["table1"].arm(name) for name in ("random", "simclr"))
     long = pretrain_config(optim=OptimConfig(steps=100_000), log_every=1, threads=1)
     short = finetune_config(optim=OptimConfig(steps=1), threads=1)
-    return plan(arms, (1,), (0,), tmp_path / "out", long, short)
+    return plan(arms, (1,), {0: (0,)}, tmp_path / "out", long, short)
 
 
 class Started:
