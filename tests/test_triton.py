@@ -147,9 +147,9 @@ def hand_made(spec):
 
 @pytest.fixture
 def fresh_status():
-    backend.status.cache_clear()
+    backend._ask.cache_clear()
     yield
-    backend.status.cache_clear()
+    backend._ask.cache_clear()
 
 
 @pytest.mark.parametrize(
