@@ -218,7 +218,7 @@ def test_match_pixels_are_where_the_matches_lie(window):
         cosine = torch.cosine_similarity(x[b, :, i, j], y[b, :, row, column], dim=0)
         assert cosine.item() == pytest.approx(max_sim[b, i, j].item(), abs=1e-12)
     with pytest.raises(ValueError, match=r"argmax must be \(\.\.\., H, W\)"):
-        salkernels.match_pixels(torch.zeros(3), 2)
+        salkernels.match_pixels(torch.zeros(3, dtype=torch.long), 2)
 
 
 def test_loss_of_random_unit_vectors_is_near_its_expectation():
