@@ -31,7 +31,7 @@ from .checks import (
     check_window,
 )
 from .library import match
-from .reference import Outputs, no_match
+from .reference import Outputs, match_places, no_match
 
 EPS = 1e-12
 
@@ -139,11 +139,8 @@ def match_pixels(argmax: Tensor, window_size: WindowSize) -> tuple[Tensor, Tenso
         raise ValueError(f"argmax must be (..., H, W), got shape {tuple(argmax.shape)}")
     height, width = argmax.shape[-2:]
     window = check_window(window_size, height, width)
-    row = torch.arange(height, device=argmax.device)[:, None]
-    column = torch.arange(width, device=argmax.device)
+    rows, columns = match_places(argmax, window)
     none = argmax < 0
-    rows = row - row % window[0] + argmax.div(window[1], rounding_mode="floor")
-    columns = column - column % window[1] + argmax % window[1]
     return rows.masked_fill(none, -1), columns.masked_fill(none, -1)
 
 

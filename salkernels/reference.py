@@ -175,6 +175,14 @@ def match_backward(
     return grad_query, grad_key
 
 
+def match_places(offset: Tensor, window: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Rows and columns in the map of matches (..., H, W) that are given as offsets in windows."""
+    row = torch.arange(offset.shape[-2], device=offset.device)[:, None]
+    column = torch.arange(offset.shape[-1], device=offset.device)
+    rows = row - row % window[0] + offset.div(window[1], rounding_mode="floor")
+    return rows, column - column % window[1] + offset % window[1]
+
+
 def match_tangent(
     query: Tensor,
     key: Tensor | None,
@@ -189,16 +197,12 @@ def match_tangent(
 
     The transpose of `match_backward`. Pair by pair: it is a derivative that is seldom asked for.
     """
-    height, width = query.shape[3:]
     keys = query if key is None else key
     places = torch.arange(count_pairs(query, key, pairs)) if pairs is None else pairs.cpu()
     along = query.new_zeros(argmax.shape, dtype=accumulate_dtype(query.dtype))
     present = argmax != no_match(argmax.dtype)
     offset = torch.where(present, argmax, 0).long()
-    rows = torch.arange(height, device=query.device)[:, None]
-    columns = torch.arange(width, device=query.device)
-    rows = rows - rows % window[0] + offset.div(window[1], rounding_mode="floor")
-    columns = columns - columns % window[1] + offset % window[1]
+    rows, columns = match_places(offset, window)
     for p, place in enumerate(places.tolist()):
         if place < 0:
             continue
