@@ -11,6 +11,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <thread>
 #include <vector>
@@ -39,7 +40,8 @@ const Case kCases[] = {
 };
 
 int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
-int64_t wide_size(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
+DType wide_dtype(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
+int64_t wide_size(DType dtype) { return element_size(wide_dtype(dtype)); }
 
 std::vector<char> random_features(int64_t count, DType dtype) {
   std::mt19937 random(0);
@@ -102,7 +104,13 @@ struct Call {
     const int64_t skip = c.set_form ? 0 : queries * c.channels * area * maps.element_size;
     key.data = features.data() + skip;
     key.grad = grad.data() + skip;
-    const PairSet pairs{1, queries, c.set_form ? samples : samples - queries, c.set_form, {}};
+    PairSet pairs{};
+    pairs.groups = 1;
+    pairs.queries = queries;
+    pairs.keys = c.set_form ? samples : samples - queries;
+    pairs.set_form = c.set_form;
+    pairs.every = true;
+    pairs.plane = area;
 
     Problem problem{};
     problem.grid = {c.height, c.width, least(c.window, c.height), least(c.window, c.width)};
@@ -111,7 +119,7 @@ struct Call {
     problem.dtype = dtype;
     problem.wide_index = problem.grid.window_rows * problem.grid.window_columns > 256;
     problem.plan = make_plan(pairs, maps, key, true);
-    const int64_t count = int64_t(problem.plan.flat.size());
+    const int64_t count = problem.plan.num_pairs;
     loss.resize(size_t(count * wide_size(dtype)));
     max_sim.resize(size_t(count * area * wide_size(dtype)));
     argmax.resize(size_t(count * area * (problem.wide_index ? 4 : 1)));
@@ -122,11 +130,15 @@ struct Call {
     problem.work = make_work(problem, kernels, false);
     run_all(problem, problem.work.tiles, threads, kernels.match_tile);
     run_all(problem, problem.work.matches, threads, kernels.match_streamed);
-    share<int64_t>(problem.plan.flat, threads, 0, [&](const int64_t& flat, char*) {
-      kernels.pair_loss(problem, &flat - problem.plan.flat.data());
+    std::vector<int64_t> numbers(static_cast<size_t>(count));
+    std::iota(numbers.begin(), numbers.end(), int64_t(0));
+    share<int64_t>(numbers, threads, 0, [&](const int64_t& pair, char*) {
+      kernels.pair_loss(problem, pair);
     });
 
-    for (Edge& edge : problem.plan.edges) edge.grad_forward = edge.grad_reverse = 0.25;
+    // Another number for every (pair, pixel): what lands in the wrong place changes the result.
+    const std::vector<char> grad_sim = random_features(count * area, wide_dtype(dtype));
+    problem.grad_sim = grad_sim.data();
     problem.work = make_work(problem, kernels, true);
     const size_t pixels = problem.plan.nodes.size() * size_t(area * wide_size(dtype));
     std::vector<char> norms(pixels), poison(pixels);
