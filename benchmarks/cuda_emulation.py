@@ -29,7 +29,7 @@ from salkernels.reference import Outputs
 ROOT = Path(__file__).resolve().parent.parent
 EMULATOR = ROOT / "csrc" / "emulator"
 SOURCES = (EMULATOR / "emulator.cpp", EMULATOR / "library.cpp", ROOT / "csrc" / "register_cuda.cpp")
-PTXEMU = ROOT.parent / "shared" / "tools" / "ptxemu"
+PTXEMU = ROOT / "tools" / "ptxemu"
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 SANITIZE = ("-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined")
 LINE = 64  # bytes; torch aligns what it allocates to that, so no two tensors share one

@@ -11,26 +11,41 @@ from .checks import values_visible
 
 
 class PairList(NamedTuple):
-    """Where the pairs stand in the table (S, S), row-major and ascending."""
+    """The pairs of a table (S, S), in its order: row by row.
 
-    places: Tensor  # (P,) int64, on the features' device; −1 at its end: room that is left over
+    Samples of different scans form no pair. Where they lie scan after scan, the table is a diagonal
+    of equal blocks, each of which is a group of the operator: kernels then hold S / groups samples
+    together instead of S.
+    """
+
+    places: Tensor  # (P,) int64, into the table and on its device; −1 at its end: room left over
     exact: bool  # whether nothing is left over
+    groups: int
+    grouped: Tensor  # (P,) int64, into (groups, S / groups, S / groups), on the features' device
 
     @classmethod
     def of(cls, table: Tensor, device: torch.device) -> PairList:
-        """The pairs of a table (S, S) of bool.
+        """The pairs of a table (S, S) of bool, for features on a device.
 
         Room for as many as there are, if counting them costs nothing; else for all.
         """
         flat = table.reshape(-1)
-        if exact := values_visible(table):
-            places = flat.nonzero().squeeze(1)
-        else:
-            places = torch.nonzero_static(flat, size=flat.numel()).squeeze(1)
-        return cls(to_device(places, device), exact)
+        if values_visible(table):
+            return cls.exactly(flat.nonzero().squeeze(1), len(table), device)
+        places = torch.nonzero_static(flat, size=flat.numel()).squeeze(1)
+        return cls(places, False, 1, to_device(places, device))
+
+    @classmethod
+    def exactly(cls, places: Tensor, samples: int, device: torch.device) -> PairList:
+        """Pairs of `samples` samples by their places in the table, ascending, none left over."""
+        # On a CPU the kernel finds the scans by itself, and from a GPU the places cannot be read.
+        groups = 1
+        if places.is_cpu and device.type != "cpu":
+            groups = count_blocks(places, samples)
+        return cls(places, True, groups, to_device(regroup(places, samples, groups), device))
 
     def pick(self, table: Tensor) -> Tensor:
-        """(P,) the pairs' entries of a table (S, S) on the same device, 0 where room is left."""
+        """(P,) the pairs' entries of the table (S, S) or one like it, 0 where room is left."""
         flat = table.reshape(-1)
         if self.exact:
             return flat[self.places]
@@ -39,12 +54,36 @@ class PairList(NamedTuple):
     def spread(self, values: Tensor, samples: int) -> Tensor:
         """(S, S) with the values (P,) at their pairs, 0 elsewhere."""
         table = samples * samples
+        places = to_device(self.places, values.device)
         if self.exact:
-            flat = values.new_zeros(table).scatter(0, self.places, values)
+            flat = values.new_zeros(table).scatter(0, places, values)
         else:
-            places = torch.where(self.places < 0, table, self.places)
+            places = torch.where(places < 0, table, places)
             flat = values.new_zeros(table + 1).scatter(0, places, values)[:-1]
         return flat.view(samples, samples)
+
+
+def count_blocks(places: Tensor, samples: int) -> int:
+    """Into how many equal blocks on its diagonal a table with these places (P,) falls; 1: none."""
+    if places.numel() == 0:
+        return 1
+    row, column = places // samples, places % samples
+    # No pair reaches further than its block.
+    shortest = int((row - column).abs().max()) + 1
+    for size in range(shortest, samples // 2 + 1):
+        if samples % size == 0 and bool((row // size == column // size).all()):
+            return samples // size
+    return 1
+
+
+def regroup(places: Tensor, samples: int, groups: int) -> Tensor:
+    """Places (P,) in a table (S, S) of blocks as places in the blocks (groups, n, n) alone."""
+    if groups == 1:
+        return places
+    size = samples // groups
+    row, column = places // samples, places % samples
+    # (i, j) of block g lies at g·n² + (i − g·n)·n + (j − g·n) = i·n + j − g·n.
+    return row * size + column - row // size * size
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

@@ -126,9 +126,11 @@ def wla_set_loss(
     Args:
         features: (S, C, H, W) feature maps of the samples, not yet normalised.
         pairs: (S, S), row i the query and column j the key: bool, or weights >= 0; see
-            `slice_pairs`. It may live on the CPU while the features are on a GPU; weights on a
-            GPU are not checked, since that would synchronise. Weights that require a gradient get
-            it, those of 0 too: all S² losses are computed then, and a NaN in one of them counts.
+            `slice_pairs`. Best on the CPU, also where the features are on a GPU: then the pairs
+            are counted without waiting for it, take no more memory than they need, and are cut
+            into groups where samples lie scan after scan, which is many times faster. Weights on
+            a GPU are not checked, since that would synchronise. Weights that require a gradient
+            get it, those of 0 too: all S² losses are computed then, and a NaN in one counts.
         window_size: ω, as in `wla_loss`.
         valid: (S, H, W) bool, as in `wla_loss`: which pixels of each sample take part.
         reduction: "mean" weighted by `pairs`, or "none".
@@ -160,7 +162,7 @@ def wla_set_loss(
     if not weighted and chosen.exact and taking_part is None:
         return loss.sum() / max(1, loss.shape[0])
     # Shares are taken in the weights' own precision: a small weight must not vanish in fp32.
-    shares = chosen.pick(to_device(pairs, loss.device))
+    shares = to_device(chosen.pick(pairs), loss.device)
     shares = shares.to(torch.promote_types(shares.dtype, loss.dtype))
     if taking_part is not None:
         shares = torch.where(taking_part, shares, 0)

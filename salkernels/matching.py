@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from . import backends
 from ._dtensor import prepare
-from ._pair_list import PairList, to_device
+from ._pair_list import PairList
 from ._torch_private import transforms_active
 from .checks import (
     Valid,
@@ -93,7 +93,7 @@ def align_set(
     Args:
         features: (S, C, H, W) feature maps of the samples.
         pairs: (S, S) bool, row i the query and column j the key. On a GPU they are counted, which
-            waits for it.
+            waits for it; on the CPU that costs nothing, see `wla_set_loss`.
         window_size: ω, as in `wla_loss`.
         valid: (S, H, W) bool, as in `wla_set_loss`.
         eps: as in `wla_loss`.
@@ -115,7 +115,8 @@ def align_set(
         )
     window = check_window(window_size, features.shape[2], features.shape[3])
     valid = check_valid("valid", valid, features)
-    chosen = PairList(to_device(pairs.reshape(-1).nonzero().squeeze(1), features.device), True)
+    places = pairs.reshape(-1).nonzero().squeeze(1)
+    chosen = PairList.exactly(places, len(features), features.device)
     return _matches(match_set(features, chosen, valid, window, eps, backend))
 
 
@@ -174,11 +175,18 @@ def match_set(
     eps: float,
     backend: str | None,
 ) -> Outputs:
-    """All pairs of one group, whose keys are its queries."""
+    """Pairs within groups of samples, whose keys are its queries."""
     eps = check_eps(eps)
     name = backends.select(backend, features, None, window)
-    among = None if valid is None else valid.unsqueeze(0)
-    return _match(features.unsqueeze(0), None, pairs.places, among, window, eps, name)
+    query, among = _grouped(features, pairs.groups), None
+    if valid is not None:
+        among = _grouped(valid, pairs.groups)
+    return _match(query, None, pairs.grouped, among, window, eps, name)
+
+
+def _grouped(samples: Tensor, groups: int) -> Tensor:
+    """(S, ...) as (groups, S / groups, ...), a view."""
+    return samples.unsqueeze(0) if groups == 1 else samples.unflatten(0, (groups, -1))
 
 
 def _match(
