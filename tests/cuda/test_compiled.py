@@ -185,12 +185,3 @@ def test_each_feature_is_read_once_and_each_gradient_written_once(compiled):
     assert forward.load_efficiency >= 0.9
     assert backward.store_efficiency >= 0.99
     assert forward.shared_conflicts <= 0.02
-
-
-def test_the_traffic_table_holds_all_providers_side_by_side(tmp_path):
-    row = traffic.Row("a", traffic.CASES[0].key, "backward", "k", 1, *[1.0] * 6, 1, 1e-7)
-    traffic.write_rows("a", [row], tmp_path)
-    other = traffic.Row("b", traffic.CASES[0].key, "forward", "k", 1, *[1.0] * 6, 1, 1e-7)
-    traffic.write_rows("b", [other], tmp_path)
-    lines = (tmp_path / "traffic.md").read_text(encoding="utf-8").splitlines()
-    assert [line[:4] for line in lines[-2:]] == ["| b ", "| a "], "the forward comes first"
