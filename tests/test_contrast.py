@@ -318,7 +318,7 @@ def test_nan_reaches_what_it_is_part_of_and_nothing_else():
 
 
 def test_a_nan_that_no_loss_looks_at_gives_no_gradient():
-    """A negative is NaN where no pixel of the key is valid: the loss is a number, and so is this."""
+    """A negative is NaN where no pixel of the key is valid: the pixels there take no part."""
     x = torch.randn(4, 3, 4, 4, dtype=F64)
     x[2, 1, 0, 1] = torch.nan
     x.requires_grad_()
