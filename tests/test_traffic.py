@@ -23,10 +23,10 @@ from tools.traffic.instructions import (
     TOTAL,
     Count,
     Counters,
-    _add,
-    _run,
+    add_map,
     by_kernel,
     count,
+    run_on,
 )
 from tools.traffic.shapes import SHAPES, Shape
 from tools.traffic.table import CASES, Row
@@ -87,7 +87,7 @@ def test_scaled_counts_of_cuda_are_those_of_the_whole_map(shape, passes):
     rows = count("cuda", passes, shape)
     direct = {
         phase: {name: vars(c) for name, c in kernels.items()}
-        for phase, kernels in _run(passes, shape, shape.side, shape.side).items()
+        for phase, kernels in run_on(passes, shape, shape.side, shape.side).items()
     }
     close([vars(row) for row in rows], direct)
 
@@ -96,12 +96,12 @@ TRITON = """
 import json
 from dataclasses import asdict
 from tools.traffic import triton
-from tools.traffic.instructions import _run, count
+from tools.traffic.instructions import run_on, count
 from tools.traffic.shapes import Shape
 passes = triton.passes()
 for shape in SHAPES:
     rows = [asdict(row) for row in count("triton", passes, shape)]
-    direct = _run(passes, shape, shape.side, shape.side)
+    direct = run_on(passes, shape, shape.side, shape.side)
     found = {phase: {k: asdict(c) for k, c in kernels.items()} for phase, kernels in direct.items()}
     print(json.dumps([rows, found]))
 """
@@ -144,7 +144,7 @@ def close(rows, direct):
 def test_maps_that_run_other_kernels_are_not_scaled():
     whole = {"match": Counters(1.0)}
     with pytest.raises(RuntimeError, match="do not run the same kernels"):
-        _add(SHAPES[0], "forward", whole, {"stream": Counters(1.0)}, 2.0)
+        add_map(SHAPES[0], "forward", whole, {"stream": Counters(1.0)}, 2.0)
 
 
 def test_launches_of_one_kernel_are_added_up():
@@ -173,7 +173,7 @@ def test_floors(monkeypatch):
     shape, ran = SHAPES[0], {"match": Counters(1_045_440, 0, 0)}
     total = sum(m.weight for m in shape.maps())
     monkeypatch.setattr(
-        "tools.traffic.instructions._run", lambda *_: {"forward": ran, "backward": ran}
+        "tools.traffic.instructions.run_on", lambda *_: {"forward": ran, "backward": ran}
     )
     rows = {(r.phase, r.kernel): r for r in count("cuda", None, shape)}
     assert rows["forward", TOTAL].issue_floor_us == pytest.approx(total, abs=0.01)

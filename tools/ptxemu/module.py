@@ -17,15 +17,11 @@ from .errors import BY_KIND, PtxEmuError, RaceError, Unsupported
 from .library import load, take
 from .memory import Memory, pack
 
-# What the words of `Options` are to the library; "raise" differs from "record" only here.
-CODES = {
-    "off": 0,
-    "record": 1,
-    "raise": 1,
-    "sequential": 0,
-    "reverse": 1,
-    "random": 2,
-    "warn": 2,
+# The words of `Options` and what they are to the library; "raise" differs from "record" only here.
+WORDS: dict[str, dict[Any, int]] = {
+    "races": {"off": 0, "record": 1, "raise": 1},
+    "uninit_local": {False: 0, True: 1, "warn": 2},
+    "order": {"sequential": 0, "reverse": 1, "random": 2},
 }
 MOST_BLOCKS = (2**31 - 1, 65535, 65535)
 
@@ -97,10 +93,15 @@ class Options:
     seed: int = 1
     per_line: bool = False  # adds `lines`
 
+    def __post_init__(self) -> None:
+        for name, words in WORDS.items():
+            if getattr(self, name) not in words:
+                raise ValueError(f"{name} must be one of {[*words]}, got {getattr(self, name)!r}")
+
     def numbers(self) -> list[int]:
         """As the library takes them."""
-        numbers = [getattr(self, f.name) for f in fields(self)]
-        return [CODES[x] if isinstance(x, str) else int(x) for x in numbers]
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return [WORDS[name][x] if name in WORDS else int(x) for name, x in values.items()]
 
 
 class Module:

@@ -43,8 +43,8 @@ def count(provider: str, passes: Passes, shape: Shape) -> list[Count]:
     """Both passes of a shape; of each, the kernels in the order of their launch, then the total."""
     whole: dict[str, dict[str, Counters]] = {"forward": {}, "backward": {}}
     for size in shape.maps():
-        for phase, kernels in _run(passes, shape, size.height, size.width).items():
-            whole[phase] = _add(shape, phase, whole[phase], kernels, size.weight)
+        for phase, kernels in run_on(passes, shape, size.height, size.width).items():
+            whole[phase] = add_map(shape, phase, whole[phase], kernels, size.weight)
     return [row for phase in whole for row in _rows(provider, shape, phase, whole[phase])]
 
 
@@ -73,7 +73,7 @@ def by_kernel(stats: Iterable[Any]) -> dict[str, Counters]:
     return dict(found)
 
 
-def _run(passes: Passes, shape: Shape, height: int, width: int) -> dict[str, dict[str, Counters]]:
+def run_on(passes: Passes, shape: Shape, height: int, width: int) -> dict[str, dict[str, Counters]]:
     """Both passes on a small map."""
     features, pairs = shape.features(height, width), shape.pairs()
     window = (shape.window, shape.window)
@@ -87,7 +87,7 @@ def _run(passes: Passes, shape: Shape, height: int, width: int) -> dict[str, dic
     return {"forward": forward, "backward": by_kernel(passes.stats)}
 
 
-def _add(
+def add_map(
     shape: Shape,
     phase: str,
     whole: dict[str, Counters],

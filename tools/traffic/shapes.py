@@ -6,8 +6,8 @@ the lower or right edge cuts off. With n_y and n_x whole windows to a side and t
 
     count(n_y, n_x) = constant + edge (n_y + n_x) + whole n_y n_x.
 
-A kernel that goes over the pixels of a pair, a block's threads at a time, rounds up and follows this
-less well, but such kernels are a percent of a pass; a test compares scaled with direct counts.
+A kernel that goes over the pixels of a pair, a block's threads at a time, rounds up and follows
+this less well, but such kernels are a percent of a pass; tests compare with direct counts.
 
 As many small maps as there are unknowns determine it; `Shape.maps` lists them, each with its weight
 in the sum that is the count of the whole map.
