@@ -281,20 +281,53 @@ static void match_blocks(SimBlock<T>& sims, MatchState<T>& state, const T* query
   }
 }
 
-// Packs a tile as unit vectors; a sample is scaled while it is still in the cache.
+// Packs one window of a channels-last sample as unit vectors, with their norms if wanted.
+template <class T, class In>
+static void pack_unit_window(const Problem& problem, const Node& node, const Window& window,
+                             int64_t stride, T* pack, T* norms, T* poison) {
+  const MapStrides& strides = node.strides;
+  const In* map = static_cast<const In*>(node.map);
+  for (int64_t row = window.row; row < window.row + window.rows; ++row) {
+    for (int64_t column = window.column; column < window.column + window.columns; ++column) {
+      const bool absent =
+          node.valid != nullptr && node.valid[row * problem.grid.width + column] == 0;
+      // A pixel that takes no part is not read: it may be NaN.
+      const In* from = map + row * strides.row + column * strides.column;
+      const auto scale =
+          pack_unit_pixel<T, In>(from, absent ? 0 : problem.channels, pack, T(problem.eps));
+      if (absent) std::memset(pack, 0, size_t(stride) * sizeof(T));
+      pack += stride;
+      if (norms == nullptr) continue;
+      *norms++ = scale.norm;
+      *poison++ = scale.poison;
+    }
+  }
+}
+
+// Packs a tile as unit vectors; in NCHW a sample is scaled while it is still in the cache.
 template <class T, class In>
 static void pack_tile(const Problem& problem, const TileShape& shape, T* pack,
                       int64_t* column_offset, T* norms, T* poison) {
   const PackedPlace place = shape.place(column_offset);
   const Patch patch = shape.patch(problem.channels);
+  const bool channels_last = shape.component->channels_last;
   for (int64_t s = 0; s < shape.component->num_nodes; ++s) {
     const int64_t first = s * shape.pixels;
-    pack_patch<T, In>(shape.nodes[s], patch, problem.grid.width, pack + first * shape.stride, place);
+    const Node& node = shape.nodes[s];
+    T* const sample = pack + first * shape.stride;
+    if (!channels_last) pack_patch<T, In>(node, patch, problem.grid.width, sample, place);
     for (int64_t t = 0; t < shape.num_windows; ++t) {
       const int64_t row = t * shape.rows + first;
-      normalise<T>(pack + row * shape.stride, shape.pixels, shape.stride, shape.width,
-                   T(problem.eps), norms == nullptr ? nullptr : norms + row,
-                   norms == nullptr ? nullptr : poison + row);
+      T* const window_norms = norms == nullptr ? nullptr : norms + row;
+      T* const window_poison = norms == nullptr ? nullptr : poison + row;
+      T* const rows = sample + t * shape.window_stride;
+      if (channels_last) {
+        pack_unit_window<T, In>(problem, node, shape.window_at(t), shape.stride, rows, window_norms,
+                                window_poison);
+      } else {
+        normalise<T>(rows, shape.pixels, shape.stride, shape.width, T(problem.eps), window_norms,
+                     window_poison);
+      }
     }
   }
 }
@@ -361,10 +394,10 @@ static int64_t match_tile(const Problem& problem, const Tile* tile, char* scratc
   pack_tile<T, In>(problem, shape, pack, column_offset, nullptr, nullptr);
   const int64_t products =
       shape.num_windows * shape.component->num_edges * shape.pixels * shape.pixels;
-  sims.ahead = Ahead::of<T, In>(problem, tile, products / 12);
+  sims.ahead = Ahead::of_next<T, In>(problem, tile, products / 12);
   const Edge* edges = &problem.plan.edges[shape.component->first_edge];
   for (int64_t t = 0; t < shape.num_windows; ++t) {
-    const T* rows = pack + t * shape.rows * shape.stride;
+    const T* rows = pack + t * shape.window_stride;
     const Window window = shape.window_at(t);
     for (int64_t s = 0; s < shape.component->num_nodes; ++s) {
       valid.read(problem, shape.nodes[s], window, s);
