@@ -28,6 +28,12 @@ struct Node {
 
 // Two samples of a component and their numbers as pairs in both directions, -1 where there is none.
 // In the set form sim is symmetric: one edge stands for (first, second) and (second, first).
+//
+//              key 0  1  2  3
+//      query 0     e  e  e  e      an edge is at or above the diagonal; what is below it is the
+//            1     .  e  e  e      `reverse` of the edge across, from the same products: half of
+//            2     .  .  e  e      the arithmetic
+//            3     .  .  .  e
 struct Edge {
   int32_t first, second;  // nodes, counted from the start of the component
   int64_t forward, reverse;

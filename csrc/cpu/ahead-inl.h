@@ -2,6 +2,13 @@
 // so that neither memory nor arithmetic waits for the other. Together with tiles small enough for
 // the second-level cache this took a third off both passes at "paper". Channels-last only: in NCHW,
 // which needs tiles that fill the cache, it cost 14 % of the forward and 2 to 15 % of the backward.
+
+#ifndef SALKERNELS_ISA  // read by itself: see there
+#include "editor-inl.h"
+#include "simd-inl.h"
+#include "pack-inl.h"
+#include "tile-inl.h"
+#endif
 class Ahead {
  public:
   // Of the tile after this one.

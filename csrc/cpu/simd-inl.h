@@ -1,6 +1,10 @@
 // Vectors of one register, in the compiler's own vector extension: the same source serves every
 // width. Included once per instruction set, inside that set's namespace.
 
+#ifndef SALKERNELS_ISA  // read by itself: see there
+#include "editor-inl.h"
+#endif
+
 template <class T>
 struct VecOf;
 template <>

@@ -3,6 +3,11 @@
 // A packed row holds the channels of one pixel, in the accumulation dtype, filled up with zeros to
 // whole registers. Maps of any strides are addressed in place: no copy of a whole map is made.
 
+#ifndef SALKERNELS_ISA  // read by itself: see there
+#include "editor-inl.h"
+#include "simd-inl.h"
+#endif
+
 template <class T>
 static inline int64_t packed_width(int64_t channels) {
   return round_up(channels, kLanes<T>);
@@ -324,63 +329,3 @@ template <class T>
 static inline T inverse_for_gradient(T norm, T eps) {
   return norm <= eps ? T(0) : 1 / norm;
 }
-
-// Bump allocation in the caller's scratch memory; with a null base it only measures.
-struct Arena {
-  char* base;
-  int64_t used = 0;
-
-  template <class T>
-  T* take(int64_t count) {
-    T* p = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
-    used += round_up(count * int64_t(sizeof(T)), 64);
-    return p;
-  }
-};
-
-// What a tile needs to know of its component and extent.
-struct TileShape {
-  const Component* component;
-  const Node* nodes;
-  Window window;  // the first one
-  int64_t pixels, rows, stride, width, num_windows;
-  int64_t window_stride;  // an odd number of lines, as `stride` is
-
-  template <class T>
-  static TileShape of(const Problem& problem, const Tile& tile) {
-    TileShape shape;
-    shape.component = &problem.plan.components[tile.component];
-    shape.nodes = &problem.plan.nodes[shape.component->first_node];
-    shape.window = problem.grid.window(tile.strip, tile.first_window);
-    shape.pixels = shape.window.pixels();
-    shape.rows = shape.component->num_nodes * shape.pixels;
-    shape.stride = packed_stride<T>(problem.channels);
-    shape.width = packed_width<T>(problem.channels);
-    shape.num_windows = tile.num_windows;
-    shape.window_stride = (shape.rows | 1) * shape.stride;
-    return shape;
-  }
-
-  // One of its windows alone.
-  TileShape at(int64_t t) const {
-    TileShape shape = *this;
-    shape.window = window_at(t);
-    shape.num_windows = 1;
-    return shape;
-  }
-  Window window_at(int64_t t) const {
-    Window w = window;
-    w.column += t * window.columns;
-    return w;
-  }
-  Patch patch(int64_t channels) const {
-    return {window.row, window.column, window.rows, num_windows * window.columns, 0, channels};
-  }
-  // Packed rows are ordered by window, node, pixel.
-  PackedPlace place(int64_t* column_offset) const {
-    for (int64_t i = 0; i < num_windows * window.columns; ++i) {
-      column_offset[i] = i / window.columns * window_stride + i % window.columns * stride;
-    }
-    return {window.columns * stride, column_offset};
-  }
-};

@@ -1,5 +1,13 @@
 // Forward: Gram products of packed rows, row by row maxima and where they lie.
 
+#ifndef SALKERNELS_ISA  // read by itself: see there
+#include "editor-inl.h"
+#include "simd-inl.h"
+#include "pack-inl.h"
+#include "tile-inl.h"
+#include "ahead-inl.h"
+#endif
+
 // Key rows (or query rows, in reverse) whose products are held at a time: 2 x 16 KB in fp32.
 constexpr int64_t kBlock = 64;
 constexpr int64_t kForwardStride = 2 * kBlock;      // query pixels are padded to whole row groups
@@ -45,7 +53,8 @@ static inline void dot_block(const T* const* query, const T* const* key, int64_t
   constexpr int kHeld = Rows < Columns ? Rows : Columns, kPassing = N / kHeld;
   const T* const* held = Rows < Columns ? query : key;
   const T* const* passing = Rows < Columns ? key : query;
-  constexpr int kHeldStep = Rows < Columns ? Columns : 1, kPassingStep = Rows < Columns ? 1 : Columns;
+  constexpr int kHeldStep = Rows < Columns ? Columns : 1;
+  constexpr int kPassingStep = Rows < Columns ? 1 : Columns;
   Vec<T> sum[(N + W - 1) / W * W] = {};
   const T *h[kHeld], *p[kPassing];
   for (int i = 0; i < kHeld; ++i) h[i] = held[i];
@@ -61,8 +70,19 @@ static inline void dot_block(const T* const* query, const T* const* key, int64_t
   for (int i = 0; i < N; i += W) store<T>(out + i, sum_lanes<T>(sum + i));
 }
 
-// The products of a block of query rows with a list of key rows, in the two layouts that let the
-// maxima run down the rows with query (or key) pixels along the lanes.
+// The products of a block of query rows with a list of key rows, in two layouts: a maximum over the
+// lanes of a register takes many shuffles, one down the rows of a table a comparison for each.
+//
+//      forward: queries along the lanes           reverse: keys along the lanes
+//              q0 q1 q2 q3 | q0 q1 q2 q3                  k0 k1 k2 k3 | k0 k1 k2 k3
+//          k0                                         q0
+//          k1   key          key                      q1   key          key
+//          k2   sample a     sample b                 q2   sample a     sample b
+//          k3                                         q3
+//          max  |  |  |  |   best key of each         max  |  |  |  |   best query of each
+//               v  v  v  v   query                         v  v  v  v   key
+//
+// One product of two rows serves both, since sim is symmetric: (q, k) reads the one, (k, q) the other.
 template <class T>
 struct SimBlock {
   T* forward;  // [key pixel][query pixel of each key sample]
@@ -281,57 +301,6 @@ static void match_blocks(SimBlock<T>& sims, MatchState<T>& state, const T* query
   }
 }
 
-// Packs one window of a channels-last sample as unit vectors, with their norms if wanted.
-template <class T, class In>
-static void pack_unit_window(const Problem& problem, const Node& node, const Window& window,
-                             int64_t stride, T* pack, T* norms, T* poison) {
-  const MapStrides& strides = node.strides;
-  const In* map = static_cast<const In*>(node.map);
-  for (int64_t row = window.row; row < window.row + window.rows; ++row) {
-    for (int64_t column = window.column; column < window.column + window.columns; ++column) {
-      const bool absent =
-          node.valid != nullptr && node.valid[row * problem.grid.width + column] == 0;
-      // A pixel that takes no part is not read: it may be NaN.
-      const In* from = map + row * strides.row + column * strides.column;
-      const auto scale =
-          pack_unit_pixel<T, In>(from, absent ? 0 : problem.channels, pack, T(problem.eps));
-      if (absent) std::memset(pack, 0, size_t(stride) * sizeof(T));
-      pack += stride;
-      if (norms == nullptr) continue;
-      *norms++ = scale.norm;
-      *poison++ = scale.poison;
-    }
-  }
-}
-
-// Packs a tile as unit vectors; in NCHW a sample is scaled while it is still in the cache.
-template <class T, class In>
-static void pack_tile(const Problem& problem, const TileShape& shape, T* pack,
-                      int64_t* column_offset, T* norms, T* poison) {
-  const PackedPlace place = shape.place(column_offset);
-  const Patch patch = shape.patch(problem.channels);
-  const bool channels_last = shape.component->channels_last;
-  for (int64_t s = 0; s < shape.component->num_nodes; ++s) {
-    const int64_t first = s * shape.pixels;
-    const Node& node = shape.nodes[s];
-    T* const sample = pack + first * shape.stride;
-    if (!channels_last) pack_patch<T, In>(node, patch, problem.grid.width, sample, place);
-    for (int64_t t = 0; t < shape.num_windows; ++t) {
-      const int64_t row = t * shape.rows + first;
-      T* const window_norms = norms == nullptr ? nullptr : norms + row;
-      T* const window_poison = norms == nullptr ? nullptr : poison + row;
-      T* const rows = sample + t * shape.window_stride;
-      if (channels_last) {
-        pack_unit_window<T, In>(problem, node, shape.window_at(t), shape.stride, rows, window_norms,
-                                window_poison);
-      } else {
-        normalise<T>(rows, shape.pixels, shape.stride, shape.width, T(problem.eps), window_norms,
-                     window_poison);
-      }
-    }
-  }
-}
-
 // All pairs of a component in one small window: each sample against its partners, several at once.
 template <class T>
 static void match_window(const Problem& problem, const TileShape& shape, const Window& window,
@@ -447,6 +416,13 @@ static inline int64_t streamed_keys(const Problem& problem) {
 }
 
 // A window too large to be packed for all samples: key blocks are streamed with running maxima.
+//
+//                 keys of one sample, a block of 512 KB at a time ->
+//      queries   [ block | block | block ]      each query keeps its best so far, and each key too
+//        64      [   x   |       |       ]      where the pair counts in both directions: that is
+//        rows    [   x   |       |       ]      why no more than one block is packed at a time
+//        at a    [   x   |       |       ]
+//        time
 template <class T, class In>
 static int64_t match_streamed(const Problem& problem, const StreamedMatch* match, char* scratch) {
   const int64_t stride = packed_stride<T>(problem.channels);
