@@ -23,7 +23,7 @@ static inline void gradient_row(const Term<T>* terms, const Term<T>* end, const 
     const Vec<T> weight = splat<T>(terms->weight);
     for (int k = 0; k < Registers; ++k) sum[k] += weight * load<T>(partner + k * W);
   }
-#pragma GCC unroll 16
+  SALKERNELS_UNROLL
   for (int k = 0; k < Registers; ++k) {
     const Vec<T> gradient = (sum[k] - along * load<T>(self + k * W)) * inv_norm;
     if constexpr (Around) {

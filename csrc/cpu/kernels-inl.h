@@ -48,6 +48,7 @@ static void pair_loss_any(const Problem& problem, int64_t pair) {
 }
 
 #undef SALKERNELS_BY_DTYPE
+#undef SALKERNELS_UNROLL
 }  // namespace SALKERNELS_ISA
 
 #define SALKERNELS_JOIN_(a, b) a##b

@@ -94,6 +94,12 @@ static void pack_patch(const Node& node, const Patch& patch, int64_t width, T* o
                                        int64_t c) {
     transpose<T>(block);
     T* to = out + r * place.row_step + c;
+    if (pixels == W && valid == nullptr) {
+      const int64_t* offset = place.column_offset + i;
+      SALKERNELS_UNROLL
+      for (int k = 0; k < W; ++k) store<T>(to + offset[k], block[k]);
+      return;
+    }
     for (int64_t k = 0; k < pixels; ++k) {
       const bool absent = valid != nullptr && valid[r * width + i + k] == 0;
       store<T>(to + place.column_offset[i + k], absent ? Vec<T>{} : block[k]);
@@ -103,13 +109,14 @@ static void pack_patch(const Node& node, const Patch& patch, int64_t width, T* o
     const int64_t channels = least(W, patch.channels - c);
     const In* from = map + c * s.channel + r * s.row + i * s.column;
     Vec<T> block[W];
-    if (channels == W && s.column == 1) {
-      for (int64_t k = 0; k < W; ++k) {
-        __builtin_prefetch(from + (k + kLine<T>)*s.channel);
-        block[k] = pixels == W ? Convert<T, In>::load_vec(from + k * s.channel)
-                               : load_part<T, In>(from + k * s.channel, pixels);
+    if (channels == W && pixels == W && s.column == 1) {
+      const int64_t step = s.channel, next = kLine<T> * step;
+      SALKERNELS_UNROLL
+      for (int k = 0; k < W; ++k) {
+        __builtin_prefetch(from + k * step + next);
+        block[k] = Convert<T, In>::load_vec(from + k * step);
       }
-      put_pixels_of_block(block, pixels, r, i, c);
+      put_pixels_of_block(block, W, r, i, c);
       return;
     }
     for (int64_t k = 0; k < W; ++k) {
@@ -144,19 +151,20 @@ struct Stage {
       const T* from = packed + (row + r) * place.row_step + channel;
       for (int64_t done = 0; done < columns; done += W) {
         const int64_t i = block_start(done, columns, W), pixels = least(W, columns - i);
-        Vec<T> block[W];
-        for (int64_t k = 0; k < W; ++k) {
-          block[k] = load<T>(from + place.column_offset[column + i + least(k, pixels - 1)]);
-        }
-        transpose<T>(block);
+        const int64_t* offset = place.column_offset + column + i;
         In* to = values + r * columns + i;
-        for (int64_t k = 0; k < W; ++k) {
-          if (pixels == W) {
-            Convert<T, In>::store_vec(to + k * kPitch, block[k]);
-          } else {
-            store_part<T, In>(to + k * kPitch, block[k], pixels);
-          }
+        Vec<T> block[W];
+        if (pixels == W) {
+          SALKERNELS_UNROLL
+          for (int k = 0; k < W; ++k) block[k] = load<T>(from + offset[k]);
+          transpose<T>(block);
+          SALKERNELS_UNROLL
+          for (int k = 0; k < W; ++k) Convert<T, In>::store_vec(to + k * kPitch, block[k]);
+          continue;
         }
+        for (int64_t k = 0; k < W; ++k) block[k] = load<T>(from + offset[least(k, pixels - 1)]);
+        transpose<T>(block);
+        for (int64_t k = 0; k < W; ++k) store_part<T, In>(to + k * kPitch, block[k], pixels);
       }
     }
   }

@@ -43,6 +43,13 @@ static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
+// Before a loop of few turns over an array of registers, which would else lie in memory.
+#ifdef __clang__
+#define SALKERNELS_UNROLL _Pragma("unroll")
+#else
+#define SALKERNELS_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 template <class T>
 static inline Vec<T> load(const T* p) {
   Vec<T> v;
