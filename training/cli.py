@@ -17,10 +17,10 @@ from typing import Any, TypeVar, get_args
 
 from jsonargparse import ArgumentParser, Namespace
 
-from .checkpoint import RunError
 from .config import FinetuneConfig, Precision, PretrainConfig, ProbeConfig, RunConfig
 from .data.nifti import DataError
 from .data.text import printable
+from .errors import RunError
 from .experiment.tables import TABLES, Endpoint
 from .parsing import Parser, require_settings_files
 from .presets import BEST, FINETUNE, PRETRAIN, PresetName
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = f"{parser.prog} {command}"
     # Imported only once the arguments are good: torch takes seconds.
     from .distributed import require_one_process
-    from .engine import Stopped
+    from .errors import Stopped
 
     try:
         if command != "pretrain":
@@ -466,7 +466,7 @@ def _add_allow_mismatch(parser: ArgumentParser) -> None:
 
 
 def _load_model(namespace: Namespace) -> Any:
-    from .engine import Device
+    from .device import Device
     from .models import load_unet
 
     device = Device.of(RunConfig(device=namespace.device, precision=namespace.precision))

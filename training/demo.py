@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .checkpoint import RunError
 from .config import FinetuneConfig, PretrainConfig, RunConfig
 from .data.phantom import write_phantom
-from .engine import Device
+from .device import Device
+from .errors import RunError
 from .figures import dice_bars, overlays
 from .finetune import finetune
 from .inputs import open_dataset

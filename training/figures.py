@@ -26,12 +26,14 @@ from .data.datasets import read_scan
 from .data.preprocess import for_display
 from .data.sampling import TwoSubjects
 from .data.text import unmarked
-from .engine import Device, step_generator
+from .device import Device, step_generator
 from .evaluate import dice_per_class, segment
+from .inputs import subjects
 from .methods import METHODS, Method
 from .models import Encoder, UNet, load_encoder
 from .runlog import CONFIG, read_metrics
 from .settings import damaged, read_record, read_settings
+from .views import make_views
 
 if TYPE_CHECKING:
     from .config import PretrainConfig
@@ -132,8 +134,6 @@ def input_slices(out: Path, cache: VolumeCache, config: PretrainConfig, method: 
 
     What a method learnt since then, such as where to crop, shows here already.
     """
-    from .pretrain import make_views, subjects
-
     batch = TwoSubjects(cache, subjects(config, cache), config.slices, config.seed)[0]
     device = next(method.parameters()).device
     generator = step_generator(config.seed, 0, device)
@@ -147,7 +147,7 @@ def input_slices(out: Path, cache: VolumeCache, config: PretrainConfig, method: 
         for column in range(half):
             sample = scan * half + column
             axes = grid[row][column]
-            _image(axes, pictures[sample + view * config.slices], cache)
+            _image(axes, pictures[2 * sample + view], cache)
             if view == 0:
                 index, depth = int(batch.slice_index[sample]), int(batch.num_slices[sample])
                 axes.set_title(f"{index + 1} of {depth}", fontsize=8)

@@ -14,9 +14,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from salkernels.training.checkpoint import RunError
 from salkernels.training.cli import main
-from salkernels.training.engine import Stopped
+from salkernels.training.errors import RunError, Stopped
 from salkernels.training.experiment import schedule
 from salkernels.training.experiment.cells import plan, with_settings
 from salkernels.training.experiment.plots import draw

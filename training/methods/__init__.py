@@ -1,6 +1,6 @@
 """Pre-training methods, one file each, registered by name."""
 
-from .base import Corpus, Method, Outcome, Views
+from .base import Corpus, Method, Outcome, Views, first, second, side_by_side
 from .ccrop import CCrop, CCropConfig
 from .contrast import ContrastConfig
 from .gcl import GCL, GCLConfig
@@ -36,4 +36,7 @@ __all__ = [
     "PIRLConfig",
     "SALConfig",
     "Views",
+    "first",
+    "second",
+    "side_by_side",
 ]

@@ -24,20 +24,43 @@ DRIFT, DRIFTED, LOOKS = 0.1, 0.5, 5
 
 
 class Views(NamedTuple):
-    """The 2n augmented samples of a step: the first view of n slices, then the second of each."""
+    """The 2n augmented samples of a batch of n slices: both views of each, one after the other.
+
+    Sample 2i is the first view of slice i, sample 2i + 1 the second (`first`, `second`). Slices lie
+    scan after scan, so that all samples of a scan lie together: the pairs of the alignment loss are
+    then blocks on the diagonal, which the kernels take as groups of their own.
+
+    All that tells which samples belong together is on the CPU, whichever device the images are on:
+    it can be looked at without waiting for a GPU.
+    """
 
     images: Tensor  # (2n, 1, H, W), on the training device
-    volume: Tensor  # (2n,) int64, the scan in the data set
+    volume: Tensor  # (2n,) int64, the scan in the data set; on the CPU, as the next three
     slice_index: Tensor  # (2n,) int64, the slice in its scan
     num_slices: Tensor  # (2n,) int64, V of that scan
     sample: Tensor  # (2n,) int64, the slice among all slices of the data set
     generator: torch.Generator  # of the step, for what the method draws itself
-    frame: Tensor | None = None  # (2n, 2, 3), how to undo each view's geometry: `augment.undo`
+    frame: Tensor | None = None  # (2n, 2, 3), on the device, undoes a view's geometry: `undo`
 
     @property
     def position(self) -> Tensor:
         """Relative position of each slice in its scan, in [0, 1): (2n,) float64."""
         return self.slice_index.double() / self.num_slices
+
+
+def first(x: Tensor) -> Tensor:
+    """Of samples (2n, ...) the first view of each slice: (n, ...)."""
+    return x[0::2]
+
+
+def second(x: Tensor) -> Tensor:
+    """Of samples (2n, ...) the second view of each slice: (n, ...)."""
+    return x[1::2]
+
+
+def side_by_side(x: Tensor) -> Tensor:
+    """All first views, then all second ones (2n, ...), in the order of `Views`."""
+    return x.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
 
 
 class Corpus(Protocol):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..transfer import to_device
 from .base import full_precision
 from .contrast import ContrastConfig, Contrastive
 
@@ -47,7 +48,7 @@ class GCL(Contrastive):
         return partition[:, None] == partition[None, :]
 
     def contrast(self, embeddings: Tensor, sample: Tensor, position: Tensor) -> Tensor:
-        same = self.positives(sample, position)
+        same = to_device(self.positives(sample, position), embeddings.device)
         return partition_loss(embeddings, same, self.settings.temperature)
 
 

@@ -21,6 +21,7 @@ from salkernels import (
 from ..augment import Geometry, shown, undo
 from ..distributed import gather, share
 from ..models import Embedding, EmbeddingKind, Encoder, Projection, UNetConfig
+from ..transfer import to_device
 from .base import (
     COSINE_LIMIT,
     RANK_LIMIT,
@@ -144,7 +145,8 @@ class SAL(Method):
         maps = self.encoder(views.images)
         features = maps[settings.scale - 1]
         # GP contrasts the samples of all processes; a scan, and so a pair of LA, is on one of them.
-        positives = positional_positives(gather(views.position), settings.t)
+        positives = positional_positives(gather(views.position), settings.t)  # on the CPU
+        positives = to_device(positives, features.device)
         projected = gather(self.projection(maps[-1]))
         gp = gp_loss(projected, positives, settings.temperature)
         outcome = Outcome(gp, {"loss": gp, "gp": gp, "la": gp.new_zeros(())})
@@ -263,13 +265,15 @@ def alignment(
 ) -> Tensor:
     """LA over pairs (S, S) of features (S, C, H, W) at valid pixels (S, H, W); 0 without any.
 
+    The pairs are best on the CPU, as those of a batch are.
+
     stop_gradient: keys get no gradient. roll: keys are rolled by half a map.
     """
     if not (stop_gradient or roll):
         return wla_set_loss(features, pairs, window_size, valid=valid)
     # The operator on a set has one map, and one gradient, for both roles of a sample: gather the
     # pairs instead.
-    query, key = pairs.nonzero(as_tuple=True)
+    query, key = (to_device(place, features.device) for place in pairs.nonzero(as_tuple=True))
     keys, keys_valid = (features.detach() if stop_gradient else features), valid
     if roll:
         keys = rolled(keys)
