@@ -41,9 +41,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--cache", type=Path, help="preprocessed slices for `loading` (default: made and dropped)")
     add("--preset", default="desk", help="of `loading` and `step` (default: desk)")
-    add(
-        "--views", type=int, default=0, help="of `step` that the encoder is timed on (0: all)"
-    )
+    add("--views", type=int, default=0, help="of `step` that the encoder is timed on (0: all)")
     add("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
     return arguments
 
@@ -69,8 +67,8 @@ def main(words: list[str] | None = None) -> int:
         if given.command == "step":
             from .step import measure_step
 
-            where = (given.preset, given.data, given.cache, given.views)
-            print(measure_step(label, settings, given.results, *where))
+            data, cache, views = given.data, given.cache, given.views
+            print(measure_step(label, settings, given.results, given.preset, data, cache, views))
             return 0
         if given.command == "loading":
             from .loading import measure_loading

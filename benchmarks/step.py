@@ -94,10 +94,9 @@ class Parts:
         ).contiguous(memory_format=torch.channels_last)
         self.embeddings = torch.randn(2 * config.slices, config.sal.projection_dim)
         self.embeddings = self.embeddings.to(device.device)
-        self.columns = [
-            column.repeat_interleave(2)
-            for column in (self.batch.volume, self.batch.slice_index, self.batch.num_slices)
-        ]
+        self.volume = self.batch.volume.repeat_interleave(2)
+        self.index = self.batch.slice_index.repeat_interleave(2)
+        self.depth = self.batch.num_slices.repeat_interleave(2)
         self.optimiser = torch.optim.SGD(self.method.parameters(), lr=1e-6, momentum=0.9)
         for parameter in self.method.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -139,13 +138,12 @@ class Parts:
         self._backward(embedded.float().mean())
 
     def gp(self) -> None:
-        volume, index, depth = self.columns
-        positives = positional_positives(index.double() / depth, self.config.sal.t)
+        positives = positional_positives(self.index.double() / self.depth, self.config.sal.t)
         rows = self.embeddings.detach().requires_grad_()
         self._backward(gp_loss(rows, positives, self.config.sal.temperature))
 
     def la(self) -> None:
-        pairs = slice_pairs(*self.columns, self.config.sal.near)
+        pairs = slice_pairs(self.volume, self.index, self.depth, self.config.sal.near)
         features = self.features.detach().requires_grad_()
         self._backward(wla_set_loss(features, pairs, self.config.sal.window_size))
 

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from .augment import AugmentConfig, Geometry
 from .data.manifest import DATASET_NAMES
 from .data.preprocess import PreprocessConfig
-from .methods import (
-    METHODS,
-    CCropConfig,
-    ContrastConfig,
-    GCLConfig,
-    PCLConfig,
-    PIRLConfig,
-    SALConfig,
-)
-from .methods.pirl import piece_side
+from .methods import METHODS
 from .models import UNetConfig
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -171,8 +162,18 @@ class RunConfig:
         return self.data
 
 
+MethodSettings = make_dataclass(
+    "MethodSettings",
+    [
+        (name, kind.Settings, field(default_factory=kind.Settings))
+        for name, kind in METHODS.items()
+        if kind.Settings is not None
+    ],
+)
+
+
 @dataclass
-class PretrainConfig(RunConfig):
+class PretrainConfig(RunConfig, MethodSettings):  # type: ignore[misc, valid-type]
     """Pre-training of an encoder on scans without labels.
 
     Args:
@@ -185,12 +186,8 @@ class PretrainConfig(RunConfig):
         num_folds: number of folds that leave_out_fold counts in.
         split_seed: of these folds; the same as in fine-tuning, or they are other folds.
         monitor_every: steps between two looks at collapse.
-        pirl: settings of PIRL.
-        simclr: settings of SimCLR.
-        gcl: settings of GCL.
-        pcl: settings of PCL.
-        ccrop: settings of ContrastiveCrop.
-        sal: settings of SAL.
+
+    And the settings of each method, under its name.
     """
 
     method: str = "sal"
@@ -200,12 +197,11 @@ class PretrainConfig(RunConfig):
     num_folds: int = 5
     split_seed: int = 0
     monitor_every: int = 50
-    pirl: PIRLConfig = field(default_factory=PIRLConfig)
-    simclr: ContrastConfig = field(default_factory=ContrastConfig)
-    gcl: GCLConfig = field(default_factory=GCLConfig)
-    pcl: PCLConfig = field(default_factory=PCLConfig)
-    ccrop: CCropConfig = field(default_factory=CCropConfig)
-    sal: SALConfig = field(default_factory=SALConfig)
+
+    @property
+    def settings(self) -> Any:
+        """Those of the method; None where it has none."""
+        return getattr(self, self.method, None)
 
     @property
     def geometry(self) -> Geometry:
@@ -226,25 +222,8 @@ class PretrainConfig(RunConfig):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.leave_out_fold is not None:
             self.require_fold("leave_out_fold", self.leave_out_fold, self.num_folds)
-        if self.method == "pirl":
-            piece_side(self.crop, self.model.stride)
-        if self.method == "sal" and self.sal.common_frame and self.augment.elastic:
-            raise ValueError(
-                "sal.common_frame undoes affine transforms only, but augment.elastic is "
-                f"{self.augment.elastic}; set one of them to its default"
-            )
-        side = self.crop // 2 ** (self.sal.scale - 1)
-        if self.method == "sal" and self.sal.window_size > side:
-            raise ValueError(
-                f"sal.window_size {self.sal.window_size} is larger than the {side} x {side} map of "
-                f"scale {self.sal.scale} at crop {self.crop}"
-            )
-        if self.method == "sal" and self.sal.roll and self.sal.window_size > side // 2:
-            raise ValueError(
-                f"sal.roll moves keys by {side // 2} pixels, half of the map of scale "
-                f"{self.sal.scale} at crop {self.crop}: windows of {self.sal.window_size} would "
-                f"still overlap with their own place; use a smaller sal.window_size"
-            )
+        kind = METHODS[self.method]
+        kind.check(self.settings, self)
 
 
 @dataclass

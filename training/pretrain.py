@@ -69,8 +69,7 @@ class Pretraining:
         self.corpus = Slices(self.cache, self.seen)
         self.log = RunLog(config, "pretrain", self.device.describe(), identity(config, self.cache))
         torch.manual_seed(config.seed)
-        settings = getattr(config, config.method, None)
-        self.method = METHODS[config.method](config.model, settings, self.corpus)
+        self.method = METHODS[config.method](config.model, config.settings, self.corpus)
         first(self.keep_start)
         self.device.to(self.method)
         if config.sync_batchnorm and world() > 1:
@@ -195,7 +194,7 @@ def thin_scans(config: PretrainConfig, cache: VolumeCache, seen: Sequence[str]) 
             f"lies; expected several slices, as in {scans[0].name}: pass another --method, such as "
             f"simclr"
         )
-    settings = getattr(config, config.method)
+    settings = config.settings
     found = []
     for name in ("t", "t_la"):  # t_la: of SAL, where it is not t
         t = getattr(settings, name, None)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
     """From the CPU without waiting for the device; from a GPU values would arrive too late."""
-    return x if x.device == device else x.to(device, non_blocking=x.is_cpu)
+    return x.to(device, non_blocking=x.is_cpu)
 
 
 class Travelling:

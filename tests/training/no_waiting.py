@@ -79,29 +79,35 @@ class _Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in READING and self.fake.holds(args[0]):
             raise Waited(f"{func.__name__} of a tensor on the device")
-        if func is torch.tensor and kwargs.get("device") is not None:
+        if func is torch.tensor and isinstance(kwargs.get("device"), torch.device):
             raise Waited("torch.tensor(..., device=...) copies and waits; use torch.full")
         if func is Tensor.new_tensor and self.fake.holds(args[0]):
             raise Waited("new_tensor copies and waits; use new_full")
-        if func is Tensor.to and _names_device(args, kwargs):
+        if func is Tensor.to and _device(args, kwargs) is not None:
             return self.moved(func, args, kwargs)
         return func(*args, **kwargs)
 
     def moved(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """`.to(device)`: a copy to the other side, since both are this CPU."""
+        """`.to(device)`: both sides are this CPU, so here it is a copy that changes sides.
+
+        The text "cpu" is the CPU, a `torch.device` the device that is played.
+        """
+        here, to_cpu = self.fake.holds(args[0]), _device(args, kwargs) == "cpu"
+        if here != to_cpu:
+            return func(*args, **kwargs)  # it is there already
         if not kwargs.get("non_blocking", False):
             raise Waited(".to(device) waits without non_blocking=True")
-        away = self.fake.holds(args[0])
         copy = func(*args, **kwargs).detach().clone()
-        if away:
+        if to_cpu:
             self.fake.memory.pop(copy.untyped_storage()._cdata, None)
             return copy
         return self.fake.put(copy)
 
 
-def _names_device(args: Any, kwargs: Any) -> bool:
+def _device(args: Any, kwargs: Any) -> str | torch.device | None:
+    """What `.to` names as the device."""
     given = (*args[1:], kwargs.get("device"))
-    return any(isinstance(value, (str, torch.device)) for value in given)
+    return next((value for value in given if isinstance(value, (str, torch.device))), None)
 
 
 @contextmanager

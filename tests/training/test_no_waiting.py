@@ -14,6 +14,7 @@ from salkernels.training.engine import RunState
 from salkernels.training.methods import METHODS, SALConfig
 from salkernels.training.models import UNetConfig
 from salkernels.training.pretrain import pretrain
+from salkernels.training.transfer import to_device
 from tests.training.no_waiting import Waited, no_waiting
 
 TRAINED = [name for name, kind in METHODS.items() if kind.trains]
@@ -23,6 +24,7 @@ CASES = {
     **{name: {"method": name, "augment": STRONG} for name in TRAINED},
     "frame": {"sal": FRAME, "augment": AugmentConfig(geometry="independent", flip=0.5)},
     "roll": {"sal": SALConfig(scale=3, roll=True, stop_gradient=True)},
+    "contrast": {"sal": SALConfig(scale=3, loss="contrast")},
     "two pairs": {"method": "pcl", "pairs": 2},
     "accumulated": {"method": "sal", "optim": OptimConfig(steps=3, accumulate=2)},
     "resident": {"method": "sal", "cache_on": "device"},
@@ -80,7 +82,7 @@ def test_a_step_of_fine_tuning_does_not_wait_either(steps_on_a_device, finetune_
         lambda x: x.to("cpu"),
         lambda x: x.tolist(),
         lambda x: x.new_tensor(3),
-        lambda x: torch.tensor([1.0], device="cpu"),
+        lambda x: torch.tensor([1.0], device=torch.device("cpu")),
         lambda x: torch.rand(3, generator=torch.Generator()).sum().item(),
         lambda x: torch.zeros(3).to(torch.device("cpu")),
     ],
@@ -96,9 +98,8 @@ def test_the_played_device_lets_pass_what_does_not_wait():
     with no_waiting(module) as fake:
         rows = torch.tensor([0, 2])
         assert rows.unique().tolist() == [0, 2]  # on the CPU
-        there = (
-            to_device(rows, torch.device("meta")) if False else rows.to("cpu", non_blocking=True)
-        )
+        assert not fake.holds(rows.to("cpu"))
+        there = to_device(rows, torch.device("cpu"))
         assert fake.holds(there)
         picked = module.weight[there]
         assert fake.holds(picked)

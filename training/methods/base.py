@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..augment import Geometry
-from ..models import Encoder
+from ..augment import AugmentConfig, Geometry
+from ..models import Encoder, UNetConfig
 
 COSINE_LIMIT = 0.9  # mean cosine of arbitrary features above which they count as collapsed
 RANK_LIMIT = 1.5  # effective rank below which they count as collapsed to one line
@@ -63,6 +63,22 @@ def side_by_side(x: Tensor) -> Tensor:
     return x.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
 
 
+class Run(Protocol):
+    """What a method may ask of the run's configuration."""
+
+    @property
+    def crop(self) -> int:
+        """Side of the views in pixels."""
+
+    @property
+    def model(self) -> UNetConfig:
+        """Size of the encoder."""
+
+    @property
+    def augment(self) -> AugmentConfig:
+        """Strength of the augmentation."""
+
+
 class Corpus(Protocol):
     """The slices that pre-training sees, for methods that remember or revisit each of them."""
 
@@ -97,10 +113,13 @@ class Outcome:
 class Method(nn.Module, ABC):
     """A pre-training method: an encoder, whatever heads it needs, and a loss.
 
-    Built as `Method(model, settings, corpus)`, where `settings` is the field of the configuration
-    that bears the method's name, or None for a method without settings.
+    Built as `Method(model, settings, corpus)`, where `settings` is a `Settings`, or None for a
+    method without settings.
 
     Class attributes:
+        label: how tables and figures call it.
+        Settings: a dataclass of what can be set, all with defaults. The configuration has it as a
+            field of the method's name, and the command line as flags `--name.setting`.
         geometry: how the method wants the views of a step to be transformed: each by itself, or
             the slices of one scan alike (`augment.geometry=auto` follows it).
         watched: a figure of `monitor` whose rows make up the history given to `warnings`.
@@ -110,6 +129,8 @@ class Method(nn.Module, ABC):
         pictured: what the picture of a batch shows (`pictures`).
     """
 
+    label: ClassVar[str]
+    Settings: ClassVar[type[Any] | None] = None
     geometry: ClassVar[Geometry] = "independent"
     watched: ClassVar[str] = "cosine_encoder"
     positional: ClassVar[bool] = False
@@ -121,6 +142,13 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def forward(self, views: Views) -> Outcome:
         """The loss of one batch."""
+
+    @classmethod
+    def check(cls, settings: Any, run: Run) -> None:
+        """Raises a ValueError where the method cannot be trained in such a run.
+
+        What settings alone tell belongs into their `__post_init__`.
+        """
 
     @property
     def leaves_parameters_out(self) -> bool:
@@ -186,11 +214,10 @@ def retrieval(outcome: Outcome, views: Views) -> dict[str, float]:
     maps = outcome.maps.get("encoder") if outcome.deepest is None else outcome.deepest
     if maps is None:
         return {}
-    pooled = F.normalize(maps.float().mean(dim=(2, 3)), dim=1)
-    # Some methods encode the first view of each slice only.
-    volume, position, sample = (
-        column[: len(pooled)] for column in (views.volume, views.position, views.sample)
-    )
+    pooled = F.normalize(maps.float().mean(dim=(2, 3)), dim=1).cpu()  # where the columns are
+    volume, position, sample = views.volume, views.position, views.sample
+    if len(pooled) < len(sample):  # some methods encode the first view of each slice only
+        volume, position, sample = first(volume), first(position), first(sample)
     other = sample[:, None] != sample
     if not bool(other.any(dim=1).all()):
         return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -54,6 +55,8 @@ class CCrop(SimCLR):
     the largest shift of the augmentation where that is more.
     """
 
+    label: ClassVar[str] = "CCrop"
+    Settings: ClassVar[type[Any]] = CCropConfig
     settings: CCropConfig
     boxes: Tensor
 

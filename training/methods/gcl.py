@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -38,6 +38,8 @@ class GCL(Contrastive):
     Changed: scans are not aligned by hand beforehand, and a batch is two scans, not many.
     """
 
+    label: ClassVar[str] = "GCL"
+    Settings: ClassVar[type[Any]] = GCLConfig
     positional: ClassVar[bool] = True
     curves: ClassVar[tuple[str, dict[str, str]]] = ("contrast of partitions (GCL)", {"loss": ""})
     settings: GCLConfig

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..distributed import gather
 from ..models import Encoder, Projection, UNetConfig
 from ..transfer import to_device
-from .base import Corpus, Method, Outcome, Views, first, full_precision, second
+from .base import Corpus, Method, Outcome, Run, Views, first, full_precision, second
 
 GRID = 3  # the jigsaw has 3 x 3 pieces
 
@@ -55,6 +55,8 @@ class PIRL(Method):
     slice and the second is cut into the jigsaw; pieces are as large as the encoder's stride allows.
     """
 
+    label: ClassVar[str] = "PIRL"
+    Settings: ClassVar[type[Any]] = PIRLConfig
     curves: ClassVar[tuple[str, dict[str, str]]] = (
         "noise-contrastive losses",
         {"loss": "total", "jigsaw": "jigsaw", "slice": "slice itself"},
@@ -75,6 +77,10 @@ class PIRL(Method):
         bank = F.normalize(torch.randn(corpus.num_samples, dim), dim=1)
         self.register_buffer("bank", bank)
         self.register_buffer("seen", corpus.samples, persistent=False)
+
+    @classmethod
+    def check(cls, settings: Any, run: Run) -> None:
+        piece_side(run.crop, run.model.stride)
 
     def forward(self, views: Views) -> Outcome:
         # Copies: every other image of a batch is no layout that convolutions like.

@@ -23,6 +23,7 @@ class Rotation(Method):
     other methods. The views carry the augmentation of all methods (up to 30° of rotation).
     """
 
+    label: ClassVar[str] = "Rotation"
     curves: ClassVar[tuple[str, dict[str, str]]] = ("cross-entropy of the turns", {"loss": ""})
     pictured: ClassVar[str] = "two views each, as they were turned"
 

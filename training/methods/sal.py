@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from .base import (
     Corpus,
     Method,
     Outcome,
+    Run,
     Views,
     chances,
     drift,
@@ -142,6 +143,8 @@ class SALConfig:
 class SAL(Method):
     """Encoder, embedding E for LA at scale s, projection for GP at the deepest scale (Eq. 3)."""
 
+    label: ClassVar[str] = "SAL"
+    Settings: ClassVar[type[Any]] = SALConfig
     geometry: ClassVar[Geometry] = "shared"  # or a window no longer shows the same anatomy
     positional: ClassVar[bool] = True
     watched: ClassVar[str] = "la_control"
@@ -162,6 +165,26 @@ class SAL(Method):
         channels = model.channels[settings.scale - 1]
         self.embedding = Embedding(settings.embedding, channels, settings.embedding_dim or channels)
         self.projection = Projection(model.channels[-1], settings.projection_dim)
+
+    @classmethod
+    def check(cls, settings: SALConfig, run: Run) -> None:
+        side = run.crop // 2 ** (settings.scale - 1)
+        if settings.common_frame and run.augment.elastic:
+            raise ValueError(
+                "sal.common_frame undoes affine transforms only, but augment.elastic is "
+                f"{run.augment.elastic}; set one of them to its default"
+            )
+        if settings.window_size > side:
+            raise ValueError(
+                f"sal.window_size {settings.window_size} is larger than the {side} x {side} map of "
+                f"scale {settings.scale} at crop {run.crop}"
+            )
+        if settings.roll and settings.window_size > side // 2:
+            raise ValueError(
+                f"sal.roll moves keys by {side // 2} pixels, half of the map of scale "
+                f"{settings.scale} at crop {run.crop}: windows of {settings.window_size} would "
+                f"still overlap with their own place; use a smaller sal.window_size"
+            )
 
     def forward(self, views: Views) -> Outcome:
         settings = self.settings
