@@ -73,7 +73,8 @@ class RunConfig:
         crop: side of the network's square input in pixels of the cached slices.
         seed: of weights, batches and augmentation.
         device: "auto" takes a GPU if torch sees one; under torchrun each process its own.
-        precision: of training; "auto" is bf16 where that is faster. Evaluation is in fp32.
+        precision: of training; "auto" is bf16 on GPUs that have it, else fp32. Evaluation is in
+            fp32.
         threads: CPU threads of torch; 0 leaves torch's choice.
         workers: processes that load slices, per training process; 0 loads in the main one.
         cache_on: where training takes preprocessed slices from: "host" reads each as it is needed,

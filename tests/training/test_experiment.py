@@ -58,7 +58,8 @@ def test_tables_name_known_methods_and_valid_settings(pretrain_config):
         for arm in table.arms:
             assert arm.method in METHODS
             with_settings(config, {**arm.settings, "method": arm.method})
-    assert [arm.method for arm in TABLES["table1"].arms] == list(METHODS)
+    paper = ["random", "rotation", "pirl", "simclr", "gcl", "pcl", "ccrop", "sal"]
+    assert [arm.method for arm in TABLES["table1"].arms] == paper
     # An arm that two tables share is the same run.
     shared = {}
     for table in TABLES.values():

@@ -221,4 +221,6 @@ TABLES: dict[str, Table] = {
         (2,),
         "sal-lambda0",
     ),
+    # Not in the paper either: what `demo` runs.
+    "demo": Table("Two ways to start, on a phantom", (METHOD_ARMS[0], _SAL), (2,), "random"),
 }  # fmt: skip

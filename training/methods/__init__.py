@@ -45,9 +45,7 @@ def method_in(module: ModuleType) -> type[Method]:
         names = ", ".join(kind.__name__ for kind in found) or "none"
         raise TypeError(f"{module.__name__}: expected one subclass of Method, got {names}")
     if not hasattr(found[0], "label"):
-        raise TypeError(
-            f"{module.__name__}: expected {found[0].__name__}.label"
-        )
+        raise TypeError(f"{module.__name__}: expected {found[0].__name__}.label")
     return found[0]
 
 
