@@ -35,7 +35,7 @@ EXTRA = ("naive", "gram")  # what the step would cost without this package
 
 
 def problem_of(features: Tensor, pairs: Tensor, window: int) -> Problem:
-    query, key = pairs.nonzero(as_tuple=True)
+    query, key = (place.to(features.device) for place in pairs.nonzero(as_tuple=True))
     return Problem(features, pairs.cpu(), query, key, window)
 
 
@@ -66,7 +66,8 @@ class Step:
             "num_slices": torch.full((slices,), slices // 2),
             "sample": torch.arange(slices),
         }
-        columns = {name: column.repeat(2).to(device) for name, column in samples.items()}
+        # Both views of a slice side by side, and all but the images on the CPU: as in training.
+        columns = {name: column.repeat_interleave(2) for name, column in samples.items()}
         images = torch.randn(2 * slices, 1, crop, crop).to(device)
         images = images.contiguous(memory_format=torch.channels_last)
         self.views = Views(images, **columns, generator=torch.Generator(device))
