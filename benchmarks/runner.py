@@ -13,7 +13,7 @@ import numpy as np
 from .cases import QUICK, SUITES, SWEEPS, Case
 from .isolate import ChildFailed, OutOfTime, stream
 from .machine import Rates, describe
-from .measure import MODES, Job, Settings, Trial, save_truth, time_jobs, try_jobs
+from .measure import MODES, Job, Settings, Times, Trial, save_truth, time_jobs, try_jobs
 from .providers import names_for, providers
 from .report import Results, Row, number
 
@@ -125,8 +125,11 @@ class _Measurement:
         times, rates = self._times(good)
         rows = []
         for job, trial in good.items():
-            if times.get(job):
-                rows += [self._time_row(job, trial, *item, rates) for item in times[job].items()]
+            if job in times and times[job].passes:
+                rows += [
+                    self._time_row(job, trial, name, times[job], rates)
+                    for name in times[job].passes
+                ]
             else:
                 lost = Trial("failed", "it ran alone, and failed between the others")
                 rows += self._failure_rows(job, lost)
@@ -188,13 +191,11 @@ class _Measurement:
         except ChildFailed as error:
             yield Trial("failed", str(error))
 
-    def _times(
-        self, good: dict[Job, Trial]
-    ) -> tuple[dict[Job, dict[str, list[float]]], Rates | None]:
+    def _times(self, good: dict[Job, Trial]) -> tuple[dict[Job, Times], Rates | None]:
         """Seconds per round, without a job that stops the child."""
         left = {job: trial.seconds for job, trial in good.items()}
         while left:
-            times: dict[Job, dict[str, list[float]]] = {}
+            times: dict[Job, Times] = {}
             rates, current = None, None
             try:
                 for item in stream(
@@ -213,6 +214,9 @@ class _Measurement:
                         times[item[0]] = item[1]
                 return times, rates
             except ChildFailed as error:
+                if set(times) == set(left) and current is not None:  # all are timed
+                    say(f"  {current.provider} {current.mode}: no graph: {error}")
+                    return times, rates
                 if current is None:
                     say(f"  no timing: {error}")
                     break
@@ -236,9 +240,10 @@ class _Measurement:
         return [{**row, "pass": name} for name in PASSES[job.mode]]
 
     def _time_row(
-        self, job: Job, trial: Trial, name: str, seconds: list[float], rates: Rates | None
+        self, job: Job, trial: Trial, name: str, times: Times, rates: Rates | None
     ) -> Row:
-        low, middle, high = np.quantile(seconds, (0.2, 0.5, 0.8))
+        low, middle, high = np.quantile(times.passes[name], (0.2, 0.5, 0.8))
+        host = times.host.get(name)
         num_bytes, flops = self.case.bytes_moved(name), self.case.flops(name)
         floor = rates.floor(num_bytes, flops) if rates else float("nan")
         return {
@@ -246,7 +251,7 @@ class _Measurement:
             "provider": job.provider,
             "pass": name,
             "status": "ok",
-            "rounds": str(len(seconds)),
+            "rounds": str(len(times.passes[name])),
             "median_ms": number(middle * 1e3),
             "p20_ms": number(low * 1e3),
             "p80_ms": number(high * 1e3),
@@ -259,4 +264,9 @@ class _Measurement:
             "gemm_gflop_per_s": number(rates.gemm if rates else float("nan")),
             "loss_error": number(trial.errors.loss),
             "grad_error": number(trial.errors.grad),
+            "first_s": number(trial.first),
+            "host_us": number(float(np.median(host)) * 1e6) if host else "",
+            # One graph holds the whole call; of the backward alone there is none.
+            "graph_ms": "" if name == "backward" else number(times.graph * 1e3),
+            "queued": ("yes" if times.queued else "no") if host else "",
         }
