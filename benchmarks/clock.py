@@ -8,6 +8,7 @@ Before each call the second-level cache is emptied, since no training step finds
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from statistics import median
@@ -109,8 +110,8 @@ class Stopwatch:
         queue.synchronise()
         del result
         return Round(
-            [b.since(a) for a, b in zip(events, events[1:], strict=False)],
-            [b - a for a, b in zip(times, times[1:], strict=False)],
+            [b.since(a) for a, b in itertools.pairwise(events)],
+            [b - a for a, b in itertools.pairwise(times)],
             queued,
         )
 

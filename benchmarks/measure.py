@@ -116,7 +116,7 @@ def try_job(job: Job, case: Case, device: str, truth: str) -> Trial:
         if case.window > 8:
             tiny = replace(tiny, height=8, width=8, window=4)
         warm_up = (case if provider.builds else tiny).problem(device)
-        first = _seconds(lambda: run_once(provider, warm_up, job.mode), device)
+        first = _seconds(functools.partial(run_once, provider, warm_up, job.mode), device)
         del warm_up
         problem = case.problem(device)
         memory = PeakMemory(device)

@@ -44,7 +44,7 @@ class Results:
         unknown = set(self.rows[0]) - set(self.columns) if self.rows else set()
         if unknown:
             raise ValueError(
-                f"{path} has columns that this version does not write, {', '.join(sorted(unknown))}; "
+                f"{path} has other columns than this version writes, {', '.join(sorted(unknown))}; "
                 "use another label, or --fresh"
             )
 
