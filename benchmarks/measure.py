@@ -115,31 +115,40 @@ def try_job(job: Job, case: Case, device: str, truth: str) -> Trial:
         tiny = Case(8, case.channels, 2 * case.window, 2 * case.window, case.window, case.dtype)
         if case.window > 8:
             tiny = replace(tiny, height=8, width=8, window=4)
-        warm_up = (case if provider.builds else tiny).problem(device)
-        first = _seconds(functools.partial(run_once, provider, warm_up, job.mode), device)
-        del warm_up
-        problem = case.problem(device)
-        memory = PeakMemory(device)
-        start = time.perf_counter()
-        loss, grad = run_once(provider, problem, job.mode)
-        synchronise(device)
-        seconds = time.perf_counter() - start
-        peak = memory.growth() - (0 if grad is None else grad.numel() * grad.element_size())
+        first = first_call(provider, (case if provider.builds else tiny).problem(device), job.mode)
         expected = verify.Truth(*torch.load(Path(truth)))
-        found = verify.errors(expected, loss, grad)
+        found = trial(provider, case.problem(device), job.mode, expected)
     except Exception as error:  # whatever a provider raises is its result
         return Trial(_status(error), describe_error(error))
-    reason = verify.complaint(found, case.dtype)
-    status = "ok" if reason is None else "wrong"
-    return Trial(status, reason or "", seconds, max(0, peak), found, first)
+    return replace(found, first=first)
 
 
-def _seconds(run: Callable[[], object], device: str) -> float:
-    """Of one call, from an idle device to an idle device."""
+def first_call(provider: Provider, problem: Problem, mode: str) -> float:
+    """Seconds of a call that nothing has prepared."""
+    return _seconds(functools.partial(run_once, provider, problem, mode), problem.features.device)
+
+
+def trial(provider: Provider, problem: Problem, mode: str, expected: verify.Truth) -> Trial:
+    """One call that has been prepared: is it right, and what does it take?"""
+    device = problem.features.device.type
+    memory = PeakMemory(device)
+    start = time.perf_counter()
+    loss, grad = run_once(provider, problem, mode)
     synchronise(device)
+    seconds = time.perf_counter() - start
+    peak = memory.growth() - (0 if grad is None else grad.numel() * grad.element_size())
+    found = verify.errors(expected, loss, grad)
+    reason = verify.complaint(found, str(problem.features.dtype).removeprefix("torch."))
+    status = "ok" if reason is None else "wrong"
+    return Trial(status, reason or "", seconds, max(0, peak), found)
+
+
+def _seconds(run: Callable[[], object], device: str | torch.device) -> float:
+    """Of one call, from an idle device to an idle device."""
+    synchronise(str(device))
     start = time.perf_counter()
     run()
-    synchronise(device)
+    synchronise(str(device))
     return time.perf_counter() - start
 
 
@@ -198,7 +207,13 @@ def time_jobs(
     """
     torch.set_num_threads(settings.threads)
     yield measure_rates(settings.device, case.torch_dtype, settings.quick)
-    problem = case.problem(settings.device)
+    yield from interleaved(jobs, case.problem(settings.device), settings)
+
+
+def interleaved(
+    jobs: dict[Job, float], problem: Problem, settings: Settings, graphs: bool = True
+) -> Iterator[Job | tuple[Job, Times]]:
+    """The rounds of `time_jobs` on features that are there already; `graphs`: replay, too."""
     found = providers()
     queue = queue_for(settings.device)
     times = {job: Times() for job in jobs}
@@ -225,8 +240,8 @@ def time_jobs(
                 alive[job] = False
                 times[job] = Times()
     yield from times.items()
-    if settings.device.startswith("cuda"):
-        yield from _replayed(times, problem, queue)
+    if graphs and settings.device.startswith("cuda"):
+        yield from replayed(times, problem, queue)
 
 
 def timed(provider: Provider, problem: Problem, mode: str, watch: Stopwatch, times: Times) -> Round:
@@ -253,7 +268,7 @@ def timed(provider: Provider, problem: Problem, mode: str, watch: Stopwatch, tim
     return found
 
 
-def _replayed(
+def replayed(
     times: dict[Job, Times], problem: Problem, queue: Queue
 ) -> Iterator[Job | tuple[Job, Times]]:
     """The jobs again, with the time of their graph or why there is none.

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import measure, report, runner
+from benchmarks import measure, report, rows, runner
 from benchmarks.cases import ACDC, Case
 from benchmarks.clock import LONGEST_LEAD, HostQueue, Stopwatch, replay_seconds
 from benchmarks.measure import Job, Settings, Times, Trial, save_truth, time_jobs, timed, try_job
@@ -226,12 +226,12 @@ def test_rows_and_table_of_a_gpu(tmp_path, monkeypatch):
     )
     trial = Trial("ok", "", 1.0, 5e6, first=7.5)
     job = Job("gram", "both")
-    rows = [one._time_row(job, trial, name, times, None) for name in times.passes]
-    assert [row["host_us"] for row in rows] == ["100", "250"]
-    assert [row["graph_ms"] for row in rows] == ["", "2.9"]
-    assert {row["first_s"] for row in rows} == {"7.5"}
-    assert {row["queued"] for row in rows} == {"no"}
-    one.results.add(rows)
+    found = rows.timed(one.common, SMALL, job, trial, times, None)
+    assert [row["host_us"] for row in found] == ["100", "250"]
+    assert [row["graph_ms"] for row in found] == ["", "2.9"]
+    assert {row["first_s"] for row in found} == {"7.5"}
+    assert {row["queued"] for row in found} == {"no"}
+    one.results.add(found)
     lines = report.markdown(one.results.rows).splitlines()
     heading = next(line for line in lines if line.startswith("| provider"))
     assert heading.endswith("| host µs | graph ms | first call s |")
