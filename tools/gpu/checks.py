@@ -139,11 +139,11 @@ def sanitized(context: Context) -> None:
     """What compute-sanitizer looks at: each way to tile, both passes."""
     import torch
 
-    from salkernels import backends
+    from salkernels.backends import get
     from salkernels.reference import Outputs
 
     name = context.backends[0]
-    backend = backends.get(name)
+    backend = get(name)
     count = 0
     for form, dtype in itertools.product(SMALL, (F32, BF16)):
         form = form._replace(dtype=dtype)

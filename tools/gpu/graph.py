@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -40,7 +41,7 @@ class _Checks:
         checks: dict[str, Callable[[], bool]] = {}
         if self.context.on_gpu:
             for where in ("cuda", "cpu"):
-                checks[f"graph, mask on {where}"] = lambda where=where: self._captured(where)
+                checks[f"graph, mask on {where}"] = functools.partial(self._captured, where)
             checks["side stream"] = self._on_a_side_stream
         checks["repeats"] = self._repeats
         checks["autocast"] = self._under_autocast
@@ -82,7 +83,9 @@ class _Checks:
         def loss(x: Tensor) -> Tensor:
             return salkernels.wla_set_loss(x, pairs, 2, backend=self.name)
 
-        compiled = torch.compile(loss, fullgraph=True)
+        # A rehearsal is not to wait for a C++ compiler.
+        how = "inductor" if self.context.on_gpu else "aot_eager"
+        compiled = torch.compile(loss, fullgraph=True, backend=how)
         return self._same(torch.autograd.grad(compiled(self.features), self.features)[0])
 
     def _under_autocast(self) -> bool:

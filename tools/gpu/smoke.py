@@ -7,7 +7,8 @@ import itertools
 import torch
 from torch import Tensor
 
-from salkernels import backends, reference
+from salkernels import reference
+from salkernels.backends import get
 from salkernels.reference import Outputs
 
 from .inputs import BF16, EPS, F16, F32, F64, SMOKE, Call, call
@@ -31,7 +32,7 @@ def smoke(context: Context) -> None:
 
 def against_definition(name: str, given: Call, bounds: tuple[float, float]) -> dict[str, object]:
     """Errors of loss, maxima and gradients, the share of other matches, and whether all is well."""
-    backend, wide = backends.get(name), given.widened()
+    backend, wide = get(name), given.widened()
     found = Outputs(*backend.match(*given))
     expected = reference.match(*wide)
     grad = torch.randn(found.max_sim.shape, generator=torch.Generator().manual_seed(3))
@@ -93,7 +94,7 @@ def _nearly_aligned(name: str, dtype: torch.dtype, noise: float, device: str) ->
     features = features.contiguous(memory_format=torch.channels_last)
     pairs = (~torch.eye(8, dtype=torch.bool, device=device)).flatten().nonzero().squeeze(1)
     given = Call(features[None], None, pairs, None, (2, 2), EPS)
-    found = Outputs(*backends.get(name).match(*given))
+    found = Outputs(*get(name).match(*given))
     expected = reference.match(*given.widened())
     error = found.max_sim.double() - expected.max_sim
     relative = (found.loss.double() - expected.loss).abs() / expected.loss
