@@ -8,6 +8,7 @@ Before each call the second-level cache is emptied, since no training step finds
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable
@@ -15,7 +16,6 @@ from statistics import median
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
 
 FIRST_LEAD, LONGEST_LEAD = 2e-3, 60e-3  # seconds that the device is kept busy beforehand
 FLUSH_BYTES = 256 << 20  # five times the cache of an H100
@@ -148,7 +148,8 @@ class CudaQueue:
         self.buffer = torch.zeros(FLUSH_BYTES // 4, device="cuda")
         self.sink = torch.zeros((), device="cuda")
         self.flush()
-        self._cycles(1000)  # the first call loads the kernel
+        # The first call loads the kernel, and an idle device takes a while to reach its clock.
+        self._cycles(5 * CALIBRATION)
         start = self.mark()
         self._cycles(CALIBRATION)
         end = self.mark()
@@ -228,7 +229,11 @@ class HostEvent:
         return self.at - other.at
 
 
-def queue_for(device: str | torch.device | Tensor) -> Queue:
-    """The queue of a device, by its name or by a tensor on it."""
-    place = device.device if isinstance(device, Tensor) else torch.device(device)
-    return CudaQueue() if place.type == "cuda" else HostQueue()
+@functools.cache
+def cuda_queue() -> CudaQueue:
+    """One for all: its buffer and its calibration are not made again for each case."""
+    return CudaQueue()
+
+
+def queue_for(device: str | torch.device) -> Queue:
+    return cuda_queue() if torch.device(device).type == "cuda" else HostQueue()

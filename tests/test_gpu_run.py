@@ -69,7 +69,7 @@ def test_what_becomes_of_one_step_stops_no_other(scripted, tmp_path):
         "raises": "raise ValueError('said by raises')",
         "dies": "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
         "partly": f"raise SystemExit({LEFT_OVER})",
-        "lost": f"raise SystemExit({LOST})",
+        "lost": f"open({str(tmp_path / 'tries')!r}, 'a').write('x'); raise SystemExit({LOST})",
         "last": "print('said by last')",
     }
     found = scripted(scripts).run(steps(*scripts))
@@ -82,6 +82,7 @@ def test_what_becomes_of_one_step_stops_no_other(scripted, tmp_path):
         "last": "done",
     }
     assert read_endings(tmp_path) == found
+    assert (tmp_path / "tries").read_text() == "x" * conductor.ATTEMPTS
     log = (tmp_path / "log.txt").read_text()
     for text in ("said by good", "ValueError: said by raises", "said by last"):
         assert text in log
@@ -89,6 +90,21 @@ def test_what_becomes_of_one_step_stops_no_other(scripted, tmp_path):
     assert "done: good" in told
     assert "raises: **failed: exit status 1**" in told
     assert "partly: **left over**" in told
+
+
+def test_a_step_goes_on_behind_what_cost_it_the_device(scripted, tmp_path):
+    """In a new process, in which the same input is not tried again."""
+    here = context(tmp_path, "time")
+    here.emit("bad", failed="RuntimeError: CUDA error: an illegal memory access", lost=True)
+    here.emit("other", failed="RuntimeError: no luck")
+    assert context(tmp_path, "time").finished == {"bad"}
+    mark = str(tmp_path / "tries")
+    script = (
+        f"import os; first = not os.path.exists({mark!r}); open({mark!r}, 'a').write('x');"
+        f"raise SystemExit({LOST} if first else 0)"
+    )
+    assert scripted({"time": script}).run(steps("time"))["time"].status == "done"
+    assert (tmp_path / "tries").read_text() == "xx"
 
 
 def test_a_step_that_hangs_is_ended_with_all_that_it_started(scripted, tmp_path):
@@ -251,7 +267,9 @@ def test_timing_verifies_times_and_tells(tmp_path, monkeypatch):
     wrong = Provider("salkernels-wrong", lambda problem: gram(problem) / 2)
     for provider in (raising, wrong):
         monkeypatch.setitem(providers(), provider.name, provider)
-    names = ["gram", "raises", "salkernels-wrong", "salkernels-cuda"]
+    absent = Provider("absent", gram, package="no_such_package")
+    monkeypatch.setitem(providers(), "absent", absent)
+    names = ["gram", "raises", "salkernels-wrong", "salkernels-cuda", "absent"]
     monkeypatch.setattr(timing, "groups", lambda *_: [(QUICK, names)])
     here = context(tmp_path, "time")
     timing.time(here)
@@ -262,12 +280,14 @@ def test_timing_verifies_times_and_tells(tmp_path, monkeypatch):
     assert float(passes["both"]["median_ms"]) > 0
     assert "ZeroDivisionError" in found["raises"]["failed"]
     assert found["salkernels-wrong"]["ok"] is False
+    assert found["absent"]["absent"] == "no_such_package is not installed"  # and is not wrong
     if torch.cuda.is_available():
         assert found["salkernels-cuda"]["ok"]
     else:
         assert "failed" in found["salkernels-cuda"]
     text = command.tell(tmp_path)
     assert "BAD time, S8-C16-8x8-w2-float32-channels_last raises: ZeroDivisionError" in text
+    assert "absent" not in text
     assert "salkernels-wrong: relative error of the loss 5.0e-01" in text
     assert "| gram |" in (tmp_path / "timings.md").read_text()
 

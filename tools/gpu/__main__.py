@@ -8,7 +8,7 @@ from pathlib import Path
 
 from . import __doc__ as about
 from .plan import PLAN, REHEARSAL, TOTAL, find
-from .record import LEFT_OVER, Context, OutOfTime, read
+from .record import BEGIN, LEFT_OVER, Context, OutOfTime, read
 
 
 def parser() -> argparse.ArgumentParser:
@@ -68,7 +68,9 @@ def run(given: argparse.Namespace) -> int:
 def step(given: argparse.Namespace) -> int:
     chosen = find(given.name)
     try:
-        chosen.function()(Context(given.name, given.device, given.out.resolve(), given.seconds))
+        # Imports take seconds, which are the step's, too.
+        folder = given.out.resolve()
+        chosen.function()(Context(given.name, given.device, folder, given.seconds, BEGIN))
     except OutOfTime as error:
         print(f"{given.name}: out of time before {error}", flush=True)
         return LEFT_OVER

@@ -21,6 +21,7 @@ LOG, STEPS = "log.txt", "steps.json"
 LEAST = 5  # seconds that a step is started with
 GRACE = 5  # seconds between asking a step to end and ending it
 HANDOVER = 4  # seconds before its limit in which a step is to end by itself
+ATTEMPTS = 3  # at a step that loses its device
 MEANINGS = {0: "done", LEFT_OVER: "left over", LOST: "the CUDA context was lost"}
 
 
@@ -75,8 +76,14 @@ class Conductor:
             return Ending(step.name, "no time", 0.0, 0.0)
         self._say(f"{step.name}: {step.what}; at most {limit:.0f} s")
         start = time.monotonic()
-        with (self.folder / LOG).open("ab") as log:
-            status = self._status(self.command(step, limit), limit, log)
+        status = MEANINGS[LOST]
+        # What cost the device is not tried again: the step goes on behind it.
+        for _ in range(ATTEMPTS):
+            rest = limit - (time.monotonic() - start)
+            if status != MEANINGS[LOST] or rest < LEAST:
+                break
+            with (self.folder / LOG).open("ab") as log:
+                status = self._status(self.command(step, rest), rest, log)
         seconds = time.monotonic() - start
         self._say(f"{step.name}: {status} after {seconds:.0f} s")
         return Ending(step.name, status, round(seconds, 1), round(limit, 1))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import salkernels
 from benchmarks.cases import PAPER, QUICK, sample_pairs
-from benchmarks.clock import CudaQueue
+from benchmarks.clock import cuda_queue
 
 from .record import Context
 
@@ -61,7 +61,7 @@ class _Checks:
         """Forward and backward in a graph, with the table of pairs on either side."""
         pairs = self.pairs.to(where)
         found: list[Tensor] = []
-        replay = CudaQueue().capture(lambda: found.append(self.gradient(pairs)))
+        replay = cuda_queue().capture(lambda: found.append(self.gradient(pairs)))
         found[-1].zero_()
         replay()
         torch.cuda.synchronize()
@@ -72,7 +72,7 @@ class _Checks:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            CudaQueue().spin(0.02)
+            cuda_queue().spin(0.02)
             found = self.gradient(self.pairs)
         stream.synchronize()
         return self._same(found)

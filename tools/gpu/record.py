@@ -6,12 +6,14 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+BEGIN = time.monotonic()  # of this process, but for the start of Python
 RESULTS = "results.jsonl"
 LEFT_OVER = 75  # exit status: some is measured, and the rest has to wait for another run
 LOST = 70  # the CUDA context is lost: nothing more can run in this process
@@ -71,7 +73,9 @@ class Context:
         self.folder.mkdir(parents=True, exist_ok=True)
         earlier = read(self.folder)
         self.finished = {
-            row["name"] for row in earlier if row["step"] == self.step and "failed" not in row
+            row["name"]
+            for row in earlier
+            if row["step"] == self.step and ("failed" not in row or row.get("lost"))
         }
 
     @property
@@ -107,8 +111,7 @@ class Context:
     def measuring(self, name: str, **what: Any) -> Iterator[Row]:
         """Writes a row with what the body puts into it, or with the reason why there is none.
 
-        What has been measured in an earlier run of this folder is not for the body: look at
-        `finished` first.
+        What is in `finished` has been measured in an earlier run, or has cost that run its device.
         """
         row: Row = dict(what)
         start = time.monotonic()
@@ -118,10 +121,12 @@ class Context:
             raise
         except Exception as error:  # whatever it is, it is the result
             text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            self.emit(name, **what, failed=text[:LONGEST_REASON])
-            if self.on_gpu and "CUDA error" in text:
-                print("the CUDA context is lost: this step ends here", file=sys.stderr, flush=True)
-                os._exit(LOST)
+            lost = {"lost": True} if self.on_gpu and _context_is_lost() else {}
+            self.emit(name, **what, failed=text[:LONGEST_REASON], **lost)
+            traceback.print_exc()
+            if lost:
+                print("the CUDA context is lost: this process ends", file=sys.stderr, flush=True)
+                os._exit(LOST)  # without what would wait for the device
         else:
             self.finished.add(name)
             self.emit(name, **row, seconds=time.monotonic() - start)
@@ -131,3 +136,15 @@ class Context:
             import torch
 
             torch.cuda.synchronize()
+
+
+def _context_is_lost() -> bool:
+    """Whether nothing runs any more, as after an illegal access; a failed capture is none of it."""
+    import torch
+
+    try:
+        torch.cuda.synchronize()
+        torch.zeros(1, device="cuda").item()
+    except RuntimeError:
+        return True
+    return False

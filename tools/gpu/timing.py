@@ -170,6 +170,11 @@ class _Group:
             if self.context.left < 3:
                 late = self._label(name)
                 break
+            reason = providers()[name].refuses(self.case)
+            if reason is not None and not _ours(name):
+                what = {"case": self.case.key, "provider": name}
+                self.context.emit(self._label(name), **what, absent=reason)
+                continue
             try:
                 good.update(self._trials(name))
             except Exception as error:
