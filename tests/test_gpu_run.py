@@ -339,6 +339,7 @@ def test_verdict_of_tests(code, text, ok):
     assert found["failures"] == (["tests/a.py::b - assert 1"] if code == 1 else [])
 
 
+@pytest.mark.slow
 def test_the_tests_for_a_gpu_exist():
     """Selections go by the names of tests: [backend-device...]."""
     for files, expression in checks.SUITES.values():
