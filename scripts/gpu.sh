@@ -39,5 +39,10 @@ if [ -f .gpu/pack.txt ]; then
     export TRITON_CACHE_DIR="$work/triton"
   fi
 fi
+words=()
+while [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; do
+  case $1 in again) words+=(--again) ;; *) words+=(--seconds "$1") ;; esac
+  shift
+done
 export PYTHONUNBUFFERED=1
-exec "$python" -m tools.gpu run "$@"
+exec "$python" -m tools.gpu run "${words[@]}" "$@"

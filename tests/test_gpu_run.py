@@ -175,15 +175,16 @@ def test_the_plan_fits_into_eight_minutes_and_names_functions():
         find("tme")
 
 
-def test_ctrl_c_ends_the_step_that_runs(tmp_path):
-    words = [sys.executable, "-m", "tools.gpu", "run", "60", "--device", "cpu"]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_that_runs(tmp_path, number):
+    words = [sys.executable, "-m", "tools.gpu", "run", "--seconds", "300", "--device", "cpu"]
     words += ["--steps", "train", "--out", str(tmp_path)]
     run = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert "train" in run.stdout.readline()
-    time.sleep(1)
-    run.send_signal(signal.SIGINT)
-    run.communicate(timeout=60)
-    assert run.returncode != 0
+    time.sleep(0.3)  # and the step is started
+    run.send_signal(number)
+    run.communicate(timeout=120)
+    assert run.returncode == 128 + number
     left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
     assert str(tmp_path) not in left
 
@@ -297,7 +298,29 @@ def test_timing_verifies_times_and_tells(tmp_path, monkeypatch):
     assert sum("ZeroDivisionError" in line for line in lines) == 2
 
 
-SANITIZER = "========= COMPUTE-SANITIZER\n{}\n========= {}\n"
+def test_a_check_that_is_cut_short_tells_what_it_has_found(tmp_path, monkeypatch):
+    """pytest, interrupted, names what has failed so far; the rest is left over."""
+    tests = tmp_path / "test_it.py"
+    tests.write_text(
+        "import time\ndef test_a(): assert 0, 'of a'\n"
+        "def test_b(): open('reached', 'w'); time.sleep(60)\n"
+    )
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
+    monkeypatch.setattr(checks, "ROOT", tmp_path)
+    monkeypatch.setattr(checks, "GRACE", 200)
+    one = checks.Check("tests of cuda", words, tmp_path / "log", {})
+    monkeypatch.setattr(checks, "planned", lambda context: [one])
+    here = context(tmp_path, "checks")
+    monkeypatch.setattr(
+        Context, "left", property(lambda self: 1e4 * (not (tmp_path / "reached").exists()))
+    )
+    with pytest.raises(OutOfTime, match="tests of cuda"):
+        checks.checks(here)
+    found = {row["name"]: row for row in read(tmp_path)}
+    row = found["tests of cuda, cut short"]
+    assert row["ok"] is False
+    assert "test_it.py::test_a" in row["failures"][0]
+    assert "tests of cuda" not in found  # nor finished
 
 
 @pytest.mark.parametrize(
@@ -449,6 +472,7 @@ def test_the_summary_has_sixty_lines_whatever_there_is():
 
 def test_a_run_with_anything_wrong_is_no_success(scripted, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(conductor, "Conductor", Scripted)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # ours stay as they are
     monkeypatch.setattr(Scripted, "scripts", {"smoke": "pass"})
     words = ["run", "--device", "cpu", "--steps", "smoke", "--out", str(tmp_path)]
     assert command.main(words) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -16,8 +17,8 @@ def parser() -> argparse.ArgumentParser:
     commands = arguments.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="all steps, then the summary")
     limits = f"in all ({TOTAL}; on a CPU {REHEARSAL})"
-    run.add_argument("seconds", nargs="?", type=float, help=limits)
-    run.add_argument("again", nargs="?", choices=["again"], help="only what is not done yet")
+    run.add_argument("--seconds", type=float, help=limits)
+    run.add_argument("--again", action="store_true", help="only what is not done yet")
     run.add_argument("--steps", nargs="+", default=[step.name for step in PLAN], metavar="STEP")
     one = commands.add_parser("step", help="one step, in this process")
     one.add_argument("name")
@@ -56,10 +57,13 @@ def run(given: argparse.Namespace) -> int:
     from .conductor import Conductor
     from .summary import is_bad
 
+    # As an interrupt: the step that runs is in a session of its own, and is not to outlive this.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     folder = given.out.resolve()
     steps = [find(name) for name in given.steps]
     seconds = given.seconds or (TOTAL if given.device == "cuda" else REHEARSAL)
-    endings = Conductor(folder, given.device, seconds).run(steps, given.again == "again")
+    endings = Conductor(folder, given.device, seconds).run(steps, given.again)
     print(tell(folder), end="", flush=True)
     whole = all(endings[step.name].status == "done" for step in steps)
     return 0 if whole and not any(map(is_bad, read(folder))) else 1
