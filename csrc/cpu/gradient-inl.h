@@ -1,110 +1,19 @@
 // Backward: V of each row is a short list of partner rows and weights, gathered and summed in
 // registers, so that each gradient is written once and no two threads share one.
 
-// Calls use(p, pixel of the match, m, ∂L/∂m) for each pixel of a window of one pair that has a
-// match. Where m is NaN, so is ∂L/∂m, whatever was made of the maximum.
-template <class T, class I, class Use>
-static inline void for_matches_as(const Problem& problem, int64_t pair, const Window& window,
-                                  const Use& use) {
-  const Grid& grid = problem.grid;
-  const int64_t corner = pair * grid.pixels() + window.row * grid.width + window.column;
-  const T* max_sim = static_cast<const T*>(problem.max_sim) + corner;
-  const T* grad_sim = static_cast<const T*>(problem.grad_sim) + corner;
-  const I* argmax = static_cast<const I*>(problem.argmax) + corner;
-  const int64_t last = window.pixels() - 1;
-  int64_t p = 0;
-  for (int64_t row = 0; row < window.rows; ++row) {
-    for (int64_t column = 0; column < window.columns; ++column, ++p) {
-      const int64_t at = row * grid.width + column;
-      const T m = max_sim[at];
-      if (argmax[at] == I(-1)) continue;
-      // Clamped, since nothing else keeps a foreign argmax from pointing out of the window.
-      const int64_t l = grid.pixel_of_offset(argmax[at], window.columns);
-      use(p, l < 0 ? 0 : least(l, last), m, m == m ? grad_sim[at] : m);
-    }
-  }
-}
-
-template <class T, class Use>
-static inline void for_matches(const Problem& problem, int64_t pair, const Window& window,
-                               const Use& use) {
-  if (pair < 0) return;
-  if (problem.wide_index) {
-    for_matches_as<T, int32_t>(problem, pair, window, use);
-  } else {
-    for_matches_as<T, uint8_t>(problem, pair, window, use);
-  }
-}
-
-template <class T>
-struct Term {
-  int32_t offset;  // of the partner's row in the packed window
-  T weight;
-};
-
-// For each row of a packed window, the rows that V sums over, in an order that follows from the
-// pairs alone; and x̂·V, which the kept maxima give without another product.
-template <class T>
-struct TermLists {
-  int32_t* begin;  // (rows + 1)
-  int32_t* cursor;
-  T* along;  // x̂·V
-  Term<T>* terms;
-  // The matches of all pairs in the window, as read: two passes over them build the lists.
-  int32_t *query_row, *key_row;
-  T* weight;
-
-  static TermLists allocate(Arena& arena, int64_t rows, int64_t matches) {
-    TermLists lists;
-    lists.begin = arena.take<int32_t>(rows + 1);
-    lists.cursor = arena.take<int32_t>(rows);
-    lists.along = arena.take<T>(rows);
-    lists.terms = arena.take<Term<T>>(2 * matches);
-    lists.query_row = arena.take<int32_t>(matches);
-    lists.key_row = arena.take<int32_t>(matches);
-    lists.weight = arena.take<T>(matches);
-    return lists;
-  }
-
-  void build(const Problem& problem, const TileShape& shape, const Window& window) {
-    const Edge* edges = &problem.plan.edges[shape.component->first_edge];
-    for (int64_t r = 0; r < shape.rows; ++r) {
-      cursor[r] = 0;
-      along[r] = 0;
-    }
-    int64_t count = 0;
-    for (int64_t e = 0; e < shape.component->num_edges; ++e) {
-      const int64_t first = edges[e].first * shape.pixels, second = edges[e].second * shape.pixels;
-      auto collect = [&](int64_t query, int64_t key) {
-        return [&, query, key](int64_t p, int64_t l, T max_sim, T gradient) {
-          query_row[count] = int32_t(query + p);
-          key_row[count] = int32_t(key + l);
-          weight[count++] = gradient;
-          ++cursor[query + p];
-          ++cursor[key + l];
-          along[query + p] += gradient * max_sim;
-          along[key + l] += gradient * max_sim;
-        };
-      };
-      for_matches<T>(problem, edges[e].forward, window, collect(first, second));
-      for_matches<T>(problem, edges[e].reverse, window, collect(second, first));
-    }
-    begin[0] = 0;
-    for (int64_t r = 0; r < shape.rows; ++r) {
-      begin[r + 1] = begin[r] + cursor[r];
-      cursor[r] = begin[r];
-    }
-    const int32_t stride = int32_t(shape.stride);
-    for (int64_t i = 0; i < count; ++i) {
-      terms[cursor[query_row[i]]++] = {key_row[i] * stride, weight[i]};
-      terms[cursor[key_row[i]]++] = {query_row[i] * stride, weight[i]};
-    }
-  }
-};
+#ifndef SALKERNELS_ISA  // read by itself: see there
+#include "editor-inl.h"
+#include "simd-inl.h"
+#include "pack-inl.h"
+#include "tile-inl.h"
+#include "ahead-inl.h"
+#include "match-inl.h"
+#include "terms-inl.h"
+#endif
 
 // dx = (V − (x̂·V) x̂) / ‖x‖ of `Registers` registers of one row; a single one may be the last, of
 // which only `count` channels exist.
-template <class T, class Out, int Registers>
+template <class T, class Out, int Registers, bool Around>
 static inline void gradient_row(const Term<T>* terms, const Term<T>* end, const T* unit,
                                 const T* self, T along, T inv_norm, Out* out, int64_t count) {
   constexpr int W = kLanes<T>;
@@ -114,39 +23,76 @@ static inline void gradient_row(const Term<T>* terms, const Term<T>* end, const 
     const Vec<T> weight = splat<T>(terms->weight);
     for (int k = 0; k < Registers; ++k) sum[k] += weight * load<T>(partner + k * W);
   }
+  SALKERNELS_UNROLL
   for (int k = 0; k < Registers; ++k) {
-    sum[k] = (sum[k] - along * load<T>(self + k * W)) * inv_norm;
-  }
-  if (Registers == 1 && count < W) {
-    store_part<T, Out>(out, sum[0], count);
-  } else {
-    for (int k = 0; k < Registers; ++k) Convert<T, Out>::store_vec(out + k * W, sum[k]);
+    const Vec<T> gradient = (sum[k] - along * load<T>(self + k * W)) * inv_norm;
+    if constexpr (Around) {
+      stream(out + k * W, gradient);
+    } else if (Registers == 1 && count < W) {
+      store_part<T, Out>(out, gradient, count);
+    } else {
+      Convert<T, Out>::store_vec(out + k * W, gradient);
+    }
   }
 }
 
 // The gradients of a packed window, to wherever its rows are to go.
+//
+// A few channels of all rows at a time, as many as have a register each and leave all rows in the
+// first-level cache:
+//
+//               channels ->
+//      row 0    [ 1st block | 2nd block | ...      the terms of a row add the same block of its
+//      row 1    [           |           |          partners' rows, each from the first level
+//      ...
 template <class T, class Out>
 struct GradientRows {
+  static constexpr int kMost = SALKERNELS_VECTOR_BYTES == 64 ? 8 : 12, kFew = 4;
+  static constexpr int64_t kFirstLevel = 28 << 10;
+
   Out** out;  // (rows)
   int64_t rows, stride, channels;
+  bool around;  // whether the caches are to be written around; every row is whole lines then
 
-  template <int Registers>
+  template <int Registers, bool Around>
   void columns(const TermLists<T>& lists, const T* unit, const T* inv_norm, int64_t c,
                Ahead& ahead) const {
     for (int64_t r = 0; r < rows; ++r) {
       const Term<T>*terms = lists.terms + lists.begin[r], *end = lists.terms + lists.begin[r + 1];
-      gradient_row<T, Out, Registers>(terms, end, unit + c, unit + r * stride + c, lists.along[r],
-                                      inv_norm[r], out[r] + c, channels - c);
+      gradient_row<T, Out, Registers, Around>(terms, end, unit + c, unit + r * stride + c,
+                                              lists.along[r], inv_norm[r], out[r] + c,
+                                              channels - c);
       ahead.step();
     }
   }
+  template <int Registers>
+  int64_t blocks(const TermLists<T>& lists, const T* unit, const T* inv_norm, int64_t c,
+                 Ahead& ahead) const {
+    constexpr int64_t step = Registers * kLanes<T>;
+    for (; c + step <= channels; c += step) {
+      if constexpr (std::is_same_v<T, Out> && Registers > 1) {
+        if (around) {
+          columns<Registers, true>(lists, unit, inv_norm, c, ahead);
+          continue;
+        }
+      }
+      columns<Registers, false>(lists, unit, inv_norm, c, ahead);
+    }
+    return c;
+  }
 
-  // A few channels of all rows at a time: they stay in the first-level cache.
+  static bool fits_many(int64_t rows) {
+    return rows * kMost * SALKERNELS_VECTOR_BYTES <= kFirstLevel;
+  }
+  // How often `ahead` is asked to step, about.
+  static int64_t steps(int64_t rows, int64_t width) {
+    return rows * most(1, width / kLanes<T> / (fits_many(rows) ? kMost : kFew));
+  }
   void all(const TermLists<T>& lists, const T* unit, const T* inv_norm, Ahead& ahead) const {
-    constexpr int W = kLanes<T>;
     int64_t c = 0;
-    for (; c + 4 * W <= channels; c += 4 * W) columns<4>(lists, unit, inv_norm, c, ahead);
-    for (; c < channels; c += W) columns<1>(lists, unit, inv_norm, c, ahead);
+    if (fits_many(rows)) c = blocks<kMost>(lists, unit, inv_norm, c, ahead);
+    c = blocks<kFew>(lists, unit, inv_norm, c, ahead);
+    for (; c < channels; c += kLanes<T>) columns<1, false>(lists, unit, inv_norm, c, ahead);
   }
 };
 
@@ -179,55 +125,109 @@ static void apply_poison(TermLists<T>& lists, const TileShape& shape, const T* p
   }
 }
 
+// Whether the rows of all gradients are whole cache lines, so that they can be written around them.
+template <class In>
+static bool whole_lines(const TileShape& shape, int64_t channels) {
+  const auto uneven = [](int64_t elements) { return elements * int64_t(sizeof(In)) % kLineBytes; };
+  for (int64_t s = 0; s < shape.component->num_nodes; ++s) {
+    const MapStrides& strides = shape.nodes[s].grad_strides;
+    if (reinterpret_cast<uintptr_t>(shape.nodes[s].grad) % kLineBytes != 0) return false;
+    if (uneven(strides.row) || uneven(strides.column) || uneven(channels)) return false;
+  }
+  return true;
+}
+
+// The scratch memory of `gradient_tile`.
+template <class T>
+struct GradientScratch {
+  int64_t* column_offset;
+  T *pack, *inv_norm, *poison;
+  void** out;
+  MatchTable<T> matches;
+  TermLists<T> lists;
+
+  static GradientScratch allocate(Arena& arena, const Problem& problem) {
+    const Work& work = problem.work;
+    GradientScratch s;
+    s.column_offset = arena.take<int64_t>(problem.grid.width);
+    // One window more than the tile: see `gradient_windows`.
+    s.pack = arena.take<T>((work.max_tile_rows + work.max_window_rows) *
+                           packed_stride<T>(problem.channels));
+    s.inv_norm = arena.take<T>(work.max_tile_rows);
+    s.poison = arena.take<T>(work.max_tile_rows);
+    s.out = arena.take<void*>(work.max_window_rows);
+    s.matches = MatchTable<T>::allocate(arena, work);
+    s.lists = TermLists<T>::allocate(arena, work.max_window_rows, work.max_window_matches);
+    return s;
+  }
+};
+
+// Packs some windows of a tile, the first of which is number `first`, and writes their gradients.
+//
+// Channels-last, they go straight to the map. Else a window's take the place of the window before it,
+// which nothing needs any more, and then all go to the map together:
+//
+//      pack:   [ free | window 0 | window 1 | window 2 ]
+//                  <---- gradients of 0
+//                         <------ gradients of 1
 template <class T, class In>
-static int64_t gradient_tile(const Problem& problem, const Tile* tile, char* scratch) {
-  const int64_t row_stride = packed_stride<T>(problem.channels);
-  Arena arena{scratch};
-  int64_t* column_offset = arena.take<int64_t>(problem.grid.width);
-  // One window more than the tile: see below.
-  T* pack = arena.take<T>((problem.work.max_tile_rows + problem.work.max_window_rows) * row_stride);
-  T* inv_norm = arena.take<T>(problem.work.max_tile_rows);
-  T* poison = arena.take<T>(problem.work.max_tile_rows);
-  void** out = arena.take<void*>(problem.work.max_window_rows);
-  TermLists<T> lists = TermLists<T>::allocate(arena, problem.work.max_window_rows,
-                                              problem.work.max_window_matches);
-  if (scratch == nullptr) return arena.used;
-
-  const TileShape shape = TileShape::of<T>(problem, *tile);
-  const int64_t window_size = shape.rows * shape.stride;
+static void gradient_windows(const Problem& problem, const TileShape& shape, int64_t first,
+                             GradientScratch<T>& scratch, Ahead ahead) {
   const int64_t rows = shape.num_windows * shape.rows;
-  const T eps = T(problem.eps);
-  // Channels-last, gradients go straight to the map. Else a window's take the place of the window
-  // before it, which nothing needs any more, and then all go to the map together.
-  T* unit = pack + window_size;
-  pack_tile<T, In>(problem, shape, unit, column_offset, inv_norm, poison);
-  for (int64_t r = 0; r < rows; ++r) inv_norm[r] = inverse_for_gradient<T>(inv_norm[r], eps);
-  const int64_t blocks = (shape.width / kLanes<T> + 3) / 4;
-  Ahead ahead = Ahead::of<T, In>(problem, tile, rows * blocks);
+  T* unit = scratch.pack + shape.window_stride;
+  pack_tile<T, In>(problem, shape, unit, scratch.column_offset, scratch.inv_norm, scratch.poison);
+  for (int64_t r = 0; r < rows; ++r) {
+    scratch.inv_norm[r] = inverse_for_gradient<T>(scratch.inv_norm[r], T(problem.eps));
+  }
   const bool direct = shape.component->grads_channels_last;
-
+  const bool around = problem.write_around && direct && whole_lines<In>(shape, problem.channels);
+  TermLists<T>& lists = scratch.lists;
   for (int64_t t = 0; t < shape.num_windows; ++t) {
-    T *from = unit + t * window_size, *inv = inv_norm + t * shape.rows;
-    lists.build(problem, shape, shape.window_at(t));
-    apply_poison<T>(lists, shape, poison + t * shape.rows, from, inv);
+    T *from = unit + t * shape.window_stride, *inv = scratch.inv_norm + t * shape.rows;
+    lists.build(problem, shape, scratch.matches.window(first + t));
+    apply_poison<T>(lists, shape, scratch.poison + t * shape.rows, from, inv);
     if (direct) {
-      In** to = reinterpret_cast<In**>(out);
+      In** to = reinterpret_cast<In**>(scratch.out);
       rows_of_map<In>(shape, shape.window_at(t), to);
-      const GradientRows<T, In> gradients{to, shape.rows, shape.stride, problem.channels};
+      const GradientRows<T, In> gradients{to, shape.rows, shape.stride, problem.channels, around};
       gradients.all(lists, from, inv, ahead);
     } else {
-      T** to = reinterpret_cast<T**>(out);
-      for (int64_t r = 0; r < shape.rows; ++r) to[r] = pack + t * window_size + r * shape.stride;
-      const GradientRows<T, T> gradients{to, shape.rows, shape.stride, shape.width};
+      T** to = reinterpret_cast<T**>(scratch.out);
+      for (int64_t r = 0; r < shape.rows; ++r) {
+        to[r] = scratch.pack + t * shape.window_stride + r * shape.stride;
+      }
+      const GradientRows<T, T> gradients{to, shape.rows, shape.stride, shape.width, false};
       gradients.all(lists, from, inv, ahead);
     }
   }
-  if (direct) return arena.used;
-  const PackedPlace place = shape.place(column_offset);
+  if (direct) return;
+  const PackedPlace place = shape.place(scratch.column_offset);
   const Patch patch = shape.patch(problem.channels);
   for (int64_t s = 0; s < shape.component->num_nodes; ++s) {
-    unpack_patch<T, In>(shape.nodes[s], patch, pack + s * shape.pixels * shape.stride, place);
+    const T* packed = scratch.pack + s * shape.pixels * shape.stride;
+    unpack_patch<T, In>(shape.nodes[s], patch, packed, place, problem.write_around);
   }
+}
+
+template <class T, class In>
+static int64_t gradient_tile(const Problem& problem, const Tile* tile, char* memory) {
+  Arena arena{memory};
+  GradientScratch<T> scratch = GradientScratch<T>::allocate(arena, problem);
+  if (memory == nullptr) return arena.used;
+  const TileShape shape = TileShape::of<T>(problem, *tile);
+  scratch.matches.read(problem, shape);
+  const int64_t steps = GradientRows<T, In>::steps(shape.rows, shape.width);
+  if (shape.component->by_window()) {
+    for (int64_t t = 0; t < shape.num_windows; ++t) {
+      const Ahead ahead = t + 1 < shape.num_windows
+                              ? Ahead::of<In>(problem, shape.at(t + 1), steps)
+                              : Ahead::of_next<T, In>(problem, tile, steps);
+      gradient_windows<T, In>(problem, shape.at(t), t, scratch, ahead);
+    }
+  } else {
+    gradient_windows<T, In>(problem, shape, 0, scratch, Ahead{});
+  }
+  if (problem.write_around) stream_end();
   return arena.used;
 }
 
@@ -287,7 +287,9 @@ static int64_t gradient_streamed(const Problem& problem, const StreamedGradient*
                         problem.grid.width, unit + at * stride, {0, consecutive});
     });
     const T* norms = table(problem.norms, node);
-    for (int64_t p = 0; p < pixels; ++p) scale_to_unit<T>(unit + p * stride, width, norms[p], eps);
+    for (int64_t p = 0; p < pixels; ++p) {
+      scale_to_unit<T>(unit + p * stride, width, UnitScale<T>::of_norm(norms[p], eps));
+    }
   };
   for (int64_t i = 0; i < pixels * stride; ++i) total_grad[i] = 0;
   for (int64_t p = 0; p < pixels; ++p) {
@@ -301,10 +303,12 @@ static int64_t gradient_streamed(const Problem& problem, const StreamedGradient*
     const Vec<T> weight = splat<T>(gradient);
     T* to = total_grad + own * stride;
     const T* from = unit + partner * stride;
-    for (int64_t c = 0; c < width; c += W) store<T>(to + c, load<T>(to + c) + weight * load<T>(from + c));
+    for (int64_t c = 0; c < width; c += W) {
+      store<T>(to + c, load<T>(to + c) + weight * load<T>(from + c));
+    }
   };
-  auto as_query = [&](int64_t p, int64_t l, T max_sim, T gradient) { add(p, l, max_sim, gradient); };
-  auto as_key = [&](int64_t p, int64_t l, T max_sim, T gradient) { add(l, p, max_sim, gradient); };
+  auto as_query = [&](int64_t p, int64_t l, T m, T gradient) { add(p, l, m, gradient); };
+  auto as_key = [&](int64_t p, int64_t l, T m, T gradient) { add(l, p, m, gradient); };
 
   const Edge* edges = &problem.plan.edges[component.first_edge];
   for (int64_t e = 0; e < component.num_edges; ++e) {
@@ -341,7 +345,8 @@ static int64_t gradient_streamed(const Problem& problem, const StreamedGradient*
   for_pixel_runs(window, 0, pixels, [&](int64_t row, int64_t column, int64_t run, int64_t at) {
     unpack_patch<T, In>(nodes[item->node],
                         {row, column, 1, run, item->first_channel, item->num_channels},
-                        total_grad + at * stride, {0, consecutive});
+                        total_grad + at * stride, {0, consecutive}, problem.write_around);
   });
+  if (problem.write_around) stream_end();
   return arena.used;
 }

@@ -4,11 +4,13 @@
 namespace salkernels {
 namespace SALKERNELS_ISA {
 
-#include "simd.h"
-#include "pack.h"
-#include "ahead.h"
-#include "match.h"
-#include "gradient.h"
+#include "simd-inl.h"
+#include "pack-inl.h"
+#include "tile-inl.h"
+#include "ahead-inl.h"
+#include "match-inl.h"
+#include "terms-inl.h"
+#include "gradient-inl.h"
 
 // Runs Function<accumulation dtype, storage dtype>(arguments...).
 #define SALKERNELS_BY_DTYPE(FUNCTION, ...)                                \
@@ -46,6 +48,7 @@ static void pair_loss_any(const Problem& problem, int64_t pair) {
 }
 
 #undef SALKERNELS_BY_DTYPE
+#undef SALKERNELS_UNROLL
 }  // namespace SALKERNELS_ISA
 
 #define SALKERNELS_JOIN_(a, b) a##b

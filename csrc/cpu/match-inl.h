@@ -1,21 +1,41 @@
 // Forward: Gram products of packed rows, row by row maxima and where they lie.
 
+#ifndef SALKERNELS_ISA  // read by itself: see there
+#include "editor-inl.h"
+#include "simd-inl.h"
+#include "pack-inl.h"
+#include "tile-inl.h"
+#include "ahead-inl.h"
+#endif
+
 // Key rows (or query rows, in reverse) whose products are held at a time: 2 x 16 KB in fp32.
 constexpr int64_t kBlock = 64;
 constexpr int64_t kForwardStride = 2 * kBlock;      // query pixels are padded to whole row groups
 constexpr int64_t kReverseStride = kBlock + 16;
-constexpr int64_t kKeyColumns = 4;                  // key rows per register block
 
-// How many query rows a register block takes: the accumulators must stay in registers.
-template <class T>
+// Query rows times key rows of a register block. What bounds it is the number of registers: one for
+// each sum, one for each row of the shorter side, and one that the longer side passes through. Of 16
+// that leaves 12 sums, of 32 it leaves 16; and 8 are needed to hide a product's latency.
+//
+//              k0   k1   k2             4 x 3 = 12 sums
+//      q0 ->  +--+ +--+ +--+            3 key registers, held
+//      q1     |  | |  | |  |            1 register for q0, q1, q2, q3 in turn
+//      q2     +--+ +--+ +--+            7 loads for 12 products: two of each start in a cycle
+//      q3
+constexpr int kMostRows = 4;
+constexpr int64_t kMostColumns = 6;
+constexpr int block_columns(int rows) {
+  return SALKERNELS_VECTOR_BYTES == 64 ? 4 : rows == 4 ? 3 : rows == 3 ? 4 : 6;
+}
+
+// How many query rows a register block takes for a window of so many.
 static inline int row_group(int64_t rows) {
-  constexpr int limit = SALKERNELS_VECTOR_BYTES == 64 ? 4 : 3;
   int chosen = 1;
   int64_t cost = -1;
-  for (int group = limit; group >= 1; --group) {
-    // Loads and products of one register block, in units of one product.
-    const int64_t blocks = (rows + group - 1) / group;
-    const int64_t price = blocks * (group * kKeyColumns + (group == 1 ? 4 : group == 2 ? 1 : 0));
+  for (int group = kMostRows; group >= 1; --group) {
+    // Per key row, in twelfths of a product: products, or loads where there are more of them.
+    const int64_t columns = block_columns(group), loads = group + columns;
+    const int64_t price = (rows + group - 1) / group * most(group * columns, loads) * 12 / columns;
     if (cost < 0 || price < cost) {
       cost = price;
       chosen = group;
@@ -24,37 +44,52 @@ static inline int row_group(int64_t rows) {
   return chosen;
 }
 
-// Sums of products of `Rows` query rows with four key rows, row-major; whole registers are written.
-template <class T, int Rows>
+// Sums of products of `Rows` query rows with `Columns` key rows, row-major; whole registers are
+// written. Each sum runs over the channels in one register, whatever the shape of the block, and
+// its lanes are added in one order: a product's bits do not depend on where it was formed.
+template <class T, int Rows, int Columns>
 static inline void dot_block(const T* const* query, const T* const* key, int64_t width, T* out) {
-  constexpr int W = kLanes<T>, N = Rows * int(kKeyColumns);
+  constexpr int W = kLanes<T>, N = Rows * Columns;
+  constexpr int kHeld = Rows < Columns ? Rows : Columns, kPassing = N / kHeld;
+  const T* const* held = Rows < Columns ? query : key;
+  const T* const* passing = Rows < Columns ? key : query;
+  constexpr int kHeldStep = Rows < Columns ? Columns : 1;
+  constexpr int kPassingStep = Rows < Columns ? 1 : Columns;
   Vec<T> sum[(N + W - 1) / W * W] = {};
-  const T* q[Rows];
-  for (int i = 0; i < Rows; ++i) q[i] = query[i];
-  const T *k0 = key[0], *k1 = key[1], *k2 = key[2], *k3 = key[3];
+  const T *h[kHeld], *p[kPassing];
+  for (int i = 0; i < kHeld; ++i) h[i] = held[i];
+  for (int j = 0; j < kPassing; ++j) p[j] = passing[j];
   for (int64_t c = 0; c < width; c += W) {
-    const Vec<T> b0 = load<T>(k0 + c), b1 = load<T>(k1 + c);
-    const Vec<T> b2 = load<T>(k2 + c), b3 = load<T>(k3 + c);
-    for (int i = 0; i < Rows; ++i) {
-      const Vec<T> a = load<T>(q[i] + c);
-      sum[4 * i + 0] += a * b0;
-      sum[4 * i + 1] += a * b1;
-      sum[4 * i + 2] += a * b2;
-      sum[4 * i + 3] += a * b3;
+    Vec<T> a[kHeld];
+    for (int i = 0; i < kHeld; ++i) a[i] = load<T>(h[i] + c);
+    for (int j = 0; j < kPassing; ++j) {
+      const Vec<T> b = load<T>(p[j] + c);
+      for (int i = 0; i < kHeld; ++i) sum[i * kHeldStep + j * kPassingStep] += a[i] * b;
     }
   }
   for (int i = 0; i < N; i += W) store<T>(out + i, sum_lanes<T>(sum + i));
 }
 
-// The products of a block of query rows with a list of key rows, in the two layouts that let the
-// maxima run down the rows with query (or key) pixels along the lanes.
+// The products of a block of query rows with a list of key rows, in two layouts: a maximum over the
+// lanes of a register takes many shuffles, one down the rows of a table a comparison for each.
+//
+//      forward: queries along the lanes           reverse: keys along the lanes
+//              q0 q1 q2 q3 | q0 q1 q2 q3                  k0 k1 k2 k3 | k0 k1 k2 k3
+//          k0                                         q0
+//          k1   key          key                      q1   key          key
+//          k2   sample a     sample b                 q2   sample a     sample b
+//          k3                                         q3
+//          max  |  |  |  |   best key of each         max  |  |  |  |   best query of each
+//               v  v  v  v   query                         v  v  v  v   key
+//
+// One product of two rows serves both, since sim is symmetric: (q, k) reads the one, (k, q) the other.
 template <class T>
 struct SimBlock {
   T* forward;  // [key pixel][query pixel of each key sample]
   T* reverse;  // [query pixel][key row]
   int64_t forward_stride, reverse_stride;
-  const T* key[kBlock + kKeyColumns];
-  int64_t forward_place[kBlock + kKeyColumns];  // where a key row's products go in `forward`
+  const T* key[kBlock + kMostColumns];
+  int64_t forward_place[kBlock + kMostColumns];  // where a key row's products go in `forward`
   int64_t columns;
   Ahead ahead;
 
@@ -66,8 +101,8 @@ struct SimBlock {
     }
   }
   // Repeats the last row up to a whole register block: it is computed again and written again.
-  void fill_up() {
-    for (int64_t n = columns; n % kKeyColumns != 0; ++n) {
+  void fill_up(int group) {
+    for (int64_t n = columns; n % block_columns(group) != 0; ++n) {
       key[n] = key[columns - 1];
       forward_place[n] = forward_place[columns - 1];
     }
@@ -75,22 +110,23 @@ struct SimBlock {
 
   template <int Rows>
   void compute(const T* query, int64_t rows, int64_t stride, int64_t width, bool need_reverse) {
-    alignas(SALKERNELS_VECTOR_BYTES) T out[16 + kLanes<T>];
+    constexpr int Columns = block_columns(Rows);
+    alignas(SALKERNELS_VECTOR_BYTES) T out[Rows * Columns + kLanes<T>];
     for (int64_t p = 0; p < rows; p += Rows) {
       const T* q[Rows];
       for (int i = 0; i < Rows; ++i) q[i] = query + least(p + i, rows - 1) * stride;
-      for (int64_t n = 0; n < columns; n += kKeyColumns) {
-        dot_block<T, Rows>(q, key + n, width, out);
+      for (int64_t n = 0; n < columns; n += Columns) {
+        dot_block<T, Rows, Columns>(q, key + n, width, out);
         ahead.step();
         for (int i = 0; i < Rows; ++i) {
-          for (int j = 0; j < kKeyColumns; ++j) {
-            forward[forward_place[n + j] + p + i] = out[i * kKeyColumns + j];
+          for (int j = 0; j < Columns; ++j) {
+            forward[forward_place[n + j] + p + i] = out[i * Columns + j];
           }
         }
         if (!need_reverse) continue;
         for (int i = 0; i < Rows; ++i) {
-          __builtin_memcpy(reverse + (p + i) * reverse_stride + n, out + i * kKeyColumns,
-                           kKeyColumns * sizeof(T));
+          __builtin_memcpy(reverse + (p + i) * reverse_stride + n, out + i * Columns,
+                           Columns * sizeof(T));
         }
       }
     }
@@ -109,7 +145,7 @@ struct SimBlock {
   static SimBlock allocate(Arena& arena) {
     SimBlock block;
     block.forward = arena.take<T>(kBlock * kForwardStride);
-    block.reverse = arena.take<T>((kBlock + 4) * kReverseStride);
+    block.reverse = arena.take<T>((kBlock + kMostRows) * kReverseStride);
     return block;
   }
 };
@@ -245,14 +281,14 @@ static void match_blocks(SimBlock<T>& sims, MatchState<T>& state, const T* query
   };
   sims.forward_stride = kForwardStride;
   sims.reverse_stride = kReverseStride;
-  const int group = row_group<T>(kBlock);
+  const int group = row_group(kBlock);
   for (int64_t p = 0; p < num_queries; p += kBlock) {
     const int64_t rows = least(kBlock, num_queries - p), pixel = first_query + p;
     for (int64_t l = 0; l < num_keys; l += kBlock) {
       const int64_t columns = least(kBlock, num_keys - l), key_pixel = first_key + l;
       sims.columns = 0;
       sims.add_key(keys + l * stride, columns, stride, 0);
-      sims.fill_up();
+      sims.fill_up(group);
       sims.compute(group, query + p * stride, rows, stride, width, need_reverse);
       leave_out<T>(from(key_valid, key_pixel), columns, sims.forward, kForwardStride, rows);
       running_max<T>(sims.forward, columns, kForwardStride, rows, key_pixel,
@@ -265,24 +301,6 @@ static void match_blocks(SimBlock<T>& sims, MatchState<T>& state, const T* query
   }
 }
 
-// Packs a tile as unit vectors; a sample is scaled while it is still in the cache.
-template <class T, class In>
-static void pack_tile(const Problem& problem, const TileShape& shape, T* pack,
-                      int64_t* column_offset, T* norms, T* poison) {
-  const PackedPlace place = shape.place(column_offset);
-  const Patch patch = shape.patch(problem.channels);
-  for (int64_t s = 0; s < shape.component->num_nodes; ++s) {
-    const int64_t first = s * shape.pixels;
-    pack_patch<T, In>(shape.nodes[s], patch, problem.grid.width, pack + first * shape.stride, place);
-    for (int64_t t = 0; t < shape.num_windows; ++t) {
-      const int64_t row = t * shape.rows + first;
-      normalise<T>(pack + row * shape.stride, shape.pixels, shape.stride, shape.width,
-                   T(problem.eps), norms == nullptr ? nullptr : norms + row,
-                   norms == nullptr ? nullptr : poison + row);
-    }
-  }
-}
-
 // All pairs of a component in one small window: each sample against its partners, several at once.
 template <class T>
 static void match_window(const Problem& problem, const TileShape& shape, const Window& window,
@@ -291,7 +309,7 @@ static void match_window(const Problem& problem, const TileShape& shape, const W
   const Component& component = *shape.component;
   const Edge* edges = &problem.plan.edges[component.first_edge];
   const int64_t pixels = shape.pixels, sample = pixels * shape.stride;
-  const int group = row_group<T>(pixels);
+  const int group = row_group(pixels);
   const int64_t pitch = round_up(pixels, group), batch = kBlock / pixels;
   for (int64_t e = 0; e < component.num_edges;) {
     const int32_t first = edges[e].first;
@@ -302,11 +320,11 @@ static void match_window(const Problem& problem, const TileShape& shape, const W
     }
     sims.columns = 0;
     sims.forward_stride = round_up((last - e) * pitch, kLanes<T>);
-    sims.reverse_stride = round_up((last - e) * pixels, most(kLanes<T>, kKeyColumns));
+    sims.reverse_stride = round_up(round_up((last - e) * pixels, block_columns(group)), kLanes<T>);
     for (int64_t j = e; j < last; ++j) {
       sims.add_key(pack + edges[j].second * sample, pixels, shape.stride, (j - e) * pitch);
     }
-    sims.fill_up();
+    sims.fill_up(group);
     sims.compute(group, pack + first * sample, pixels, shape.stride, shape.width, need_reverse);
     for (int64_t j = e; j < last; ++j) {
       leave_out<T>(valid.of(edges[j].second), pixels, sims.forward + (j - e) * pitch,
@@ -345,10 +363,10 @@ static int64_t match_tile(const Problem& problem, const Tile* tile, char* scratc
   pack_tile<T, In>(problem, shape, pack, column_offset, nullptr, nullptr);
   const int64_t products =
       shape.num_windows * shape.component->num_edges * shape.pixels * shape.pixels;
-  sims.ahead = Ahead::of<T, In>(problem, tile, products / (4 * kKeyColumns));
+  sims.ahead = Ahead::of_next<T, In>(problem, tile, products / 12);
   const Edge* edges = &problem.plan.edges[shape.component->first_edge];
   for (int64_t t = 0; t < shape.num_windows; ++t) {
-    const T* rows = pack + t * shape.rows * shape.stride;
+    const T* rows = pack + t * shape.window_stride;
     const Window window = shape.window_at(t);
     for (int64_t s = 0; s < shape.component->num_nodes; ++s) {
       valid.read(problem, shape.nodes[s], window, s);
@@ -398,6 +416,13 @@ static inline int64_t streamed_keys(const Problem& problem) {
 }
 
 // A window too large to be packed for all samples: key blocks are streamed with running maxima.
+//
+//                 keys of one sample, a block of 512 KB at a time ->
+//      queries   [ block | block | block ]      each query keeps its best so far, and each key too
+//        64      [   x   |       |       ]      where the pair counts in both directions: that is
+//        rows    [   x   |       |       ]      why no more than one block is packed at a time
+//        at a    [   x   |       |       ]
+//        time
 template <class T, class In>
 static int64_t match_streamed(const Problem& problem, const StreamedMatch* match, char* scratch) {
   const int64_t stride = packed_stride<T>(problem.channels);

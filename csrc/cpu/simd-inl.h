@@ -1,6 +1,10 @@
 // Vectors of one register, in the compiler's own vector extension: the same source serves every
 // width. Included once per instruction set, inside that set's namespace.
 
+#ifndef SALKERNELS_ISA  // read by itself: see there
+#include "editor-inl.h"
+#endif
+
 template <class T>
 struct VecOf;
 template <>
@@ -39,6 +43,13 @@ static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
+// Before a loop of few turns over an array of registers, which would else lie in memory.
+#ifdef __clang__
+#define SALKERNELS_UNROLL _Pragma("unroll")
+#else
+#define SALKERNELS_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 template <class T>
 static inline Vec<T> load(const T* p) {
   Vec<T> v;
@@ -52,6 +63,45 @@ static inline void store(T* p, const Vec<T>& v) {
 template <class T>
 static inline Vec<T> splat(T x) {
   return x - Vec<T>{};  // unlike a sum with 0 this is x itself to the compiler
+}
+
+// Writes around the caches, to an aligned address: a line that is written whole need not be read
+// first. `stream_end` comes before another thread may read it.
+template <class V>
+static inline void stream(void* p, const V& v) {
+  static_assert(sizeof(V) == SALKERNELS_VECTOR_BYTES, "a whole register");
+#if SALKERNELS_VECTOR_BYTES == 64
+  _mm512_stream_si512((__m512i*)p, (__m512i)v);
+#elif SALKERNELS_VECTOR_BYTES == 32
+  _mm256_stream_si256((__m256i*)p, (__m256i)v);
+#elif defined(__x86_64__)
+  _mm_stream_si128((__m128i*)p, (__m128i)v);
+#else
+  __builtin_memcpy(p, &v, sizeof v);
+#endif
+}
+static inline void stream_end() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+constexpr int64_t kLineBytes = 64;  // of the cache
+
+// Copies around the caches where whole lines are written. Lines in part are written as usual: alone
+// they would have to be read by the memory itself.
+static inline void stream_copy(char* to, const char* from, int64_t bytes) {
+  const int64_t head = least(bytes, int64_t(-reinterpret_cast<uintptr_t>(to) & (kLineBytes - 1)));
+  __builtin_memcpy(to, from, size_t(head));
+  int64_t done = head;
+  for (; done + kLineBytes <= bytes; done += kLineBytes) {
+    for (int64_t i = done; i < done + kLineBytes; i += SALKERNELS_VECTOR_BYTES) {
+      Vec<float> v;
+      __builtin_memcpy(&v, from + i, sizeof v);
+      stream(to + i, v);
+    }
+  }
+  __builtin_memcpy(to + done, from + done, size_t(bytes - done));
 }
 
 // ---- Conversion of one register between storage and accumulation dtype ---------------------------
