@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint import RunError
+from ..errors import RunError
 from ..files import write_atomically
 from ..probe import ENDPOINT
 from ..runlog import ENVIRONMENT, read_metrics
