@@ -23,7 +23,8 @@ from salkernels import backends, slice_pairs
 from .cases import THRESHOLD, Problem
 from .machine import describe, synchronise
 from .measure import Settings, run_once
-from .providers import Provider, providers
+from .provider import Provider
+from .providers import providers
 from .report import MACHINE, Results, Row, number
 from .verify import BOUNDS
 
