@@ -519,6 +519,11 @@ def test_what_is_compiled_beforehand_is_what_is_launched():
     assert room.pairs.shape == (64 * 64,)
 
 
+def test_kernels_that_were_not_compiled_in_time_are_told():
+    lines = list(warm.compiled([("form", warm.AROUND)] * 3, 90, seconds=0.0))
+    assert lines == [(f"out of time before 3 calls, such as form {warm.AROUND.key}", True)]
+
+
 @pytest.mark.slow
 def test_triton_kernels_are_compiled_without_a_gpu(tmp_path):
     pytest.importorskip("triton")
