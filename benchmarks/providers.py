@@ -105,6 +105,10 @@ def gram(problem: Problem) -> Tensor:
     return per_pair[problem.query, problem.key].mean()
 
 
+# Backends that compile their kernels at the first call of a shape in a process.
+COMPILING = ("triton",)
+
+
 def backend_provider(name: str, reason: str | None) -> Provider:
     """A backend of this package, through its public function."""
 
@@ -113,7 +117,8 @@ def backend_provider(name: str, reason: str | None) -> Provider:
             problem.features, problem.pairs, problem.window, backend=name
         )
 
-    return Provider(f"salkernels-{name}", run, eager_windows=False, reason=reason)
+    compiles = name in COMPILING
+    return Provider(f"salkernels-{name}", run, builds=compiles, eager_windows=False, reason=reason)
 
 
 def compiled_provider(name: str, function: Run) -> Provider:

@@ -26,7 +26,7 @@ from .data.nifti import Volume, frame_count, read_image, write_labels
 from .data.preprocess import Geometry, PreprocessConfig, preprocess
 from .data.review import require_scale_of_training
 from .data.text import printable
-from .engine import Device
+from .device import Device
 from .files import write_atomically
 from .models import UNet
 

@@ -10,7 +10,6 @@ from monai.losses import DiceCELoss
 from torch import Tensor
 
 from .augment import augment
-from .checkpoint import RunError
 from .config import FinetuneConfig, LabelledConfig
 from .data.cache import VolumeCache, require_labels
 from .data.manifest import dataset_info
@@ -22,7 +21,9 @@ from .data.review import (
 )
 from .data.sampling import LabelledSlices, Shard, SliceBatch
 from .data.splits import Fold, folds_of, labelled_subset, pick
-from .engine import Device, fit
+from .device import Device
+from .engine import Look, fit
+from .errors import RunError
 from .evaluate import Scores, evaluate, write_scores
 from .figures import finetuning as finetuning_figures
 from .identity import (
@@ -38,8 +39,10 @@ from .inputs import open_dataset, tell
 from .locks import sole_use
 from .models import UNet, load_encoder, load_unet, save_unet
 from .models.weights import ENCODER, MODEL, weights_file
+from .resident import Resident, resident, without_loaders
 from .runlog import RunLog
 from .steps import Task
+from .transfer import to_device
 
 
 def finetune(config: FinetuneConfig) -> Scores:
@@ -110,6 +113,8 @@ def _train(
 ) -> None:
     """All steps; the model then has the weights that are to be kept."""
     own = Shard(accumulate=config.optim.accumulate)
+    store = resident(cache, config, device.device, labels=True)
+    read = store is None
     best = None
     if config.select == "best-on-test":
         best = BestOnTest(model, cache, fold, device.exact(), config)
@@ -119,29 +124,33 @@ def _train(
             {"params": list(model.encoder.parameters()), "scale": config.encoder_lr},
             {"params": list(model.decoder.parameters())},
         ],
-        task_of(config, model, device),
-        LabelledSlices(cache, labelled, config.batch_size, config.seed, own),
-        config,
+        task_of(config, model, device, store),
+        LabelledSlices(cache, labelled, config.batch_size, config.seed, own, read),
+        without_loaders(config, store),
         log,
         device,
-        best.look if best else None,
+        Look(best.due, best.look) if best else None,
     )
     log.close()
     if best:
         best.restore()
 
 
-def task_of(config: FinetuneConfig, model: UNet, device: Device) -> Task[tuple[Tensor, Tensor]]:
+def task_of(
+    config: FinetuneConfig, model: UNet, device: Device, store: Resident | None = None
+) -> Task[tuple[Tensor, Tensor]]:
     """Augmented slices in, the segmentation loss out."""
     criterion = segmentation_loss()
 
     def prepare(batch: SliceBatch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        if store is not None:
+            batch = store.fill(batch)
         images, labels, _ = augment(
-            batch.images.to(device.device),
+            to_device(batch.images, device.device),
             config.crop,
             config.augment,
             generator,
-            labels=batch.labels.to(device.device),
+            labels=to_device(batch.labels, device.device),
         )
         assert labels is not None  # they went in
         return images, labels
@@ -211,9 +220,10 @@ class BestOnTest:
         self.path = config.out / "checkpoints" / "best_on_test.safetensors"
         self.best = load_unet(self.path)[1]["dice"] if self.path.exists() else -1.0
 
+    def due(self, step: int) -> bool:
+        return step % self.every == 0 or step == self.steps
+
     def look(self, step: int) -> dict[str, float]:
-        if step % self.every and step < self.steps:
-            return {}
         scores = evaluate(self.model, self.cache, self.fold.test, self.device, progress=False)
         self.model.train()
         if not scores.mean <= self.best:  # NaN, where no class is held out, is kept too

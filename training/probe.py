@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from .config import ProbeConfig
 from .data.cache import VolumeCache, require_labels
 from .data.review import notices, require_classes, require_scale_of_encoder
-from .engine import Device
+from .device import Device
 from .evaluate import BATCH, Scores, evaluate, write_scores
 from .finetune import about_labelled, identity, initial_model, split
 from .identity import for_results

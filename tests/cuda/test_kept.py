@@ -18,8 +18,8 @@ from against_reference import (
     some_pairs,
     valid_pixels,
 )
-
 from benchmarks.cuda_emulation import HostKernels
+
 from salkernels.backends import triton
 
 KINDS = [SHAPES[i] for i in (1, 2, 4, 7, 8)]

@@ -13,9 +13,10 @@ import torch
 import yaml
 
 from salkernels.training import cli, pretrain
-from salkernels.training.checkpoint import PREVIOUS, RunError, load_checkpoint
+from salkernels.training.checkpoint import PREVIOUS, load_checkpoint
 from salkernels.training.config import OptimConfig
 from salkernels.training.data.sampling import LabelledSlices, Shard, TwoSubjects
+from salkernels.training.errors import RunError
 from salkernels.training.inputs import open_dataset
 from salkernels.training.models import UNetConfig
 from salkernels.training.runlog import read_metrics, to_plain

@@ -13,14 +13,16 @@ from salkernels.training.checkpoint import load_checkpoint
 from salkernels.training.config import OptimConfig, PretrainConfig
 from salkernels.training.data.preprocess import PreprocessConfig
 from salkernels.training.data.sampling import TwoSubjects
-from salkernels.training.engine import Stopped, step_generator
+from salkernels.training.device import step_generator
+from salkernels.training.errors import Stopped
 from salkernels.training.finetune import initial_model
-from salkernels.training.inputs import open_dataset
+from salkernels.training.inputs import open_dataset, subjects
 from salkernels.training.methods import METHODS, SALConfig
-from salkernels.training.methods.base import Method, Outcome
+from salkernels.training.methods.base import Method, Outcome, Views
 from salkernels.training.models import UNetConfig, load_encoder
-from salkernels.training.pretrain import CollapseWatch, Slices, make_views, pretrain, subjects
+from salkernels.training.pretrain import CollapseWatch, Slices, pretrain
 from salkernels.training.runlog import read_metrics
+from salkernels.training.views import make_views
 
 TRAINED = [name for name, kind in METHODS.items() if kind.trains]
 TERMS = {
@@ -79,6 +81,7 @@ def test_interrupted_equals_uninterrupted(config_of, monkeypatch, tmp_path, meth
     assert rows == read_metrics(broken.out)
     assert set(rows[1]) == {"step", "lr"} | TERMS.get(method, {"loss"})
     watched = WATCHED.get(method, {"cosine_encoder", "rank_encoder", "chance_loss"})
+    watched = watched | {"nearest_same_scan", "nearest_distance"}
     assert [row["step"] for row in rows if watched <= set(row)] == [1, 4, 5]
     assert METHODS[method].watched in watched
     before, after = (load_encoder(straight.out / f)[0] for f in (
@@ -150,7 +153,7 @@ def test_views_are_shared_where_the_method_wants_windows_to_correspond(config_of
     cpu = torch.device("cpu")
     seen = []
     monkeypatch.setattr(
-        "salkernels.training.pretrain.augment",
+        "salkernels.training.views.augment",
         lambda images, *_, group, centres: (
             seen.append((group, centres)) or Augmented(images, None, torch.zeros(len(images), 2, 3))
         ),
@@ -226,9 +229,10 @@ class Bland(Method):
 
 def test_a_collapsed_encoder_is_said_once_in_every_method(tmp_path, capsys):
     watch = CollapseWatch(Bland(), tmp_path)
-    spread = torch.randn(4, 8, 3, 3)
+    spread, one = torch.randn(4, 8, 3, 3), torch.zeros(4, dtype=torch.int64)
+    views = Views(spread, one, one, one + 1, one, torch.Generator())  # of a single slice
     for maps, warned in ((spread, 0), (spread + 100, 1), (spread + 100, 1)):
-        figures_now = watch(None, Outcome(torch.zeros(()), {}, {"encoder": maps}))
+        figures_now = watch(views, Outcome(torch.zeros(()), {}, {"encoder": maps}))
         assert set(figures_now) == {"cosine_encoder", "rank_encoder"}
         text = (tmp_path / "warnings.txt").read_text() if warned else ""
         assert text.count("collapsed encoder: ") == warned

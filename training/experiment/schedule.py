@@ -18,8 +18,8 @@ from tqdm import tqdm
 import salkernels
 import salkernels.training
 
-from ..checkpoint import RunError, stop_on_signal
-from ..engine import Stopped
+from ..checkpoint import stop_on_signal
+from ..errors import RunError, Stopped
 from ..files import write_atomically
 from ..locks import in_use, sole_use
 from ..runlog import to_plain

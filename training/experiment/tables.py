@@ -56,17 +56,9 @@ class Table:
         raise ValueError(f"this experiment has no arm {name!r}; expected some of {known}")
 
 
-LABELS = {
-    "random": "Random",
-    "rotation": "Rotation",
-    "pirl": "PIRL",
-    "simclr": "SimCLR",
-    "gcl": "GCL",
-    "pcl": "PCL",
-    "ccrop": "CCrop",
-    "sal": "SAL",
-}
-METHOD_ARMS = tuple(Arm(name, LABELS[name], name) for name in METHODS)
+# Of the paper's tables 1 and 2, in their order; a method of one's own is no row of them.
+PAPER = ("random", "rotation", "pirl", "simclr", "gcl", "pcl", "ccrop", "sal")
+METHOD_ARMS = tuple(Arm(name, METHODS[name].label, name) for name in PAPER)
 
 
 def _rows(
@@ -84,11 +76,16 @@ def _sal(name: str, label: str, value: float | None = None, /, **settings: Any) 
 def _frame(name: str, label: str, **settings: Any) -> Arm:
     """SAL without E, on independent views whose maps are brought into one frame before LA."""
     frame = {"sal__embedding": "none", "augment__geometry": "independent"}
-    return _sal(name, label, **frame, sal__common_frame=True, **settings)
+    return _sal(name, label, **frame | {"sal__common_frame": True} | settings)
+
+
+def _contrast(name: str, label: str, **settings: Any) -> Arm:
+    """`_frame` with LA as a contrast; its weight is of a loss of another size than Eq. 1's."""
+    return _frame(name, label, sal__loss="contrast", sal__lambda_=0.2, **settings)
 
 
 _ACDC, _CHD = (2, 6, 10, ALL), (2, 6, 15, ALL)
-_SAL = Arm("sal", LABELS["sal"], "sal")
+_SAL = Arm("sal", METHODS["sal"].label, "sal")
 _NO_LA = _sal("sal-lambda0", "λ = 0", 0, sal__lambda_=0.0)
 
 TABLES: dict[str, Table] = {
@@ -209,10 +206,21 @@ TABLES: dict[str, Table] = {
             _frame("frame-other", "frame, placebo: slices of other scans", sal__pairs="other"),
             _frame("frame-roll", "frame, placebo: keys rolled by half a map", sal__roll=True),
             _frame("frame-adjacent", "frame, LA on adjacent slices", sal__t_la=0.15),
+            # A pull with repulsion, and its placebos.
+            _contrast("contrast", "contrast"),
+            _contrast("contrast-E", "contrast, with E", sal__embedding="linear"),
+            _contrast("contrast-same", "contrast, the two views of one slice only",
+                      sal__pairs="same"),
+            _contrast("contrast-other", "contrast, placebo: slices of other scans",
+                      sal__pairs="other"),
+            _contrast("contrast-roll", "contrast, placebo: keys rolled by half a map",
+                      sal__roll=True),
             _sal("sal-noE-s3", "no E, s = 3", sal__embedding="none", sal__scale=3),
             _sal("sal-noE-s5", "no E, s = 5", sal__embedding="none", sal__scale=5),
         ),
         (2,),
         "sal-lambda0",
     ),
+    # Not in the paper either: what `demo` runs.
+    "demo": Table("Two ways to start, on a phantom", (METHOD_ARMS[0], _SAL), (2,), "random"),
 }  # fmt: skip
