@@ -37,6 +37,23 @@ __device__ inline void narrow(float x, Half& to) {
 __device__ inline void narrow(float x, BFloat16& to) {
   to.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
 }
+// Two 16-bit values in a word, the first in its lower half.
+__device__ inline void widen_pair(uint32_t word, BFloat16, float& first, float& second) {
+  first = __uint_as_float(word << 16);
+  second = __uint_as_float(word & 0xffff0000u);
+}
+__device__ inline void widen_pair(uint32_t word, Half, float& first, float& second) {
+  first = __half2float(__ushort_as_half(uint16_t(word)));
+  second = __half2float(__ushort_as_half(uint16_t(word >> 16)));
+}
+__device__ inline uint32_t narrow_pair(float first, float second, BFloat16) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+__device__ inline uint32_t narrow_pair(float first, float second, Half) {
+  const __half2 pair = __floats2half2_rn(first, second);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
 
 // A place in shared memory as the instructions below take it; offsets are part of them.
 struct SharedWords {
@@ -101,6 +118,23 @@ SALKERNELS_MMA(multiply_tf32, "m16n8k8.row.col.f32.tf32.tf32.f32")
 SALKERNELS_MMA(multiply_bf16, "m16n8k16.row.col.f32.bf16.bf16.f32")
 SALKERNELS_MMA(multiply_f16, "m16n8k16.row.col.f32.f16.f16.f32")
 #undef SALKERNELS_MMA
+
+#else
+
+float widen(BFloat16 x);
+
+template <class T>
+inline void widen_pair(uint32_t word, T, float& first, float& second) {
+  first = widen(T{uint16_t(word)});
+  second = widen(T{uint16_t(word >> 16)});
+}
+template <class T>
+inline uint32_t narrow_pair(float first, float second, T) {
+  T low, high;
+  narrow(first, low);
+  narrow(second, high);
+  return low.bits | uint32_t(high.bits) << 16;
+}
 
 #endif  // __CUDACC__
 

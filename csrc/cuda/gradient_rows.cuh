@@ -54,7 +54,7 @@ struct NodeRow {
 };
 struct alignas(16) PixelRow {
   int64_t offset[2], grad_offset[2];  // by side, in bytes
-  int64_t plane;
+  int64_t norms;  // where those of the first node of the group stand; -1: no such pixel
 };
 
 struct alignas(16) RowsShared {
@@ -103,7 +103,7 @@ __device__ inline void fill_tables(const Problem& p, RowsShared& shared, PixelRo
   }
   for (int i = threadIdx.x; i < p.window_pixels(); i += kThreads) {
     if (i >= unit.pixels()) {
-      pixels[i].plane = -1;
+      pixels[i].norms = -1;
       continue;
     }
     const int64_t row = unit.row + i / unit.columns, column = unit.column + i % unit.columns;
@@ -113,7 +113,7 @@ __device__ inline void fill_tables(const Problem& p, RowsShared& shared, PixelRo
       pixels[i].grad_offset[side] =
           (row * maps.grad_strides[3] + column * maps.grad_strides[4]) * kElement;
     }
-    pixels[i].plane = row * p.grid.width + column;
+    pixels[i].norms = norm_index(p, unit.group, 0, row * p.grid.width + column);
   }
 }
 
@@ -129,22 +129,24 @@ struct Pieces {
       if constexpr (sizeof(T) == 4) {
         sums[j] = fmaf(weight, bits_to_float(piece.words[j]), sums[j]);
       } else {
-        T low, high;
-        low.bits = uint16_t(piece.words[j]);
-        high.bits = uint16_t(piece.words[j] >> 16);
-        sums[2 * j] = fmaf(weight, widen(low), sums[2 * j]);
-        sums[2 * j + 1] = fmaf(weight, widen(high), sums[2 * j + 1]);
+        float low, high;
+        widen_pair(piece.words[j], T{}, low, high);
+        sums[2 * j] = fmaf(weight, low, sums[2 * j]);
+        sums[2 * j + 1] = fmaf(weight, high, sums[2 * j + 1]);
       }
     }
   }
   __device__ static Piece scaled(const float (&sums)[kValues], float factor) {
-    union {
-      Piece piece;
-      T values[kValues];
-    } result;
+    Piece result;
 #pragma unroll
-    for (int j = 0; j < kValues; ++j) narrow(sums[j] * factor, result.values[j]);
-    return result.piece;
+    for (int j = 0; j < 4; ++j) {
+      if constexpr (sizeof(T) == 4) {
+        result.words[j] = float_to_bits(sums[j] * factor);
+      } else {
+        result.words[j] = narrow_pair(sums[2 * j] * factor, sums[2 * j + 1] * factor, T{});
+      }
+    }
+    return result;
   }
 };
 
@@ -176,10 +178,9 @@ __device__ inline void load_slice(const Problem& p, const RowsShared& shared,
       const PixelRow& pixel = pixels[at.pixel];
       const int which = at.node >= p.maps[0].samples;
       uint32_t* const to = slice.rows + at.row * slice.words + piece * 4;
-      const float norm = pixel.plane < 0
+      const float norm = pixel.norms < 0
                              ? INFINITY
-                             : static_cast<const float*>(p.norm)[norm_index(
-                                   p, shared.unit.group, at.node, pixel.plane)];
+                             : static_cast<const float*>(p.norm)[pixel.norms + at.node];
       const bool there = is_finite(norm) && norm > 0 && channel < slice.channels;
       const unsigned char* row = shared.nodes[at.node].data;
       if (there) row += pixel.offset[which];
@@ -192,8 +193,9 @@ __device__ inline void load_slice(const Problem& p, const RowsShared& shared,
         Piece piece;
         T values[kValues];
       } staged = {};
-      for (int j = 0; j < kValues && there; ++j) {
-        if (channel + j < slice.channels) {
+#pragma unroll
+      for (int j = 0; j < kValues; ++j) {
+        if (there && channel + j < slice.channels) {
           staged.values[j] = from[(channel + j) * p.maps[which].strides[2]];
         }
       }
@@ -217,11 +219,10 @@ __device__ inline void sum_slice(const Problem& p, const RowsShared& shared,
   for (RowWalk at(threadIdx.x / lanes, kThreads / lanes, int(p.window_pixels())); at.row < rows;
        at.next()) {
     const PixelRow& pixel = pixels[at.pixel];
-    if (pixel.plane < 0) continue;
+    if (pixel.norms < 0) continue;
     const NodeRow& node = shared.nodes[at.node];
     const auto terms = RowTerms<float>::of(p, node.first_term, node.first_row, at.pixel);
-    const float norm = static_cast<const float*>(
-        p.norm)[norm_index(p, shared.unit.group, at.node, pixel.plane)];
+    const float norm = static_cast<const float*>(p.norm)[pixel.norms + at.node];
     float sums[kPieces][kValues] = {};
 #pragma unroll 2
     for (const Term<float>* term = terms.at; term != terms.end; ++term) {
@@ -261,7 +262,7 @@ __device__ inline void store_slice(const Problem& p, const RowsShared& shared,
   const int channels = left < width ? left : width, lanes = along ? 32 : 1;
   for (RowWalk at(threadIdx.x / lanes, kThreads / lanes, int(p.window_pixels())); at.row < rows;
        at.next()) {
-    if (pixels[at.pixel].plane < 0) continue;
+    if (pixels[at.pixel].norms < 0) continue;
     const int which = at.node >= p.maps[0].samples;
     T* const grad =
         reinterpret_cast<T*>(shared.nodes[at.node].grad + pixels[at.pixel].grad_offset[which]);

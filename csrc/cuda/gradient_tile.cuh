@@ -89,22 +89,29 @@ __device__ inline void fill_weights(const Problem& p, GradientShared& shared) {
     const NodeWindow at = NodeWindow::of(p, shared.units[u], member % nodes);
     MatchWalk<float> walk(p, at, shared.plane + u * pixels);
     float* const along = shared.along + member * pixels;
+    FewRows<float> few;
     float* const rows = weights + member * pixels * kWeightPitch + u * nodes * pixels;
     for (int role = 0; role < 2; ++role) {
       const int chunks = walk.chunks(role == 1);
       walk.start(0);
       for (int chunk = 0; chunk < chunks; ++chunk, walk.next()) {
         const RoleMatch<float> found = walk.load(role == 1);
-        const uint32_t same = __match_any_sync(kAllLanes, found.row);
         if (found.row >= 0) {
           // The two roles may share a place, but never these lanes.
           rows[found.row * kWeightPitch + found.partner] += found.gradient * found.scale;
           shared.touched[member * pixels + found.row] = 1;
         }
-        add_by_row(along, found.row, same, found.gradient * found.max_sim,
-                   shared.exchange[warp]);
+        const float part = found.gradient * found.max_sim;
+        if (FewRows<float>::suffice(pixels)) {
+          few.add(found.row, part);
+        } else {
+          const uint32_t same = __match_any_sync(kAllLanes, found.row);
+          add_by_row(along, found.row, same, part, shared.exchange[warp]);
+        }
+        __syncwarp();  // the next lanes may add to the same places
       }
     }
+    if (FewRows<float>::suffice(pixels)) few.store(along, pixels);
   }
 }
 
@@ -115,12 +122,6 @@ struct Weights {
   uint32_t active;   // steps with any weight
   float factor[2];   // of the rows of this lane: undoes the scaling of fp16
 
-  __device__ static uint32_t pack(float x, float y) {
-    T first, second;
-    narrow(x, first);
-    narrow(y, second);
-    return first.bits | uint32_t(second.bits) << 16;
-  }
   __device__ static float rest(float x) {
     T rounded;
     narrow(x, rounded);
@@ -164,8 +165,8 @@ struct Weights {
           pair = *reinterpret_cast<const float2*>(rows[i % 2] + k * 16 + i / 2 * 8 + lane % 4 * 2);
         }
         const float x = pair.x * scale[i % 2], y = pair.y * scale[i % 2];
-        high[k][i] = pack(x, y);
-        low[k][i] = pack(rest(x), rest(y));
+        high[k][i] = narrow_pair(x, y, T{});
+        low[k][i] = narrow_pair(rest(x), rest(y), T{});
         any = any || x != 0 || y != 0;
       }
       if (__ballot_sync(kAllLanes, any) != 0) active |= 1u << k;
@@ -228,15 +229,15 @@ __device__ inline void replace_by_gradient(const GradientShared& shared, uint32_
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
       uint32_t* const at = chunk + r * kGradientPitch + n * 4 + lane % 4;
-      T x[2];
-      x[0].bits = uint16_t(*at);
-      x[1].bits = uint16_t(*at >> 16);
+      float x[2];
+      widen_pair(*at, T{}, x[0], x[1]);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float v = sums[n][2 * upper + i] * factor[upper];
-        narrow((v - self * widen(x[i])) * inverse, x[i]);
+        float v = sums[n][2 * upper + i];
+        if constexpr (Weights<T>::kScaled) v *= factor[upper];
+        x[i] = (v - self * x[i]) * inverse;
       }
-      *at = x[0].bits | uint32_t(x[1].bits) << 16;
+      *at = narrow_pair(x[0], x[1], T{});
     }
   }
 }

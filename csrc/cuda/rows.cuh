@@ -220,11 +220,10 @@ __device__ inline void add_squares(float& sum, const Piece& piece) {
       const float x = bits_to_float(piece.words[j]);
       sum = fmaf(x, x, sum);
     } else {
-      T low, high;
-      low.bits = uint16_t(piece.words[j]);
-      high.bits = uint16_t(piece.words[j] >> 16);
-      sum = fmaf(widen(low), widen(low), sum);
-      sum = fmaf(widen(high), widen(high), sum);
+      float low, high;
+      widen_pair(piece.words[j], T{}, low, high);
+      sum = fmaf(low, low, sum);
+      sum = fmaf(high, high, sum);
     }
   }
 }

@@ -183,6 +183,29 @@ __device__ inline void add_by_row(F* sums, int row, uint32_t same, F value, F* e
   __syncwarp();
 }
 
+// The same for windows of at most four pixels: each lane has a sum for each row, and these are added
+// up at the end.
+template <class F>
+struct FewRows {
+  static constexpr int kRows = 4;
+  F sums[kRows] = {};
+
+  __device__ static bool suffice(int pixels) { return pixels <= kRows; }
+  __device__ void add(int row, F value) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) sums[i] += row == i ? value : F(0);
+  }
+  __device__ void store(F* to, int pixels) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const F sum = sum_of_warp(sums[i]);
+      if (lane == i && i < pixels) to[i] = sum;
+    }
+    __syncwarp();
+  }
+};
+
 // What a team of warps needs of shared memory, for each warp: how many terms each row has (then
 // where the next one goes) and its part of x̂·V; for the team, places of pixels.
 __host__ __device__ constexpr int64_t terms_shared_bytes(int64_t pixels, int64_t team,
@@ -303,6 +326,7 @@ __device__ void list_terms(const Problem& p) {
   if (team.member == 0) place_terms<F>(p, at, team.all_counts, team.team);
   team.sync();
   Term<F>* const terms = static_cast<Term<F>*>(p.terms) + at.first_term(p);
+  FewRows<F> few;
   for_chunks(walk, team, [&](bool as_key) {
     const RoleMatch<F> found = walk.load(as_key);
     const uint32_t same = __match_any_sync(kAllLanes, found.row);
@@ -313,8 +337,14 @@ __device__ void list_terms(const Problem& p) {
     }
     __syncwarp();
     if (found.row >= 0 && earlier == 0) team.counts[found.row] += __popc(same);
-    add_by_row(team.along, found.row, same, found.gradient * found.max_sim, team.exchange);
+    if (FewRows<F>::suffice(stride)) {
+      few.add(found.row, found.gradient * found.max_sim);
+      __syncwarp();  // the next lanes read what was counted
+    } else {
+      add_by_row(team.along, found.row, same, found.gradient * found.max_sim, team.exchange);
+    }
   });
+  if (FewRows<F>::suffice(stride)) few.store(team.along, pixels);
   team.sync();
   if (in_memory) return;
   for (int i = lane + team.member * 32; i < pixels; i += 32 * team.team) {
