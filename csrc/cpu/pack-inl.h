@@ -40,8 +40,8 @@ static inline int64_t block_start(int64_t done, int64_t columns, int64_t lanes) 
   return done + lanes > columns && columns >= lanes ? columns - lanes : done;
 }
 
-// Calls use(r, i, pixels, c) for each block of W pixels by W channels of a patch: a block is transposed
-// in registers, by shuffles between pairs of them.
+// Calls use(r, i, pixels, c) for each block of W pixels by W channels of a patch: a block is
+// transposed in registers, by shuffles between pairs of them.
 //
 //      map, one channel a row               packed, one pixel a row
 //        c    p p p p | p p p p | ...         p    c c c c | next channels
@@ -254,8 +254,8 @@ static void for_pixel_runs(const Window& window, int64_t first, int64_t count, c
 }
 
 // What makes a unit vector of a row: x / max(norm, eps). A row whose squares have no finite sum
-// becomes NaN: x / inf would be 0, without a word. `poison` is 0, but NaN for such a row: its gradient
-// is NaN wherever a pair touches it.
+// becomes NaN: x / inf would be 0, without a word. `poison` is 0, but NaN for such a row: its
+// gradient is NaN wherever a pair touches it.
 template <class T>
 struct UnitScale {
   T norm, poison, divisor, factor;
