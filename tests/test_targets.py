@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ MACHINES = {"laptop": LAPTOP, "server": SERVER, "bare": BARE}
 FILES = ["test_parity.py", "test_gradients.py", "test_edges.py", "test_library.py", "test_ties.py"]
 OWN = ["cuda/test_on_gpu.py", "test_cuda_backend.py", "fuzz/test_fuzz.py"]  # of one backend each
 COLLECT = """
-import json, sys
+import json, re, sys
 sys.path.insert(0, {folder!r})
 import pytest, targets
 
@@ -31,22 +32,23 @@ class Report:
         self.rows = []
         for item in session.items:
             target, call = targets.Target.of(item), getattr(item, "callspec", None)
-            indices = dict(call.indices) if call else {{}}
-            shared = [indices.pop(name, None) is not None for name in ("backend", "device")]
+            params = dict(call.params) if call else {{}}
+            shared = [params.pop(name, None) is not None for name in ("backend", "device")]
+            others = re.sub(" at 0x[0-9a-f]+", "", str(params))
             about = [target.backend, target.device, str(target.dtype)]
             about += [target.slow_in_the_interpreter, all(shared)]
-            self.rows.append([item.path.name, item.originalname, str(indices), *about])
+            self.rows.append([item.path.name, item.originalname, others, *about])
 
 for name, about in {machines!r}.items():
     targets.here = lambda: targets.Machine(**about)
     report = Report()
     pytest.main(["--collect-only", "-qq", "-p", "no:cacheprovider", *{files!r}], plugins=[report])
-    print("\\n" + json.dumps([name, report.rows]))
+    print("\\n" + json.dumps([name, report.rows]), flush=True)
 """
 
 
 @pytest.fixture(scope="module")
-def collected() -> tuple[dict[str, list[list]], str]:
+def collected() -> tuple[dict[str, list[list]], list[str]]:
     """What a pytest of its own selects on each of the machines, and what it prints."""
     code = COLLECT.format(
         folder=str(HERE),
@@ -56,8 +58,9 @@ def collected() -> tuple[dict[str, list[list]], str]:
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=HERE.parent
     )
-    lines = [line for line in done.stdout.splitlines() if line.startswith('["')]
-    return dict(map(json.loads, lines)), done.stdout
+    lines = done.stdout.splitlines()
+    rows = dict(json.loads(line) for line in lines if line.startswith('["'))
+    return rows, [line for line in lines if not line.startswith('["')]
 
 
 @pytest.fixture(scope="module")
@@ -65,39 +68,37 @@ def rows(collected):
     return collected[0]
 
 
-def on(rows: list[list], backend: str, device: str) -> set[tuple]:
-    """The tests with both fixtures that were selected for a target, as (file, test, rest)."""
-    return {tuple(row[:3]) for row in rows if row[3:5] == [backend, device] and row[7]}
+def count(rows: list[list]) -> Counter[tuple]:
+    """By file, test and parameters other than the target; functions in those look alike."""
+    return Counter(tuple(row[:3]) for row in rows)
 
 
-def of_fp64(rows: list[list]) -> set[tuple]:
-    return {tuple(row[:3]) for row in rows if row[5] == "torch.float64"}
-
-
-def slow(rows: list[list]) -> set[tuple]:
-    return {tuple(row[:3]) for row in rows if row[6]}
+def on(rows: list[list], backend: str, device: str) -> Counter[tuple]:
+    """The tests with both fixtures that were selected for a target."""
+    return count([row for row in rows if row[3:5] == [backend, device] and row[7]])
 
 
 def test_a_gpu_gets_every_test_that_a_cpu_gets(rows):
     laptop, server = rows["laptop"], rows["server"]
     everything = on(laptop, "reference", "cpu")
     assert {file for file, *_ in everything} == set(FILES)
-    assert len(everything) > 300
-    fp64 = of_fp64(laptop) & everything
-    assert len(fp64) > 30
+    assert everything.total() > 300
+    fp64 = count([row for row in laptop if row[3:6] == ["reference", "cpu", "torch.float64"]])
+    slow = count([row for row in laptop if row[3:5] == ["reference", "cpu"] and row[6]])
+    assert fp64.total() > 30
+    assert slow.total() < 80
     for device in ("cpu", "cuda"):
         assert on(server, "reference", device) == everything
     assert on(laptop, "cpu", "cpu") == on(server, "cpu", "cpu") == everything
     assert on(server, "cuda", "cuda") == everything
     assert on(server, "triton", "cuda") == everything - fp64
-    assert on(laptop, "triton", "cpu") == everything - fp64 - slow(laptop)
-    assert len(slow(laptop)) < 80
+    assert on(laptop, "triton", "cpu") == everything - (fp64 | slow)
 
 
 @pytest.mark.parametrize("machine", ["laptop", "bare"])
 def test_without_a_gpu_nothing_of_one_is_selected(machine, rows):
     assert not any(row[3] == "cuda" or row[4] == "cuda" for row in rows[machine])
-    assert (on(rows[machine], "cpu", "cpu") == set()) == (machine == "bare")
+    assert (on(rows[machine], "cpu", "cpu") == Counter()) == (machine == "bare")
 
 
 def test_a_gpu_runs_the_tests_that_are_its_own(rows):
@@ -109,13 +110,12 @@ def test_a_gpu_runs_the_tests_that_are_its_own(rows):
 
 def test_what_is_missing_is_told_once_on_each_machine(collected):
     _, printed = collected
-    laptop, server, bare = printed.split('["')[:3]
-    assert laptop.count(f"{NO_GPU}: ") == bare.count(f"{NO_GPU}: ") == 1
+    without_gpu = [line for line in printed if line.startswith(f"{NO_GPU}: ")]
+    assert len(without_gpu) == 2, "of the laptop and the bare machine"
     for what in ("cuda", "reference on cuda", "triton on cuda"):
-        assert f" of {what}" in laptop
-    assert bare.count("no compiler: ") == 1
-    assert NO_GPU not in server
-    assert server.count("Triton is not in interpreter mode") == 1
+        assert all(f" of {what}" in line for line in without_gpu)
+    assert sum(line.startswith("no compiler: ") for line in printed) == 1
+    assert sum("Triton is not in interpreter mode" in line for line in printed) == 1
 
 
 @pytest.mark.parametrize(
