@@ -9,12 +9,13 @@ import pytest
 import targets
 import torch
 
-from benchmarks import cuda_emulation
+from tools.host_cuda import kernels
+from tools.ptx import cuda_kernels
 
 # What a fixture needs that a machine may lack: asked once, and told once.
 OBSTACLES = {
-    "host_kernels": cuda_emulation.obstacle,
-    "compiled": cuda_emulation.ptx_obstacle,
+    "host_kernels": kernels.obstacle,
+    "compiled": cuda_kernels.obstacle,
     "resources": lambda: None if shutil.which("nvcc") else "nvcc is not on the PATH",
 }
 
@@ -37,7 +38,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def host_kernels():
-    return cuda_emulation.HostKernels()
+    return kernels.HostKernels()
 
 
 @pytest.fixture

@@ -60,9 +60,9 @@ from test_valid import (
 )
 from test_valid import test_pairwise as test_pairwise_of_valid_pixels
 
-from benchmarks import cuda_emulation
-from benchmarks.cuda_emulation import HostKernels
 from salkernels import reference
+from tools.host_cuda import kernels
+from tools.host_cuda.kernels import HostKernels
 
 __all__ = [
     "test_a_pair_without_a_pixel_carries_no_weight",
@@ -224,7 +224,7 @@ def test_values_out_of_range_reach_what_they_touch_and_nothing_else(
 @pytest.mark.slow
 def test_under_the_address_and_undefined_behaviour_sanitizers(host_kernels):
     """In a process of its own, whose first library is the sanitizer's; threads in another order."""
-    cuda_emulation.build(sanitize=True)
+    kernels.build(sanitize=True)
     names = ("libasan.so", "libubsan.so", "libstdc++.so")
     gxx = shutil.which("g++")
     libraries = [
