@@ -197,6 +197,22 @@ def slots_of(query, key, plan, sizes, FORM: tl.constexpr):
 
 
 @triton.jit
+def pair_nodes(slot, listed, sizes, FORM: tl.constexpr):
+    """Group, query and key (as a node) of pairs by their numbers, and whether there is a pair."""
+    exists = slot < sizes.pairs
+    place = slot
+    if listed is not None:
+        # What is no place of a pair is room that is left over.
+        place = tl.load(listed + slot, mask=exists, other=-1)
+        exists = exists & (place >= 0) & (place < sizes.groups * sizes.N * sizes.M)
+        place = tl.where(exists, place, 0).to(tl.int32)
+    group = place // (sizes.N * sizes.M)
+    query = place // sizes.M % sizes.N
+    key = place % sizes.M + (0 if FORM.SET else sizes.N)
+    return group, query, key, exists
+
+
+@triton.jit
 def slots_between(a, b, plan, sizes, FORM: tl.constexpr):
     """Numbers of the pairs between the lanes of two tiles, both (lanes of a, lanes of b):
     those with a lane of a as the query, and those with it as the key."""
@@ -280,6 +296,11 @@ def dot(a, b, total, PRODUCT: tl.constexpr):
 
 @triton.jit
 def tf32_parts(x):
-    """x rounded to the 10 bits of a tf32 mantissa, and the rest; NaN and Inf leave NaN there."""
-    high = (x.to(tl.int32, bitcast=True) + 4096 & -8192).to(tl.float32, bitcast=True)
+    """x cut off to the 10 bits of a tf32 mantissa, and the rest, of which a product takes 10 more.
+
+    Cut off and not rounded: that is two instructions instead of three for each element of each
+    operand, and what is lost, 2^-21 of x, is lost by all cosines and norms alike. The rest of an
+    Inf is NaN, and so is that of a NaN, whichever bits it had.
+    """
+    high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
     return high, x - high

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,11 +11,18 @@ import torch
 from torch import Tensor
 
 from . import gradient, match
+from . import sum as sum_
+from . import terms as terms_
 from .config import Tile, tile_for
 from .geometry import Cut, Extents, Form, Maps, Matches, Plan, Product, Strides
 from .gradient import Terms
 from .plan import plan_kernel
+from .terms import Lists, Reach
 
+MOST_TILES = 2  # of a group, whose weights fit into the registers
+LIST_ROWS = 128  # of a program that makes lists: one for each of its threads
+CACHE_BYTES = 160 << 10  # of a first-level cache, that a window's rows may take
+PROGRAMS = 1056  # that keep a GPU busy: 8 for each multiprocessor of an H100
 LEAST_ROWS = 32  # of a matrix product, whose inner extent comes in halves
 MOST_LANES = 32  # nodes of a tile: a tile has lanes x lanes pairs to look up
 MOST_PLANNED = 64  # nodes of a group, and groups, that one program of the plan kernel takes
@@ -195,39 +203,152 @@ def backward(
 ) -> None:
     """Fills the gradients, every element of them."""
     layout, tile = Layout.of(problem, "gradient")
-    maps, grads = _maps(problem.query, problem.key), _maps(grad_query, grad_key)
     terms = Terms(max_sim, argmax, grad_sim)
+    if layout.streamed or layout.tiles > MOST_TILES:
+        _backward_by_lists(problem, layout, terms, norm, grad_query, grad_key)
+        return
+    maps, grads = _maps(problem.query, problem.key), _maps(grad_query, grad_key)
     programs = layout.groups_of_tiles * layout.tiles * layout.windows
-    kernel = gradient.gradient_kernel
-    if layout.streamed:
-        kernel = gradient.stream_gradient_kernel
-        programs *= layout.blocks * _ceil(problem.query.shape[2], tile.block)
+    planned = plan(layout)
+    for across in (False, True)[: layout.tiles]:
+        _launch(
+            gradient.gradient_kernel,
+            programs,
+            tile,
+            (maps, grads, terms, norm, planned, layout.extents(), problem.smallest_norm),
+            FORM=layout.form(maps, grads),
+            CUT=layout.cut(tile),
+            PRODUCT=_product(problem.query, gradient=True),
+            TILES=layout.tiles,
+            ACROSS=across,
+        )
+
+
+def _backward_by_lists(
+    problem: Problem,
+    layout: Layout,
+    saved: Terms,
+    norm: Tensor,
+    grad_query: Tensor,
+    grad_key: Tensor | None,
+) -> None:
+    """The same for windows of more rows than two tiles hold."""
+    query, key = _addressable(problem.query), problem.key
+    key = None if key is None else _addressable(key)
+    problem = problem._replace(query=query, key=key)
+    maps, grads = _maps(query, key), _maps(grad_query, grad_key)
+    sizes, form = layout.extents(), layout.form(maps, grads)
+    bits = 16 if sizes.window_rows * sizes.window_columns < 1 << 16 else 32
+    reach = _reach(problem, bits)
+    lines = sizes.groups * sizes.windows
+    terms = 2 * sizes.pairs * problem.map_pixels + 1
+    found = Lists(
+        saved.argmax.new_empty((sizes.pairs, sizes.windows, reach.words), dtype=torch.int64),
+        saved.argmax.new_zeros((lines, reach.room), dtype=torch.int32),
+        saved.argmax.new_empty((lines, reach.room), dtype=torch.int64),
+        saved.argmax.new_empty((terms,), dtype=torch.int64),
+        norm.new_empty((lines, reach.room)),
+        norm.new_empty((lines, reach.room)),
+        saved.argmax.new_empty((lines, reach.room), dtype=torch.int32),
+        saved.argmax.new_zeros((1,), dtype=torch.int64),
+    )
+    pixels = reach.words * (64 // bits)
+    block = min(32, _power_of_two(pixels))
+    pairs = 1024 // block
     _launch(
-        kernel,
-        programs,
+        terms_.count_kernel,
+        _ceil(sizes.pairs, pairs) * _ceil(pixels, block) * sizes.windows,
+        SMALL,
+        (saved, norm, _listed(problem), found, reach, sizes, problem.smallest_norm),
+        FORM=form,
+        PIXELS=block,
+        PAIRS=pairs,
+        BITS=bits,
+    )
+    _launch(
+        terms_.list_kernel,
+        lines * (reach.room // LIST_ROWS),
+        SMALL,
+        (saved, norm, plan(layout, False), found, reach, sizes, problem.smallest_norm),
+        FORM=form,
+        ROWS=LIST_ROWS,
+        BITS=bits,
+    )
+    tile = _tile("sum", query)
+    parts = _parts(problem, tile)
+    slices = _ceil(sizes.channels, tile.block * parts)
+    shares = min(_ceil(PROGRAMS, lines * slices), reach.room // tile.rows)
+    _launch(
+        sum_.sum_kernel,
+        lines * slices * shares,
         tile,
-        (maps, grads, terms, norm, plan(layout), layout.extents(), problem.smallest_norm),
-        FORM=layout.form(maps, grads),
-        CUT=layout.cut(tile),
-        PRODUCT=_product(problem.query, gradient=True),
+        (maps, grads, found, reach, sizes, shares),
+        FORM=form,
+        ROWS=tile.rows,
+        CHANNELS=tile.block,
+        PARTS=parts,
+        UNIT=_unit(query),
+        KEY_UNIT=_unit(query if key is None else key),
+        EVEN=sizes.channels % (tile.block * parts) == 0,
     )
 
 
-def plan(layout: Layout) -> Plan:
+def _parts(problem: Problem, tile: Tile) -> int:
+    """How many runs of channels a program takes: as many as leave a window's rows in the cache,
+    and no fewer than two where they do not fit at all."""
+    line = tile.block * problem.query.element_size()
+    rows = problem.nodes * problem.window[0] * problem.window[1]
+    fitting = CACHE_BYTES // (rows * line) or 2
+    parts = min(fitting, _ceil(problem.query.shape[2], tile.block))
+    return 4 if parts >= 4 else 2 if parts >= 2 else 1
+
+
+def _reach(problem: Problem, bits: int) -> Reach:
+    """How lists name rows: by offsets in units."""
+    query, key = problem.query, problem.query if problem.key is None else problem.key
+    steps = [x.stride(i) // _unit(x) for x in (query, key) for i in (1, 3, 4)]
+    pixels = problem.window[0] * problem.window[1]
+    room = _ceil(problem.nodes * pixels, LIST_ROWS) * LIST_ROWS
+    return Reach(*steps, room, _ceil(pixels * bits, 64))
+
+
+def _unit(x: Tensor) -> int:
+    """Elements, a divisor of the strides: the largest power of two, so that a row's offset is a
+    shift away and the compiler sees its alignment; the largest at all where the offset of the last
+    row of a group would take more than 31 bits."""
+    divisor = math.gcd(*(x.stride(i) for i in (1, 3, 4))) or 1
+    shift = divisor & -divisor
+    return shift if _furthest(x) < shift << 31 else divisor
+
+
+def _addressable(x: Tensor) -> Tensor:
+    """x, or a copy with neighbouring channels if lists could not name the rows of its groups."""
+    if _furthest(x) < _unit(x) << 31:
+        return x
+    return x.movedim(2, -1).contiguous().movedim(-1, 2)
+
+
+def _furthest(x: Tensor) -> int:
+    """Elements from the first row of a group to its last."""
+    return sum((x.shape[i] - 1) * x.stride(i) for i in (1, 3, 4))
+
+
+def plan(layout: Layout, ordered: bool | None = None) -> Plan:
     """slots (G, N, M) and order (G, V), int32, as `plan_kernel` says, where they are needed.
 
     Without a list the kernels number pairs for themselves, and nodes are in order as they come.
     """
     problem = layout.problem
+    ordered = layout.ordered if ordered is None else ordered
     listed = _listed(problem)
     if listed is None:
         return Plan(None, None)
     groups, samples = problem.query.shape[:2]
     if problem.nodes > MOST_PLANNED or groups > MOST_PLANNED:
         slots = _slots_of_many(problem, listed)
-        return Plan(slots, _order_of_many(problem, slots) if layout.ordered else None)
+        return Plan(slots, _order_of_many(problem, slots) if ordered else None)
     slots = listed.new_empty((groups, samples, problem.keys), dtype=torch.int32)
-    order = slots.new_empty((groups, problem.nodes)) if layout.ordered else None
+    order = slots.new_empty((groups, problem.nodes)) if ordered else None
     found = Plan(slots, order)
     _launch(
         plan_kernel,
@@ -321,9 +442,10 @@ def _listed(problem: Problem) -> Tensor | None:
     return None if problem.pairs is None else problem.pairs.contiguous()
 
 
-def _device_of(x: Tensor | Maps) -> AbstractContextManager[Any]:
-    tensor = x.query if isinstance(x, Maps) else x
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+def _device_of(x: Any) -> AbstractContextManager[Any]:
+    while isinstance(x, tuple):
+        x = x[0]
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def _power_of_two(n: int) -> int:

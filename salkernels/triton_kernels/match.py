@@ -28,11 +28,13 @@ from .geometry import (
     load_channels,
     node_pixels,
     nodes_of,
+    pair_nodes,
     pixels_of,
     row_pointers,
     rows_of,
     slots_between,
     slots_of,
+    tf32_parts,
     valid_rows,
 )
 
@@ -174,13 +176,16 @@ def _cosines(
     pointers_a = row_pointers(maps, rows_a, sizes, FORM)
     pointers_b = row_pointers(maps, rows_b, sizes, FORM)
     total = tl.zeros((CUT.LANES * CUT.PIXELS, CUT.LANES * CUT.PIXELS), tl.float32)
+    mixed = total
     for start in range(0, sizes.channels, CUT.CHANNELS):
         x = load_channels(pointers_a, start, rows_a.node, loaded_a, maps, sizes, FORM, CUT)
         if DIAGONAL:
-            total = dot(x, tl.trans(x), total, PRODUCT)
+            total, mixed = _dot_itself(x, total, mixed, PRODUCT)
         else:
             y = load_channels(pointers_b, start, rows_b.node, loaded_b, maps, sizes, FORM, CUT)
             total = dot(x, tl.trans(y), total, PRODUCT)
+    if DIAGONAL and PRODUCT.PRECISION == "tf32x3":
+        total += mixed + tl.trans(mixed)
     if DIAGONAL:
         # The diagonal holds the squared norms: nothing but products has to read x.
         itself = tl.where(r[:, None] == r[None, :], total, 0.0)
@@ -193,6 +198,21 @@ def _cosines(
         norm_b = _norms(norm, rows_b, sizes, FORM)
     sim = total * _unit_scale(norm_a, eps)[:, None] * _unit_scale(norm_b, eps)[None, :]
     return _comparable(sim, loaded_a[:, None] & loaded_b[None, :])
+
+
+@triton.jit
+def _dot_itself(x, total, mixed, PRODUCT: tl.constexpr):
+    """total + x @ xᵀ; of tf32x3 the products of high with low parts apart, in `mixed`.
+
+    Those of low with high parts are the same, transposed: two products do for three.
+    """
+    if PRODUCT.PRECISION == "tf32x3":
+        high, low = tf32_parts(x)
+        mixed = tl.dot(high, tl.trans(low), mixed, input_precision="tf32")
+        total = tl.dot(high, tl.trans(high), total, input_precision="tf32")
+    else:
+        total = dot(x, tl.trans(x), total, PRODUCT)
+    return total, mixed
 
 
 @triton.jit
@@ -237,15 +257,9 @@ def stream_match_kernel(
     block = tl.program_id(0) % blocks
     window = tl.program_id(0) // blocks % sizes.windows
     slot = tl.program_id(0) // blocks // sizes.windows
-    pair = slot
-    if listed is not None:
-        pair = tl.load(listed + slot)
-        if (pair < 0) | (pair >= sizes.groups * sizes.N * sizes.M):
-            return  # room that is left over
-        pair = pair.to(tl.int32)
-    group = pair // (sizes.N * sizes.M)
-    query = pair // sizes.M % sizes.N
-    key = pair % sizes.M + (0 if FORM.SET else sizes.N)
+    group, query, key, exists = pair_nodes(slot, listed, sizes, FORM)
+    if not exists:
+        return
 
     p = tl.arange(0, CUT.PIXELS)
     row, column, inside = pixels_of(block * CUT.PIXELS + p, window, sizes)
