@@ -16,7 +16,7 @@ from . import terms as terms_
 from .config import Tile, tile_for
 from .geometry import Cut, Extents, Form, Maps, Matches, Plan, Product, Strides
 from .gradient import Terms
-from .plan import plan_kernel
+from .plan import Partners, partners_kernel, plan_kernel
 from .terms import Lists, Reach
 
 MOST_TILES = 2  # of a group, whose weights fit into the registers
@@ -269,7 +269,7 @@ def _backward_by_lists(
         terms_.list_kernel,
         lines * (reach.room // LIST_ROWS),
         SMALL,
-        (saved, norm, plan(layout, False), found, reach, sizes, problem.smallest_norm),
+        (saved, norm, _partners(problem, layout), found, reach, sizes, problem.smallest_norm),
         FORM=form,
         ROWS=LIST_ROWS,
         BITS=bits,
@@ -293,6 +293,25 @@ def _backward_by_lists(
     )
 
 
+def _partners(problem: Problem, layout: Layout) -> Partners:
+    """Which pairs each node is in."""
+    groups, nodes = problem.query.shape[0], problem.nodes
+    slots = plan(layout, False).slots
+    room = _most_partners(problem)
+    device = problem.query.device
+    lists = torch.empty((2, groups, nodes, room), dtype=torch.int64, device=device)
+    degrees = torch.empty((groups, nodes, 2), dtype=torch.int32, device=device)
+    found = Partners(degrees, lists[0], lists[1])
+    _launch(
+        partners_kernel,
+        groups * nodes,
+        Tile(0, 0, 1, 1),
+        (slots, found, room, layout.extents(), layout.form()),
+        NODES=128,
+    )
+    return found
+
+
 def _parts(problem: Problem, tile: Tile) -> int:
     """How many runs of channels a program takes: as many as leave a window's rows in the cache,
     and no fewer than two where they do not fit at all."""
@@ -309,7 +328,11 @@ def _reach(problem: Problem, bits: int) -> Reach:
     steps = [x.stride(i) // _unit(x) for x in (query, key) for i in (1, 3, 4)]
     pixels = problem.window[0] * problem.window[1]
     room = _ceil(problem.nodes * pixels, LIST_ROWS) * LIST_ROWS
-    return Reach(*steps, room, _ceil(pixels * bits, 64))
+    return Reach(*steps, room, _ceil(pixels * bits, 64), _most_partners(problem))
+
+
+def _most_partners(problem: Problem) -> int:
+    return max(problem.query.shape[1], problem.keys)
 
 
 def _unit(x: Tensor) -> int:
@@ -399,7 +422,7 @@ def _launch(
     if torch.version.hip is None:
         options["maxnreg"] = MOST_REGISTERS
     # Triton launches on the current device, which need not be that of the tensors.
-    with _device_of(arguments[0]):
+    with _device_of(arguments):
         kernel[(programs,)](*arguments, **constants, **options)
 
 
@@ -444,7 +467,7 @@ def _listed(problem: Problem) -> Tensor | None:
 
 def _device_of(x: Any) -> AbstractContextManager[Any]:
     while isinstance(x, tuple):
-        x = x[0]
+        x = next(part for part in x if part is not None)
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 

@@ -4,10 +4,12 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from .geometry import count_nodes
+from .geometry import Lanes, Plan, count_nodes, slots_of
 
 
 @triton.jit
@@ -69,3 +71,44 @@ def _order_nodes(group, plan, sizes, FORM: tl.constexpr, NODES: tl.constexpr):
     earlier = exists & ((label_j < label_i) | ((label_j == label_i) & (j < i)))
     rank = tl.sum(earlier.to(tl.int32), 1)
     tl.store(plan.order + group * nodes + rank, v, mask=v < nodes)
+
+
+class Partners(NamedTuple):
+    """The pairs of each node, in the order of its partners: number and partner in one word."""
+
+    degrees: Any  # (G, V, 2) int32: pairs that it is the query, the key of
+    as_query: Any  # (G, V, D) int64: number << 32 | partner
+    as_key: Any  # likewise
+
+
+@triton.jit
+def partners_kernel(slots, partners, room, sizes, FORM: tl.constexpr, NODES: tl.constexpr):
+    """The pairs of one node."""
+    nodes = count_nodes(sizes, FORM)
+    plan = Plan(slots, None)
+    index = tl.program_id(0)
+    group, node = index // nodes, index % nodes
+    line = index.to(tl.int64) * room
+    forth, back = 0, 0
+    for start in range(0, nodes, NODES):
+        other = start + tl.arange(0, NODES)
+        itself = Lanes(group, node + 0 * other, other < nodes)
+        others = Lanes(group, other, other < nodes)
+        forth = _append(
+            partners.as_query + line, forth, slots_of(itself, others, plan, sizes, FORM), other
+        )
+        back = _append(
+            partners.as_key + line, back, slots_of(others, itself, plan, sizes, FORM), other
+        )
+    tl.store(partners.degrees + 2 * index, forth)
+    tl.store(partners.degrees + 2 * index + 1, back)
+
+
+@triton.jit
+def _append(list_, count, slot, other):
+    """Appends what pairs there are; returns how many are listed then."""
+    exists = (slot >= 0).to(tl.int32)
+    place = count + tl.cumsum(exists, 0) - exists
+    word = (slot.to(tl.int64) << 32) + other
+    tl.store(list_ + place, word, mask=slot >= 0)
+    return count + tl.sum(exists, 0)

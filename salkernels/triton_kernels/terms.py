@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .geometry import Lanes, Rows, count_nodes, node_pixels, pair_nodes, pixels_of, slots_of
+from .geometry import Rows, count_nodes, node_pixels, pair_nodes, pixels_of
 from .gradient import pixel_weights
 
 
@@ -57,6 +57,7 @@ class Reach(NamedTuple):
     key_column: int
     room: int  # R, a multiple of the rows that a program of `list_kernel` takes
     words: int
+    partners: int  # that a node may have
 
 
 @triton.jit
@@ -135,19 +136,21 @@ def _offset_of(node, row, column, reach, sizes, FORM: tl.constexpr):
 
 @triton.jit
 def list_kernel(
-    saved, norm, plan, lists, reach, sizes, eps,
+    saved, norm, partners, lists, reach, sizes, eps,
     FORM: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """The terms of some rows of a window; each thread has a row of its own."""
     window_pixels = sizes.window_rows * sizes.window_columns
+    nodes = count_nodes(sizes, FORM)
     blocks = reach.room // ROWS
     index = tl.program_id(0) // blocks
-    r = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
-    window = index % sizes.windows
+    lane = tl.arange(0, ROWS)
+    r = tl.program_id(0) % blocks * ROWS + lane
+    group, window = index // sizes.windows, index % sizes.windows
     node, pixel = r // window_pixels, r % window_pixels
     row, column, inside = pixels_of(pixel, window, sizes)
-    inside = inside & (node < count_nodes(sizes, FORM))
-    rows = Rows(index // sizes.windows + 0 * r, node, row, column, inside)
+    inside = inside & (node < nodes)
+    rows = Rows(group + 0 * r, node, row, column, inside)
     here = index.to(tl.int64) * reach.room + r
     expected = tl.load(lists.counts + here)
     # Where the lists stand does not matter, what stands in them does.
@@ -155,20 +158,31 @@ def list_kernel(
     start += tl.cumsum(expected, 0) - expected
     list_ = lists.terms + start
     unit, inverse, alive = _scales(norm, rows, sizes, eps, FORM)
-    count, along = _terms_as_query(
-        rows, window, list_, alive, saved, norm, plan, reach, sizes, eps, FORM
-    )
+
+    who = group * nodes + node
+    degree = tl.load(partners.degrees + 2 * who, mask=inside, other=0)
+    degree_k = tl.load(partners.degrees + 2 * who + 1, mask=inside, other=0)
+    line = who.to(tl.int64) * reach.partners
+    count = 0 * r
+    along = 0.0 * unit
+    for i in range(tl.max(degree, 0)):
+        pair = tl.load(partners.as_query + line + i, mask=i < degree, other=-1)
+        count, along = _add_match(
+            rows, window, pair, list_, count, along, alive, saved, norm, reach, sizes, eps, FORM
+        )
     first = count
-    count = _choosers(rows, pixel, window, list_, count, lists, plan, reach, sizes, FORM, BITS)
+    for i in range(tl.max(degree_k, 0)):
+        pair = tl.load(partners.as_key + line + i, mask=i < degree_k, other=-1)
+        count = _add_choosers(pixel, window, i, pair, list_, count, lists, reach, sizes, BITS)
     tl.debug_barrier()
     for j in range(tl.max(count - first, 0)):
-        along += _term_as_key(
-            rows, window, list_ + first + j, first + j < count, saved, norm, plan,
-            reach, sizes, eps, FORM,
+        along += _weigh_chooser(
+            group, window, partners.as_key + line, list_ + first + j, first + j < count, saved,
+            norm, reach, sizes, eps, FORM,
         )  # fmt: skip
     # Neighbours in the order of the counts end at about the same time in `sum_kernel`.
-    sorted_ = tl.sort(count * ROWS + tl.arange(0, ROWS))
-    tl.store(lists.rows + here, r - tl.arange(0, ROWS) + sorted_ % ROWS)
+    sorted_ = tl.sort(count * ROWS + lane)
+    tl.store(lists.rows + here, r - lane + sorted_ % ROWS)
     tl.store(lists.counts + here, count)
     tl.store(lists.starts + here, start)
     # Not of a row without a unit vector: 0 · NaN would be NaN.
@@ -177,64 +191,49 @@ def list_kernel(
 
 
 @triton.jit
-def _terms_as_query(
-    rows, window, list_, alive, saved, norm, plan, reach, sizes, eps, FORM: tl.constexpr
-):
-    """Lists the match of each row in each node that it is paired with."""
+def _add_match(
+    rows, window, pair, list_, count, along, alive, saved, norm, reach, sizes, eps,
+    FORM: tl.constexpr,
+):  # fmt: skip
+    """Lists the match of each row in a pair that it is the query of."""
+    slot, key = (pair >> 32).to(tl.int32), pair.to(tl.int32)
     place = rows.row * sizes.width + rows.column
-    count = 0 * place
-    along = place.to(tl.float32) * 0.0
-    for other in range(0 if FORM.SET else sizes.N, count_nodes(sizes, FORM)):
-        lanes = Lanes(rows.group, other + 0 * place, rows.inside)
-        slot = slots_of(Lanes(rows.group, rows.node, rows.inside), lanes, plan, sizes, FORM)
-        if tl.max(slot, 0) >= 0:
-            g, m, match = pixel_weights(saved, place, slot, slot >= 0, sizes)
-            row_k, column_k, matched = pixels_of(match, window, sizes)
-            matched = matched & (slot >= 0) & (match >= 0) & _is_term(g, alive)
-            key = Rows(rows.group, lanes.node, row_k, column_k, matched)
-            unit, _, _ = _scales(norm, key, sizes, eps, FORM)
-            offset = _offset_of(other, row_k, column_k, reach, sizes, FORM)
-            tl.store(list_ + count, _packed(offset, g * unit), mask=matched)
-            count += matched.to(tl.int32)
-            along += tl.where(matched, g * m, 0.0)
-    return count, along
+    g, m, match = pixel_weights(saved, place, slot, pair >= 0, sizes)
+    row, column, matched = pixels_of(match, window, sizes)
+    matched = matched & (pair >= 0) & (match >= 0) & _is_term(g, alive)
+    unit, _, _ = _scales(norm, Rows(rows.group, key, row, column, matched), sizes, eps, FORM)
+    offset = _offset_of(key, row, column, reach, sizes, FORM)
+    tl.store(list_ + count, _packed(offset, g * unit), mask=matched)
+    return count + matched.to(tl.int32), along + tl.where(matched, g * m, 0.0)
 
 
 @triton.jit
-def _choosers(
-    rows, pixel, window, list_, count, lists, plan, reach, sizes,
-    FORM: tl.constexpr, BITS: tl.constexpr,
-):  # fmt: skip
-    """Lists who chose each row: node and pixel, to be made terms of."""
+def _add_choosers(pixel, window, i, pair, list_, count, lists, reach, sizes, BITS: tl.constexpr):
+    """Lists who chose each row in the i-th pair that it is the key of, for `_weigh_chooser`."""
     MASK: tl.constexpr = (1 << BITS) - 1
     EACH: tl.constexpr = 64 // BITS
-    for other in range(0, sizes.N):
-        lanes = Lanes(rows.group, other + 0 * pixel, rows.inside)
-        slot = slots_of(lanes, Lanes(rows.group, rows.node, rows.inside), plan, sizes, FORM)
-        if tl.max(slot, 0) >= 0:
-            line = lists.matches + (slot.to(tl.int64) * sizes.windows + window) * reach.words
-            for word in range(reach.words):
-                chosen = tl.load(line + word, mask=slot >= 0, other=-1)
-                who = (other.to(tl.int64) << 32) + word * EACH
-                for i in tl.static_range(EACH):
-                    hit = ((chosen >> (BITS * i)) & MASK).to(tl.int32) == pixel
-                    tl.store(list_ + count, who + i, mask=hit)
-                    count += hit.to(tl.int32)
+    line = lists.matches + ((pair >> 32) * sizes.windows + window) * reach.words
+    for word in range(reach.words):
+        chosen = tl.load(line + word, mask=pair >= 0, other=-1)
+        for part in tl.static_range(EACH):
+            hit = ((chosen >> (BITS * part)) & MASK).to(tl.int32) == pixel
+            tl.store(list_ + count, (i.to(tl.int64) << 32) + (word * EACH + part), mask=hit)
+            count += hit.to(tl.int32)
     return count
 
 
 @triton.jit
-def _term_as_key(
-    rows, window, term, present, saved, norm, plan, reach, sizes, eps, FORM: tl.constexpr
+def _weigh_chooser(
+    group, window, pairs, term, present, saved, norm, reach, sizes, eps, FORM: tl.constexpr
 ):
-    """Makes terms of what `_choosers` listed, in place; returns g · m of each."""
+    """Makes terms of what `_add_choosers` listed, in place; returns g · m of each."""
     who = tl.load(term, mask=present, other=0)
-    node, pixel = (who >> 32).to(tl.int32), who.to(tl.int32)
-    row, column, _ = pixels_of(pixel, window, sizes)
-    query = Lanes(rows.group, node, present)
-    slot = slots_of(query, Lanes(rows.group, rows.node, present), plan, sizes, FORM)
+    pair = tl.load(pairs + (who >> 32), mask=present, other=0)
+    slot, query = (pair >> 32).to(tl.int32), pair.to(tl.int32)
+    row, column, _ = pixels_of(who.to(tl.int32), window, sizes)
     g, m, _ = pixel_weights(saved, row * sizes.width + column, slot, present, sizes)
-    unit, _, _ = _scales(norm, Rows(rows.group, node, row, column, present), sizes, eps, FORM)
-    offset = _offset_of(node, row, column, reach, sizes, FORM)
+    rows = Rows(group, query, row, column, present)
+    unit, _, _ = _scales(norm, rows, sizes, eps, FORM)
+    offset = _offset_of(query, row, column, reach, sizes, FORM)
     tl.store(term, _packed(offset, g * unit), mask=present)
     return tl.where(present, g * m, 0.0)
