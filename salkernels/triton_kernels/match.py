@@ -188,9 +188,8 @@ def _cosines(
         total += mixed + tl.trans(mixed)
     if DIAGONAL:
         # The diagonal holds the squared norms: nothing but products has to read x.
-        itself = tl.where(r[:, None] == r[None, :], total, 0.0)
-        norm_a = _norm_of(tl.sum(itself, 1))
-        norm_b = _norm_of(tl.sum(itself, 0))
+        norm_a = _norm_of(tl.sum(tl.where(r[:, None] == r[None, :], total, 0.0), 1))
+        norm_b = norm_a
         kept = norm_a if valid is None else tl.where(loaded_a, norm_a, INF)
         tl.store(norm + node_pixels(rows_a, sizes, FORM), kept, mask=rows_a.inside)
     else:

@@ -163,8 +163,8 @@ def list_kernel(
     degree = tl.load(partners.degrees + 2 * who, mask=inside, other=0)
     degree_k = tl.load(partners.degrees + 2 * who + 1, mask=inside, other=0)
     line = who.to(tl.int64) * reach.partners
-    count = 0 * r
-    along = 0.0 * unit
+    count = tl.zeros((ROWS,), tl.int32)
+    along = tl.zeros((ROWS,), tl.float32)
     for i in range(tl.max(degree, 0)):
         pair = tl.load(partners.as_query + line + i, mask=i < degree, other=-1)
         count, along = _add_match(
@@ -217,7 +217,7 @@ def _add_choosers(pixel, window, i, pair, list_, count, lists, reach, sizes, BIT
         chosen = tl.load(line + word, mask=pair >= 0, other=-1)
         for part in tl.static_range(EACH):
             hit = ((chosen >> (BITS * part)) & MASK).to(tl.int32) == pixel
-            tl.store(list_ + count, (i.to(tl.int64) << 32) + (word * EACH + part), mask=hit)
+            tl.store(list_ + count, ((i + 0 * pair) << 32) + (word * EACH + part), mask=hit)
             count += hit.to(tl.int32)
     return count
 
