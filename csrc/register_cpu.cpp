@@ -157,6 +157,7 @@ void reduce_losses(Problem& problem, bool serial) {
 template <class T>
 void clear_rows(const Problem& problem, int64_t count) {
   const int64_t first = problem.plan.num_pairs, rows = count - first;
+  if (rows == 0) return;  // an empty output has no address
   const int64_t plane = problem.grid.pixels(), index_size = problem.wide_index ? 4 : 1;
   std::fill_n(static_cast<T*>(problem.loss) + first, rows, T(0));
   std::fill_n(static_cast<T*>(problem.max_sim) + first * plane, rows * plane, T(1));

@@ -2,7 +2,7 @@
 // file: kernels are behind cuda/launch.h. Nothing waits for the device, and memory is torch's, so
 // that a CUDA graph can hold a call. The schemas stand in salkernels/schema.py.
 //
-// The tests build it a second time, with the kernels as host code: see emulator/registration.h.
+// The tests build it a second time, with the kernels as host code: see tools/host_cuda/registration.h.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -18,7 +18,7 @@
 #include "register.h"
 
 #ifdef SALKERNELS_EMULATOR
-#include "emulator/registration.h"
+#include "registration.h"  // tools/host_cuda
 #else
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>

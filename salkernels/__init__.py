@@ -27,6 +27,7 @@ _leave_current_folder()
 import typing as _typing
 
 from ._version import __version__
+from .contrast import wla_contrast
 from .functional import (
     SALTerms,
     explain,
@@ -57,6 +58,7 @@ __all__ = [
     "positional_positives",
     "sal_loss",
     "slice_pairs",
+    "wla_contrast",
     "wla_loss",
     "wla_set_loss",
 ]

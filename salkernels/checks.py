@@ -266,16 +266,17 @@ def check_pairs(pairs: object, samples: int) -> Tensor:
     return pairs
 
 
-def check_positives(positives: object, samples: int) -> Tensor:
-    positives = check_tensor("positives", positives)
-    if positives.shape != (samples, samples):
+def check_mask(name: str, mask: object, samples: int, of: str = "samples") -> Tensor:
+    """A square bool matrix over the samples."""
+    mask = check_tensor(name, mask)
+    if mask.shape != (samples, samples):
         raise ValueError(
-            f"positives must have shape (S, S) = ({samples}, {samples}) for {samples} "
-            f"embeddings, got {tuple(positives.shape)}"
+            f"{name} must have shape (S, S) = ({samples}, {samples}) for {samples} {of}, "
+            f"got {tuple(mask.shape)}"
         )
-    if positives.dtype != torch.bool:
-        raise TypeError(f"positives must be bool, got {positives.dtype}; use positives.bool()")
-    return positives
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} must be bool, got {mask.dtype}; use {name}.bool()")
+    return mask
 
 
 def check_embeddings(embeddings: object) -> Tensor:

@@ -20,8 +20,8 @@ from .checks import (
     check_embeddings,
     check_features,
     check_finite_number,
+    check_mask,
     check_pairs,
-    check_positives,
     check_reduction,
     check_threshold,
     check_valid,
@@ -193,7 +193,7 @@ def gp_loss(embeddings: Tensor, positives: Tensor, temperature: float = 0.1) -> 
         TypeError: `embeddings` not floating point, or `positives` not bool.
     """
     embeddings = check_embeddings(embeddings)
-    positives = check_positives(positives, embeddings.shape[0])
+    positives = check_mask("positives", positives, len(embeddings), "embeddings")
     temperature = check_finite_number("temperature", temperature, above=0.0)
     # fp32 at least, whatever the input and the autocast state: exp(cos/τ) overflows in half.
     with without_autocast(embeddings.device.type):

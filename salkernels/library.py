@@ -206,13 +206,19 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False)
 
 
+def same_dtype(query: Tensor, key: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both in the wider of their dtypes."""
+    if key is None or key.dtype == query.dtype:
+        return query, key
+    wider = torch.promote_types(query.dtype, key.dtype)
+    return query.to(wider), key.to(wider)
+
+
 def _autocast_rule(device: str) -> None:
     """Under autocast: features keep their dtype (the wider of two), sums stay in fp32."""
 
     def forward(query: Tensor, key: Tensor | None, *rest: Any) -> Outputs:
-        if key is not None and key.dtype != query.dtype:
-            wider = torch.promote_types(query.dtype, key.dtype)
-            query, key = query.to(wider), key.to(wider)
+        query, key = same_dtype(query, key)
         with without_autocast(device):
             found: Outputs = _match_operator(query, key, *rest)
             return found

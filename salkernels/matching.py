@@ -170,18 +170,33 @@ def match_pairwise(
 def match_set(
     features: Tensor,
     pairs: PairList,
-    valid: Tensor | None,  # (S, H, W)
+    valid: Tensor | None,  # (S, H, W); with keys (2, S, H, W)
     window: tuple[int, int],
     eps: float,
     backend: str | None,
+    keys: Tensor | None = None,
 ) -> Outputs:
-    """Pairs within groups of samples, whose keys are its queries."""
+    """Pairs within groups of samples, whose keys are its queries unless there are others."""
     eps = check_eps(eps)
-    name = backends.select(backend, features, None, window)
-    query, among = _grouped(features, pairs.groups), None
-    if valid is not None:
-        among = _grouped(valid, pairs.groups)
-    return _match(query, None, pairs.grouped, among, window, eps, name)
+    name = backends.select(backend, features, keys, window)
+    return _match(*grouped(features, keys, valid, pairs), window, eps, name)
+
+
+def grouped(
+    features: Tensor,  # (S, C, H, W)
+    keys: Tensor | None,  # (S, C, H, W)
+    valid: Tensor | None,  # (S, H, W); with keys (2, S, H, W)
+    pairs: PairList,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Query, key, pairs and valid pixels as the operators take them, group by group."""
+    query = _grouped(features, pairs.groups)
+    if keys is None:
+        among = None if valid is None else _grouped(valid, pairs.groups)
+        return query, None, pairs.grouped, among
+    among = None
+    if valid is not None:  # queries then keys, in each group
+        among = torch.cat([_grouped(own, pairs.groups) for own in valid], dim=1)
+    return query, _grouped(keys, pairs.groups), pairs.grouped, among
 
 
 def _grouped(samples: Tensor, groups: int) -> Tensor:

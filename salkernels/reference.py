@@ -84,13 +84,13 @@ def match(
     for tile in tiles(query, key, window):
         unit_query, _ = unit_windows(query, tile, eps)  # (G, T, N, L, C)
         unit_key = unit_query if key is None else unit_windows(key, tile, eps)[0]
-        query_valid, key_valid = _valid_windows(valid, tile, samples, key)
+        query_valid, key_valid = valid_windows(valid, tile, samples, key)
         shape = (num_pairs, unit_query.shape[1], tile.pixels)
         tile_max = found.max_sim.new_ones(shape)
         tile_arg = found.argmax.new_full(shape, -1, dtype=torch.int64)
         for chunk in chunks(slots, samples, shape[1], tile.pixels):
             rows = unit_query[:, :, chunk.queries, chunk.pixels]
-            sim = _gram(rows, unit_key[:, :, chunk.keys])  # (G, T, n, p, K, L)
+            sim = gram(rows, unit_key[:, :, chunk.keys])  # (G, T, n, p, K, L)
             if key_valid is not None:
                 sim = sim.masked_fill(~key_valid[:, :, None, None, chunk.keys], -torch.inf)
             best, where = sim.max(dim=-1)  # torch takes the first of equals, and NaN as the largest
@@ -106,8 +106,8 @@ def match(
         columns = tile.window[1]
         offset = tile_arg.div(columns, rounding_mode="floor") * window[1] + tile_arg % columns
         offset = torch.where(tile_arg < 0, no_match(found.argmax.dtype), offset)
-        found.max_sim[:num_pairs, tile.rows, tile.columns] = _to_plane(tile_max, tile)
-        found.argmax[:num_pairs, tile.rows, tile.columns] = _to_plane(offset, tile).to(
+        found.max_sim[:num_pairs, tile.rows, tile.columns] = to_plane(tile_max, tile)
+        found.argmax[:num_pairs, tile.rows, tile.columns] = to_plane(offset, tile).to(
             found.argmax.dtype
         )
 
@@ -159,8 +159,8 @@ def match_backward(
         finite_key = finite_query if key is None else unit_key.nan_to_num(0, 0, 0)
         sum_query = torch.zeros_like(unit_query)  # V, (G, T, N, L, C)
         sum_key = sum_query if key is None else torch.zeros_like(unit_key)
-        weight = _to_windows(pixel_grad[:, tile.rows, tile.columns], tile)  # (P, T, L)
-        offset = _to_windows(argmax[:, tile.rows, tile.columns].long(), tile)
+        weight = to_windows(pixel_grad[:, tile.rows, tile.columns], tile)  # (P, T, L)
+        offset = to_windows(argmax[:, tile.rows, tile.columns].long(), tile)
         index = offset.div(window[1], rounding_mode="floor") * tile.window[1] + offset % window[1]
         for chunk in chunks(slots, samples, unit_query.shape[1], tile.pixels):
             selection = _selection(weight, index, slots, chunk, tile.pixels)
@@ -169,9 +169,9 @@ def match_backward(
                 "gtnpkl,gtklc->gtnpc", selection, finite_key[:, :, chunk.keys]
             )
             sum_key[:, :, chunk.keys] += torch.einsum("gtnpkl,gtnpc->gtklc", selection, rows)
-        _write_windows(grad_query, _through_norm(sum_query, unit_query, inv_norm_query), tile)
+        write_windows(grad_query, through_norm(sum_query, unit_query, inv_norm_query), tile)
         if grad_key is not None:
-            _write_windows(grad_key, _through_norm(sum_key, unit_key, inv_norm_key), tile)
+            write_windows(grad_key, through_norm(sum_key, unit_key, inv_norm_key), tile)
     return grad_query, grad_key
 
 
@@ -333,7 +333,7 @@ def unit_windows(x: Tensor, tile: Tile, eps: float) -> tuple[Tensor, Tensor]:
     """Unit vectors (G, T, S, L, C) of a tile, and 1 / norm (G, T, S, L, 1), 0 where norm ≤ eps."""
     groups, samples, channels, _, _ = x.shape
     part = x[..., tile.rows, tile.columns].to(accumulate_dtype(x.dtype))
-    windows = _to_windows(part, tile)  # (G, S, C, T, L)
+    windows = to_windows(part, tile)  # (G, S, C, T, L)
     windows = windows.permute(0, 3, 1, 4, 2).contiguous()
     norm = windows.square().sum(dim=-1, keepdim=True).sqrt()
     # Beyond the range of the squares x / ‖x‖ would be 0, without a word.
@@ -351,7 +351,7 @@ def _strips(extent: int, window: int) -> Iterator[tuple[int, int, int]]:
         yield whole, extent - whole, extent - whole
 
 
-def _to_windows(plane: Tensor, tile: Tile) -> Tensor:
+def to_windows(plane: Tensor, tile: Tile) -> Tensor:
     """(..., rows, columns) -> (..., T, L)."""
     rows, columns = tile.window
     split = plane.unflatten(-1, (-1, columns)).unflatten(
@@ -360,7 +360,7 @@ def _to_windows(plane: Tensor, tile: Tile) -> Tensor:
     return split.transpose(-3, -2).flatten(-2).flatten(-3, -2)
 
 
-def _to_plane(windows: Tensor, tile: Tile) -> Tensor:
+def to_plane(windows: Tensor, tile: Tile) -> Tensor:
     """(..., T, L) -> (..., rows, columns)."""
     rows, columns = tile.window
     across = (tile.columns.stop - tile.columns.start) // columns
@@ -368,23 +368,23 @@ def _to_plane(windows: Tensor, tile: Tile) -> Tensor:
     return split.transpose(-3, -2).flatten(-2).flatten(-3, -2)
 
 
-def _valid_windows(
+def valid_windows(
     valid: Tensor | None, tile: Tile, samples: int, key: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Valid pixels (G, T, S, L) of a tile, of the queries and of the keys."""
     if valid is None:
         return None, None
-    windows = _to_windows(valid[..., tile.rows, tile.columns], tile).transpose(1, 2)
+    windows = to_windows(valid[..., tile.rows, tile.columns], tile).transpose(1, 2)
     return windows[:, :, :samples], windows if key is None else windows[:, :, samples:]
 
 
-def _write_windows(out: Tensor, windows: Tensor, tile: Tile) -> None:
+def write_windows(out: Tensor, windows: Tensor, tile: Tile) -> None:
     """Writes (G, T, S, L, C) to the tile's place in (G, S, C, H, W)."""
-    plane = _to_plane(windows.permute(0, 2, 4, 1, 3), tile)
+    plane = to_plane(windows.permute(0, 2, 4, 1, 3), tile)
     out[..., tile.rows, tile.columns] = plane.to(out.dtype)
 
 
-def _gram(rows: Tensor, keys: Tensor) -> Tensor:
+def gram(rows: Tensor, keys: Tensor) -> Tensor:
     """(G, T, n, p, C) x (G, T, K, L, C) -> (G, T, n, p, K, L)."""
     product = torch.matmul(rows.flatten(2, 3), keys.flatten(2, 3).transpose(-1, -2))
     return product.unflatten(3, keys.shape[2:4]).unflatten(2, rows.shape[2:4])
@@ -401,7 +401,7 @@ def _selection(weight: Tensor, match: Tensor, slots: Tensor, chunk: Chunk, pixel
     return selection.scatter_(-1, index.permute(order)[..., None], value.permute(order)[..., None])
 
 
-def _through_norm(total: Tensor, unit: Tensor, inv_norm: Tensor) -> Tensor:
+def through_norm(total: Tensor, unit: Tensor, inv_norm: Tensor) -> Tensor:
     """Gradient of x from that of x / ‖x‖: the part along x̂ drops out.
 
     A pixel that no pair touches has V = 0 and no gradient, be its features NaN.

@@ -1,7 +1,8 @@
 """The operators that torch knows, each signature written once.
 
-`match` and `match_backward` are what everything else is made of: they dispatch by the name of a
-backend, and `salkernels.library` gives them their rules. `native_match` and `native_match_backward`
+`match` and `match_backward` are what every loss is made of, with `window_lse` and its backward for
+the negatives of `wla_contrast`: they dispatch by the name of a backend, and `salkernels.library`
+and `salkernels.library_contrast` give them their rules. `native_match` and `native_match_backward`
 are the same in C++, chosen by the device of the features: csrc/register_cpu.cpp implements them for
 CPUs, csrc/register_cuda.cpp for GPUs.
 """
@@ -18,6 +19,16 @@ _MATCH = (
 _MATCH_BACKWARD = (
     "(Tensor grad_sim, Tensor query, Tensor? key, Tensor? pairs, Tensor? valid, Tensor max_sim,"
     " Tensor argmax, Tensor norm, {ints} window, float eps, {how})"
+    " -> (Tensor grad_query, {key_gradient})"
+)
+# Here pairs are those of each query and its negatives.
+_WINDOW_LSE = (
+    "(Tensor query, Tensor? key, Tensor? pairs, Tensor? valid, {ints} window, float temperature,"
+    " float eps, {how}) -> Tensor lse"
+)
+_WINDOW_LSE_BACKWARD = (
+    "(Tensor grad_lse, Tensor query, Tensor? key, Tensor? pairs, Tensor? valid, Tensor lse,"
+    " {ints} window, float temperature, float eps, {how})"
     " -> (Tensor grad_query, {key_gradient})"
 )
 _FORMS = {
@@ -50,6 +61,8 @@ if FIRST:
         {
             "match": _MATCH.format(**_FORMS[""]),
             "match_backward": _MATCH_BACKWARD.format(**_FORMS[""]),
+            "window_lse": _WINDOW_LSE.format(**_FORMS[""]),
+            "window_lse_backward": _WINDOW_LSE_BACKWARD.format(**_FORMS[""]),
             **NATIVE,
         },
     )

@@ -7,6 +7,7 @@
 #
 # The library is built in a copy of the package, so that the installed one stays as it is. -O1 keeps
 # the register kernels fast enough; leaks are not looked for, since Python itself is full of them.
+# Only sys.stderr is captured: a sanitizer ends the process, and what it wrote has to be seen.
 set -eu
 quick=
 [ "${1:-}" != --quick ] || { quick=yes; shift; }
@@ -39,5 +40,5 @@ for level in avx512 avx2 baseline; do
   echo "== at most $level"
   LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
     SALKERNELS_CPU_ISA=$level PYTHONPATH="$copy" \
-    "$python" -m pytest -q -x -p no:cacheprovider tests/test_cpu_kernel.py -k "$tests" "$@"
+    "$python" -m pytest -q -x --capture=sys -p no:cacheprovider tests/test_cpu_kernel.py -k "$tests" "$@"
 done

@@ -38,6 +38,10 @@ def gp(embeddings=E, positives=PAIRS, temperature=0.1):
     return lambda: sal.gp_loss(embeddings, positives, temperature)
 
 
+def contrast(positives=PAIRS, negatives=~PAIRS, window=2, temperature=0.1, **settings):
+    return lambda: sal.wla_contrast(X, positives, negatives, window, temperature, **settings)
+
+
 def slices(volume=INDEX, index=INDEX, num_slices=SLICES, t=0.3):
     return lambda: sal.slice_pairs(volume, index, num_slices, t)
 
@@ -159,6 +163,19 @@ BAD = [
     ),
     Bad("position t", lambda: sal.positional_positives(E[0], 2), ValueError, ("[0, 1]", "got 2")),
     Bad("position shape", lambda: sal.positional_positives(E, 0.5), ValueError, ("got shapes",)),
+    # contrast
+    Bad("positive weights", contrast(PAIRS.float()), TypeError, ("positives must be bool", "got")),
+    Bad("negative weights", contrast(negatives=E), ValueError, ("negatives", "(2, 2)", "(2, 3)")),
+    Bad("negative floats", contrast(negatives=PAIRS.float()), TypeError, ("negatives.bool()",)),
+    Bad("both", contrast(negatives=PAIRS), ValueError, ("got 2", "negatives & ~positives")),
+    Bad("contrast τ", contrast(temperature=0), ValueError, ("temperature", "> 0", "got 0")),
+    Bad("contrast τ NaN", contrast(temperature=float("nan")), ValueError, ("temperature", "nan")),
+    Bad("contrast keys", contrast(keys=X[:1]), ValueError, ("features and keys", "same shape")),
+    Bad("contrast dtype", contrast(keys=X.half()), TypeError, ("features and keys", "one dtype")),
+    Bad("contrast window", contrast(window=9), ValueError, ("window_size (9, 9) is larger",)),
+    Bad("contrast reduction", contrast(reduction="sum"), ValueError, ("got 'sum'",)),
+    Bad("contrast valid", contrast(valid=(VALID, VALID)), TypeError, ("valid", "torch.Tensor")),
+    Bad("contrast backend", contrast(backend="gpu"), ValueError, ("unknown backend 'gpu'",)),
     # the whole loss
     Bad("λ", whole(lambda_=-1), ValueError, ("lambda_", ">= 0", "got -1")),
     Bad("samples", whole(features=X[:1]), ValueError, ("(S, S) = (1, 1)", "got (2, 2)")),

@@ -92,6 +92,20 @@ def test_opcheck_backward(name, backend, device):
     opcheck(match_backward, args)
 
 
+@pytest.mark.parametrize("name", OPERATOR)
+def test_opcheck_of_the_negatives(name):
+    """As `match`, of which it takes the arguments; the operator is one for every backend."""
+    query, key, pairs, valid, window, eps, _ = operator_input(
+        "reference", torch.device("cpu"), name
+    )
+    settings = (window, 0.1, eps, "reference")
+    opcheck(torch.ops.salkernels.window_lse, (query, key, pairs, valid, *settings))
+    query, key = query.detach(), None if key is None else key.detach()
+    lse = torch.ops.salkernels.window_lse(query, key, pairs, valid, *settings)
+    args = (torch.randn_like(lse), query, key, pairs, valid, lse, *settings)
+    opcheck(torch.ops.salkernels.window_lse_backward, args)
+
+
 LOSSES = {
     "wla": lambda f, e, p, w: salkernels.wla_loss(f, f.flip(0), (2, 3)),
     "wla none": lambda f, e, p, w: salkernels.wla_loss(f, f.flip(0), 2, reduction="none").sum(),
@@ -102,6 +116,11 @@ LOSSES = {
         f, p, 2, valid=f.detach()[:, 0] > -0.5
     ),
     "align": lambda f, e, p, w: (2 - salkernels.align(f, f.flip(0), 2).max_sim).square().mean(),
+    "contrast": lambda f, e, p, w: salkernels.wla_contrast(f, p, ~p, 2),
+    "contrast, valid": lambda f, e, p, w: salkernels.wla_contrast(
+        f, p, ~p, 2, valid=f.detach()[:, 0] > -0.5
+    ),
+    "contrast, keys": lambda f, e, p, w: salkernels.wla_contrast(f, p, ~p, 2, keys=f.flip(0)),
     "gp": lambda f, e, p, w: salkernels.gp_loss(e, p),
     "SALLoss": lambda f, e, p, w: salkernels.SALLoss(2)(f, e, *IDS).loss,
 }
@@ -239,6 +258,11 @@ ABSTRACT = {
     "set weights": (lambda f, e, p, ids: salkernels.wla_set_loss(f, p.float(), 2), ()),
     "align": (lambda f, e, p, ids: salkernels.align(f, f, 2)[0], (4, 5, 6)),
     "set valid": (lambda f, e, p, ids: salkernels.wla_set_loss(f, p, 2, valid=f[:, 0] > 0), ()),
+    "contrast": (lambda f, e, p, ids: salkernels.wla_contrast(f, p, ~p, 2), ()),
+    "contrast none": (
+        lambda f, e, p, ids: salkernels.wla_contrast(f, p, ~p, 2, keys=f, reduction="none"),
+        (4, 4),
+    ),
     "gp": (lambda f, e, p, ids: salkernels.gp_loss(e, p), ()),
     "SAL": (lambda f, e, p, ids: salkernels.SALLoss()(f, e, *ids).loss, ()),
 }
@@ -275,6 +299,7 @@ FUNCTIONS = {
     "wla": lambda x: salkernels.wla_loss(x, x.flip(0), 2),
     "la": lambda x: salkernels.la_loss(x, x.flip(0)),
     "set": lambda x: salkernels.wla_set_loss(x, MASKS["others"](4), 2),
+    "contrast": lambda x: salkernels.wla_contrast(x, MASKS["band"](4), ~MASKS["band"](4), 2),
 }
 TRANSFORMS = {
     "grad": lambda loss, x: torch.func.grad(loss)(x),

@@ -5,6 +5,7 @@ In a process of its own: in this one the kernels may belong to Triton's interpre
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -13,13 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cuda_emulation
+from tools import ptxemu
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.skipif(ptxemu.obstacle() is not None, reason=str(ptxemu.obstacle())),
     pytest.mark.skipif(
-        not cuda_emulation.PTXEMU.is_dir(), reason="../shared/tools/ptxemu is not here"
+        importlib.util.find_spec("triton") is None, reason="triton is not installed"
     ),
 ]
 # Relative, of a gradient: fp32 sums, then the rounding of the dtype.
@@ -35,7 +37,7 @@ def run(*arguments):
 
 
 def test_every_way_to_tile_against_the_definition():
-    rows = run("-m", "benchmarks.triton_emulation")
+    rows = run("-m", "tools.ptx.triton_kernels")
     assert len(rows) >= 20
     for row in rows:
         assert row["loss"] < 1e-6, row
@@ -48,8 +50,8 @@ def test_every_way_to_tile_against_the_definition():
 TRAFFIC = """
 import json
 from dataclasses import asdict
-from benchmarks.traffic import CASES
-from benchmarks.traffic_triton import run
+from tools.traffic.table import CASES
+from tools.traffic.triton import run
 for case in CASES[:2]:  # fp32 and bf16
     for row in run(case):
         print(json.dumps(asdict(row)))

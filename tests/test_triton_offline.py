@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def rows():
     """Compiled in a process of its own: in this one the kernels may belong to the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.offline", "--quick", "--json"]
+    command = [sys.executable, "-m", "tools.ptx.offline", "--quick", "--json"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]

@@ -12,7 +12,7 @@
 #include <cuda_fp16.h>
 #define SALKERNELS_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #else
-#include "emulator.h"  // csrc/emulator
+#include "emulator.h"  // tools/host_cuda
 #endif
 
 namespace salkernels {

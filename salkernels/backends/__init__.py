@@ -6,6 +6,10 @@ A backend is a module of this package with
     status() -> str | None                          the same question without an input
     match(...), match_backward(...)                 as in `salkernels.reference`
 
+and, if it has kernels of its own for the negatives of `wla_contrast`,
+
+    window_lse(...), window_lse_backward(...)       as in `salkernels.reference_contrast`
+
 and, if it takes tensors of some types of device only,
 
     DEVICES                                         their names: None does not even ask on others
@@ -25,7 +29,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -48,6 +52,16 @@ class Backend(Protocol):
     def match_backward(self) -> Callable[..., tuple[Tensor, Tensor | None]]: ...
 
 
+class Negatives(Protocol):
+    """What `salkernels.library_contrast` needs of a backend; see `for_negatives`."""
+
+    @property
+    def window_lse(self) -> Callable[..., Tensor]: ...
+
+    @property
+    def window_lse_backward(self) -> Callable[..., tuple[Tensor, Tensor | None]]: ...
+
+
 # The order of preference, but see `in_order`. A backend that this version does not contain keeps
 # its place and says so.
 BACKENDS: dict[str, Backend] = {
@@ -61,17 +75,25 @@ CUDA_TILE = 128  # rows; kTile of csrc/cuda/problem.h
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """One backend and, if it cannot run, the reason."""
+    """One backend and, if it cannot run, the reason.
+
+    `negatives` names the backend that computes the negatives of `wla_contrast` where this one is
+    chosen: itself, or "reference" where it has no kernels for them yet.
+    """
 
     name: str
     reason: str | None
+    negatives: str = "reference"
 
     @property
     def available(self) -> bool:
         return self.reason is None
 
     def __str__(self) -> str:
-        return f"{self.name:10} {'available' if self.reason is None else 'no: ' + self.reason}"
+        if self.reason is not None:
+            return f"{self.name:10} no: {self.reason}"
+        elsewhere = f"; negatives of wla_contrast: {self.negatives}"
+        return f"{self.name:10} available" + elsewhere * (self.negatives != self.name)
 
 
 def get(name: str) -> Backend:
@@ -84,9 +106,19 @@ def get(name: str) -> Backend:
         ) from None
 
 
+def for_negatives(name: str) -> Negatives:
+    """What computes the negatives of `wla_contrast` where the backend of that name is chosen."""
+    chosen = get(name)
+    return cast("Negatives", chosen if hasattr(chosen, "window_lse") else reference)
+
+
+def _status(name: str, backend: Backend, reason: str | None) -> BackendStatus:
+    return BackendStatus(name, reason, name if hasattr(backend, "window_lse") else "reference")
+
+
 def statuses() -> tuple[BackendStatus, ...]:
     """Every backend in order of preference, and why it cannot run on this machine at all."""
-    return tuple(BackendStatus(name, backend.status()) for name, backend in BACKENDS.items())
+    return tuple(_status(name, backend, backend.status()) for name, backend in BACKENDS.items())
 
 
 def statuses_for(
@@ -94,7 +126,7 @@ def statuses_for(
 ) -> tuple[BackendStatus, ...]:
     """Every backend in order of preference, and why it cannot run this input."""
     return tuple(
-        BackendStatus(name, backend.why_not(query, key, window))
+        _status(name, backend, backend.why_not(query, key, window))
         for name, backend in in_order(query, key, window)
     )
 

@@ -5,8 +5,16 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..reference import match, match_backward
+from ..reference_contrast import window_lse, window_lse_backward
 
-__all__ = ["match", "match_backward", "status", "why_not"]
+__all__ = [
+    "match",
+    "match_backward",
+    "status",
+    "why_not",
+    "window_lse",
+    "window_lse_backward",
+]
 
 
 def status() -> str | None:

@@ -7,15 +7,15 @@ import importlib
 import pytest
 import torch
 
-from benchmarks import cuda_emulation
+from tools.host_cuda import kernels
 
 
 @pytest.fixture(scope="session")
 def host_kernels():
-    reason = cuda_emulation.obstacle()
+    reason = kernels.obstacle()
     if reason is not None:
         pytest.skip(f"the CUDA kernels cannot be compiled for the host: {reason}")
-    return cuda_emulation.HostKernels()
+    return kernels.HostKernels()
 
 
 @pytest.fixture

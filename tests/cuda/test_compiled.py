@@ -1,7 +1,7 @@
 """What nvcc makes of the CUDA kernels: registers and spills, and the PTX run on an emulator.
 
-The emulator (`../shared/tools/ptxemu`, if it is there) checks every access of the PTX for sm_80:
-bounds, alignment, races, memory that was never written, barriers that some threads miss.
+The emulator (`tools/ptxemu`) checks every access of the PTX for sm_80: bounds, alignment, races,
+memory that was never written, barriers that some threads miss.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ from against_reference import (
     valid_pixels,
 )
 
-from benchmarks import cuda_emulation, traffic
+from tools.ptx import cuda_kernels
+from tools.ptx.cuda_kernels import CompiledKernels
+from tools.traffic import cuda as traffic_cuda
+from tools.traffic import table as traffic
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "buildtools"))
@@ -97,11 +100,9 @@ def test_no_kernel_spills_registers_on_any_architecture(resources):
 
 @pytest.fixture(scope="module")
 def compiled():
-    reason = cuda_emulation.ptx_obstacle()
+    reason = cuda_kernels.obstacle()
     if reason is not None:
         pytest.skip(f"the PTX cannot be run: {reason}")
-    from benchmarks import traffic_cuda
-
     return traffic_cuda.kernels()
 
 
@@ -161,8 +162,6 @@ def test_ptx_of_gradients_of_any_kind(compiled):
 
 
 def test_ptx_of_tf32(compiled):
-    from benchmarks.cuda_emulation import CompiledKernels
-
     kernels = CompiledKernels(allow_tf32=True, modules=compiled.modules)
     query = maps(1, 6, 64, 4, 8)
     arguments = (query, None, None, None, (2, 2), 1e-12)
@@ -173,8 +172,6 @@ def test_ptx_of_tf32(compiled):
 
 def test_each_feature_is_read_once_and_each_gradient_written_once(compiled):
     """At the paper's windows: 32 samples of 384 channels, channels-last."""
-    from benchmarks import traffic_cuda
-
     forward, backward = traffic_cuda.run(traffic.CASES[0])
     assert forward.error < 1e-6
     assert backward.error < 1e-6

@@ -62,9 +62,9 @@ from test_valid import (
 )
 from test_valid import test_pairwise as test_pairwise_of_valid_pixels
 
-from benchmarks import cuda_emulation
-from benchmarks.cuda_emulation import HostKernels
 from salkernels import reference
+from tools.host_cuda import kernels
+from tools.host_cuda.kernels import HostKernels
 
 __all__ = [
     "test_a_pair_without_a_pixel_carries_no_weight",
@@ -256,7 +256,7 @@ def test_table(case, form, host_kernels):
 @pytest.mark.skipif(SANITIZED, reason="these are the tests that it runs")
 def test_under_the_address_and_undefined_behaviour_sanitizers(host_kernels):
     """In a process of its own, whose first library is the sanitizer's; threads in another order."""
-    cuda_emulation.build(sanitize=True)
+    kernels.build(sanitize=True)
     names = ("libasan.so", "libubsan.so", "libstdc++.so")
     gxx = shutil.which("g++")
     libraries = [

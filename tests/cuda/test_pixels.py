@@ -17,10 +17,9 @@ from against_reference import (
     valid_pixels,
 )
 
-from benchmarks import cuda_emulation
-from benchmarks.cuda_emulation import HostKernels
 from salkernels import reference
 from salkernels.backends import cuda
+from tools.host_cuda.kernels import TAKE, HostKernels
 
 # One of each: tiles of all samples, of some, several windows, streamed by bytes and by int32.
 REGIMES = [SHAPES[i] for i in (9, 1, 2, 3, 4, 7, 8)]
@@ -200,7 +199,7 @@ def test_launches(host_kernels):
     names = []
 
     class Recorded(HostKernels):
-        _take = cuda_emulation.TAKE(lambda name, *_: names.append(name.decode()) or 0)
+        _take = TAKE(lambda name, *_: names.append(name.decode()) or 0)
 
     kernels, query = Recorded(), maps(1, 4, 8, 4, 4)
     valid = torch.ones(1, 4, 4, 4, dtype=torch.bool)

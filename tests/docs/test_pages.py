@@ -12,7 +12,16 @@ import salkernels
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-SOURCES = ("salkernels", "training", "benchmarks", "buildtools", "csrc", "scripts", "tests")
+SOURCES = (
+    "salkernels",
+    "training",
+    "benchmarks",
+    "buildtools",
+    "csrc",
+    "scripts",
+    "tools",
+    "tests",
+)
 # An environment variable as a string: macros of the C++ code stand without quotes.
 VARIABLE = re.compile(r"""(?<=["'`])SALKERNELS_[A-Z_]*[A-Z](?==?["'`\s])""")
 # The build composes these, from the name of a library: SALKERNELS_BUILD_{library}.

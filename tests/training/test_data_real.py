@@ -1,5 +1,6 @@
 """Real ACDC and CT, where they are at hand."""
 
+import os
 from pathlib import Path
 
 import nibabel as nib
@@ -12,11 +13,10 @@ from salkernels.training.data.datasets import DATASETS, read_scan
 from salkernels.training.data.nifti import read_image
 from salkernels.training.data.preprocess import PreprocessConfig
 
-DATA = Path(__file__).parents[2].parent / "shared" / "data"
-needs_acdc = pytest.mark.skipif(
-    not (DATA / "acdc").is_dir(), reason=f"no ACDC in {DATA / 'acdc'} (not distributed with it)"
-)
-needs_ct = pytest.mark.skipif(not (DATA / "ct").is_dir(), reason=f"no CT in {DATA / 'ct'}")
+DATA = Path(os.environ.get("SALKERNELS_TEST_DATA", "does-not-exist"))
+WHERE = "set SALKERNELS_TEST_DATA to a folder that has one, see docs/environment.md"
+needs_acdc = pytest.mark.skipif(not (DATA / "acdc").is_dir(), reason=f"no acdc/: {WHERE}")
+needs_ct = pytest.mark.skipif(not (DATA / "ct").is_dir(), reason=f"no ct/: {WHERE}")
 ACDC, CHD = DATASETS["acdc"], DATASETS["chd"]
 
 

@@ -17,7 +17,7 @@ from salkernels.training.engine import Stopped, step_generator
 from salkernels.training.finetune import initial_model
 from salkernels.training.inputs import open_dataset
 from salkernels.training.methods import METHODS, SALConfig
-from salkernels.training.methods.base import Method, Outcome
+from salkernels.training.methods.base import Method, Outcome, Views
 from salkernels.training.models import UNetConfig, load_encoder
 from salkernels.training.pretrain import CollapseWatch, Slices, make_views, pretrain, subjects
 from salkernels.training.runlog import read_metrics
@@ -79,6 +79,7 @@ def test_interrupted_equals_uninterrupted(config_of, monkeypatch, tmp_path, meth
     assert rows == read_metrics(broken.out)
     assert set(rows[1]) == {"step", "lr"} | TERMS.get(method, {"loss"})
     watched = WATCHED.get(method, {"cosine_encoder", "rank_encoder", "chance_loss"})
+    watched = watched | {"nearest_same_scan", "nearest_distance"}
     assert [row["step"] for row in rows if watched <= set(row)] == [1, 4, 5]
     assert METHODS[method].watched in watched
     before, after = (load_encoder(straight.out / f)[0] for f in (
@@ -226,9 +227,10 @@ class Bland(Method):
 
 def test_a_collapsed_encoder_is_said_once_in_every_method(tmp_path, capsys):
     watch = CollapseWatch(Bland(), tmp_path)
-    spread = torch.randn(4, 8, 3, 3)
+    spread, one = torch.randn(4, 8, 3, 3), torch.zeros(4, dtype=torch.int64)
+    views = Views(spread, one, one, one + 1, one, torch.Generator())  # of a single slice
     for maps, warned in ((spread, 0), (spread + 100, 1), (spread + 100, 1)):
-        figures_now = watch(None, Outcome(torch.zeros(()), {}, {"encoder": maps}))
+        figures_now = watch(views, Outcome(torch.zeros(()), {}, {"encoder": maps}))
         assert set(figures_now) == {"cosine_encoder", "rank_encoder"}
         text = (tmp_path / "warnings.txt").read_text() if warned else ""
         assert text.count("collapsed encoder: ") == warned

@@ -16,10 +16,22 @@ from matplotlib.figure import Figure
 from ..data.text import unmarked
 from .summary import LOOKS, Results
 
-# Ten strong colours, then ten pale ones.
+# Ten strong colours, then ten pale ones, then ten dark and muted ones: an arm has one of its own.
 COLOURS = [
-    mpl.colors.to_hex(mpl.colormaps["tab20"](i)) for i in (*range(0, 20, 2), *range(1, 20, 2))
+    mpl.colors.to_hex(mpl.colormaps[name](i))
+    for name, places in (
+        ("tab20", (*range(0, 20, 2), *range(1, 20, 2))),
+        ("tab20b", (*range(0, 20, 4), *range(2, 20, 4))),
+    )
+    for i in places
 ]
+LINES = ("-", "--", ":")  # of the strong, the pale and the dark ones
+
+
+def look(number: int) -> tuple[str, str]:
+    """Colour and line of an arm by its number; with more arms than colours the lines differ."""
+    turn, place = divmod(number, len(COLOURS))
+    return COLOURS[place], LINES[(place // 10 + turn) % len(LINES)]
 
 
 def draw(results: Results, folder: Path, name: str, conditions: str) -> list[Path]:
@@ -52,7 +64,7 @@ def dice_by_labelled(results: Results) -> Figure | None:
     places = range(len(results.labelled))
     paper = results.paper
     for number, arm in enumerate(results.arms):
-        label, colour = results.table.arm(arm).label, COLOURS[number % len(COLOURS)]
+        label, colour = results.table.arm(arm).label, look(number)[0]
         offset = 0.04 * (number - (len(results.arms) - 1) / 2)
         points = [(i, s) for i, m in enumerate(results.labelled) if (s := results.summary(arm, m))]
         if points:
@@ -93,7 +105,7 @@ def classes(results: Results) -> Figure | None:
     )
     for axes, m in zip(panels, results.labelled, strict=True):
         for number, arm in enumerate(results.arms):
-            colour = COLOURS[number % len(COLOURS)]
+            colour = look(number)[0]
             for place, name in enumerate(names):
                 values = [score.dice[name] for score in results.select(arm, m)]
                 if values:
@@ -119,7 +131,7 @@ def differences(results: Results) -> Figure | None:
     figure, panels = _axes(len(results.labelled), width=width, height=1.9 + 0.32 * len(arms))
     for axes, m in zip(panels, results.labelled, strict=True):
         for row, arm in enumerate(arms):
-            colour = COLOURS[results.arms.index(arm) % len(COLOURS)]
+            colour = look(results.arms.index(arm))[0]
             units = [*results.by_unit(results.gaps(arm, m, baseline)).values()]
             axes.plot(units, [row] * len(units), "o", color=colour, alpha=0.4, ms=4)
             if found := results.difference(arm, m, baseline):
@@ -188,17 +200,17 @@ def collapse(results: Results) -> Figure | None:
     ]
     figure, grid = _axes(len(panels), width=3.4, height=4)
     for axes, (title, value) in zip(grid, panels, strict=True):
-        for number, (arm, rows) in enumerate(shown.items()):
+        for arm, rows in shown.items():
             points = [(row["step"], v) for row in rows if (v := value(row)) is not None]
             if value is _share:  # of single batches, it is all noise
                 points = [
                     (step, float(np.mean([v for _, v in points[max(0, i + 1 - LOOKS) : i + 1]])))
                     for i, (step, _) in enumerate(points)
                 ]
-            style = "-" if number < len(COLOURS) // 2 else "--"
+            colour, style = look(results.arms.index(arm))  # as in the other figures
             if points:
                 axes.plot(
-                    *zip(*points, strict=True), style, lw=1.3, color=COLOURS[number % len(COLOURS)],
+                    *zip(*points, strict=True), style, lw=1.3, color=colour,
                     label=results.table.arm(arm).label,
                 )  # fmt: skip
         axes.set(title=title, xlabel="step", xscale="log")

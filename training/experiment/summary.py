@@ -30,7 +30,8 @@ PROBED = (
 )
 MONITORED = (
     "gp", "chance_gp", "la", "la_pairs", "la_control", "cosine_embedding", "rank_embedding",
-    "cosine_encoder", "rank_encoder",
+    "cosine_encoder", "rank_encoder", "contrast", "chance_contrast",
+    "nearest_same_scan", "chance_nearest_same_scan", "nearest_distance", "chance_nearest_distance",
 )  # fmt: skip
 
 

@@ -84,7 +84,12 @@ def _sal(name: str, label: str, value: float | None = None, /, **settings: Any) 
 def _frame(name: str, label: str, **settings: Any) -> Arm:
     """SAL without E, on independent views whose maps are brought into one frame before LA."""
     frame = {"sal__embedding": "none", "augment__geometry": "independent"}
-    return _sal(name, label, **frame, sal__common_frame=True, **settings)
+    return _sal(name, label, **frame | {"sal__common_frame": True} | settings)
+
+
+def _contrast(name: str, label: str, **settings: Any) -> Arm:
+    """`_frame` with LA as a contrast; its weight is of a loss of another size than Eq. 1's."""
+    return _frame(name, label, sal__loss="contrast", sal__lambda_=0.2, **settings)
 
 
 _ACDC, _CHD = (2, 6, 10, ALL), (2, 6, 15, ALL)
@@ -209,6 +214,15 @@ TABLES: dict[str, Table] = {
             _frame("frame-other", "frame, placebo: slices of other scans", sal__pairs="other"),
             _frame("frame-roll", "frame, placebo: keys rolled by half a map", sal__roll=True),
             _frame("frame-adjacent", "frame, LA on adjacent slices", sal__t_la=0.15),
+            # A pull with repulsion, and its placebos.
+            _contrast("contrast", "contrast"),
+            _contrast("contrast-E", "contrast, with E", sal__embedding="linear"),
+            _contrast("contrast-same", "contrast, the two views of one slice only",
+                      sal__pairs="same"),
+            _contrast("contrast-other", "contrast, placebo: slices of other scans",
+                      sal__pairs="other"),
+            _contrast("contrast-roll", "contrast, placebo: keys rolled by half a map",
+                      sal__roll=True),
             _sal("sal-noE-s3", "no E, s = 3", sal__embedding="none", sal__scale=3),
             _sal("sal-noE-s5", "no E, s = 5", sal__embedding="none", sal__scale=5),
         ),

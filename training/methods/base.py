@@ -61,12 +61,14 @@ class Outcome:
 
     chance: what some of the terms come to where all features are alike, so that none is told from
     another: above it a loss has learnt nothing.
+    deepest: the encoder's last map of the samples, detached, where `maps` has another one.
     """
 
     loss: Tensor
     terms: dict[str, Tensor]
     maps: dict[str, Tensor] = field(default_factory=dict)  # detached
     chance: dict[str, Tensor] = field(default_factory=dict)  # scalars without gradient
+    deepest: Tensor | None = None
 
 
 class Method(nn.Module, ABC):
@@ -118,7 +120,7 @@ class Method(nn.Module, ABC):
 
     def monitor(self, views: Views, outcome: Outcome) -> dict[str, float]:
         """Extra figures, computed now and then, that tell whether the method still learns."""
-        return likeness(outcome.maps) | chances(outcome)
+        return likeness(outcome.maps) | chances(outcome) | retrieval(outcome, views)
 
     def warnings(self, history: list[dict[str, float]]) -> dict[str, str]:
         """What the monitored figures so far give reason to warn about: kind -> sentence."""
@@ -148,6 +150,35 @@ def likeness(maps: Mapping[str, Tensor]) -> dict[str, float]:
 def chances(outcome: Outcome) -> dict[str, float]:
     """The chance level of each term that has one."""
     return {f"chance_{name}": level.item() for name, level in outcome.chance.items()}
+
+
+def retrieval(outcome: Outcome, views: Views) -> dict[str, float]:
+    """What the nearest slice of each sample in the batch is, by the encoder's pooled last map.
+
+    `nearest_same_scan` is the share whose nearest slice, other views of the own one aside, is of
+    the same scan, and `nearest_distance` the mean distance of their positions; `chance_...` are the
+    same of any other slice. A method that tells patients apart has a high share, one that tells
+    levels apart a small distance. Empty where there is nothing to compare.
+    """
+    maps = outcome.maps.get("encoder") if outcome.deepest is None else outcome.deepest
+    if maps is None:
+        return {}
+    pooled = F.normalize(maps.float().mean(dim=(2, 3)), dim=1)
+    # Some methods encode the first view of each slice only.
+    volume, position, sample = (
+        column[: len(pooled)] for column in (views.volume, views.position, views.sample)
+    )
+    other = sample[:, None] != sample
+    if not bool(other.any(dim=1).all()):
+        return {}
+    nearest = (pooled @ pooled.T).masked_fill(~other, -torch.inf).argmax(dim=1)
+    same = (volume[:, None] == volume).double()
+    apart = (position[:, None] - position).abs().double()
+    found = {}
+    for name, table in (("nearest_same_scan", same), ("nearest_distance", apart)):
+        found[name] = table.gather(1, nearest[:, None]).mean().item()
+        found[f"chance_{name}"] = ((table * other).sum(dim=1) / other.sum(dim=1)).mean().item()
+    return found
 
 
 def drift(history: Sequence[Mapping[str, float]]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -14,6 +15,7 @@ from salkernels import (
     gp_loss,
     positional_positives,
     slice_pairs,
+    wla_contrast,
     wla_loss,
     wla_set_loss,
 )
@@ -31,11 +33,13 @@ from .base import (
     chances,
     drift,
     likeness,
+    retrieval,
 )
 from .contrast import alike
 
 Centre = Literal["none", "batch", "image", "window"]
 Pairs = Literal["near", "same", "other"]
+Loss = Literal["mae", "contrast"]
 # A fall of LA on pairs of different scans to this share of the untrained network's is suspicious.
 # With a trainable E on ACDC it falls to 0.01; without E, where nothing collapses, single batches of
 # a phantom fall to 0.5.
@@ -57,7 +61,12 @@ class SALConfig:
             placebos share all but the anatomy with it: "same", the two views of one slice alone;
             "other", slices of *different* scans at near positions, and none of one scan.
         roll: a third placebo: keys are rolled by half a map along both axes before LA, so that a
-            window never meets the window that shows the same place.
+            window never meets the window that shows the same place. Negatives are rolled with them.
+        loss: of LA: "mae", Eq. 1 (the paper), or "contrast": a pixel's match is to beat all pixels
+            of the same window of slices that are not near (`salkernels.wla_contrast`), so that
+            features which grow alike do not bring it down. Negatives are the batch's slices at a
+            distance of t or more (t_la, if larger), of any scan.
+        contrast_temperature: τ of `loss=contrast`.
         temperature: τ of the positional loss.
         embedding: E before LA: "linear" (the paper), "normalised" (kernels of unit norm),
             "orthogonal" (fixed), or "none".
@@ -80,6 +89,8 @@ class SALConfig:
     t_la: float | None = None
     pairs: Pairs = "near"
     roll: bool = False
+    loss: Loss = "mae"
+    contrast_temperature: float = 0.1
     temperature: float = 0.1
     embedding: EmbeddingKind = "linear"
     embedding_dim: int = 0
@@ -107,6 +118,15 @@ class SALConfig:
             raise ValueError(
                 f"sal.pairs must be one of {', '.join(get_args(Pairs))}, got {self.pairs!r}"
             )
+        if self.loss not in get_args(Loss):
+            raise ValueError(
+                f"sal.loss must be one of {', '.join(get_args(Loss))}, got {self.loss!r}"
+            )
+        if not 0 < self.contrast_temperature < math.inf:
+            raise ValueError(
+                f"sal.contrast_temperature must be a finite number > 0, got "
+                f"{self.contrast_temperature}"
+            )
         if self.t_la is not None and not 0 < self.t_la <= 1:
             raise ValueError(f"sal.t_la is a fraction of the scan in (0, 1], got {self.t_la}")
         # The public losses check ω, λ, t and τ: let them do so before anything is loaded.
@@ -124,7 +144,10 @@ class SAL(Method):
     geometry: ClassVar[Geometry] = "shared"  # or a window no longer shows the same anatomy
     positional: ClassVar[bool] = True
     watched: ClassVar[str] = "la_control"
-    curves: ClassVar[tuple[str, dict[str, str]]] = ("losses", {"loss": "total", "gp": "GP"})
+    curves: ClassVar[tuple[str, dict[str, str]]] = (
+        "losses",
+        {"loss": "total", "gp": "GP", "contrast": "LA, as a contrast"},
+    )
 
     def __init__(self, model: UNetConfig, settings: SALConfig, corpus: Corpus | None) -> None:
         super().__init__()
@@ -150,11 +173,14 @@ class SAL(Method):
         outcome = Outcome(gp, {"loss": gp, "gp": gp, "la": gp.new_zeros(())})
         embedded = self.embedding(features)
         if settings.lambda_:
-            pairs = self.pairs(views)
-            la = self.align(*self.aligned(embedded, views), pairs) * share(pairs.sum())
+            pairs, negatives = self.pairs(views), self.negatives(views)
+            la = self.align(*self.aligned(embedded, views), pairs, negatives) * share(pairs.sum())
             loss = gp + settings.lambda_ * la
-            outcome = Outcome(loss, {"loss": loss, "gp": gp, "la": la})
+            # A contrast is no distance: curves of it beside those of Eq. 1 would be misread.
+            name = "la" if negatives is None else "contrast"
+            outcome = Outcome(loss, {"loss": loss, "gp": gp, name: la})
         outcome.maps = {"encoder": features.detach(), "embedding": embedded.detach()}
+        outcome.deepest = maps[-1].detach()
         outcome.chance = {"gp": gp_loss(alike(projected), positives, settings.temperature)}
         return outcome
 
@@ -173,14 +199,34 @@ class SAL(Method):
         assert views.frame is not None  # all views of this package have one
         return undo(features, views.frame), shown(views.frame, *features.shape[2:])
 
-    def align(self, features: Tensor, valid: Tensor | None, pairs: Tensor) -> Tensor:
-        """LA of comparable maps (2n, C, H, W) and their valid pixels over pairs (2n, 2n)."""
+    def align(
+        self,
+        features: Tensor,
+        valid: Tensor | None,
+        pairs: Tensor,
+        negatives: Tensor | None = None,
+    ) -> Tensor:
+        """LA of comparable maps (2n, C, H, W) and their valid pixels over pairs (2n, 2n).
+
+        With negatives (2n, 2n) as a contrast.
+        """
         settings = self.settings
-        return alignment(
+        if negatives is None:
+            return alignment(
+                features,
+                valid,
+                pairs,
+                settings.window_size,
+                stop_gradient=settings.stop_gradient,
+                roll=settings.roll,
+            )
+        return contrast(
             features,
             valid,
             pairs,
+            negatives & ~pairs,
             settings.window_size,
+            settings.contrast_temperature,
             stop_gradient=settings.stop_gradient,
             roll=settings.roll,
         )
@@ -203,6 +249,16 @@ class SAL(Method):
         near = positional_positives(views.position, self.settings.near)
         return near & (views.volume[:, None] != views.volume[None, :])
 
+    def negatives(self, views: Views) -> Tensor | None:
+        """(2n, 2n) bool, slices at other levels of any scan, which LA contrasts; None: it does not.
+
+        Of several processes each contrasts its own slices, as LA compares its own.
+        """
+        if self.settings.loss == "mae":
+            return None
+        far = max(self.settings.t, self.settings.near)
+        return ~positional_positives(views.position, far)
+
     @torch.no_grad()
     def monitor(self, views: Views, outcome: Outcome) -> dict[str, float]:
         """LA on true pairs and, as a control, on pairs of different scans; how alike pixels are.
@@ -219,6 +275,20 @@ class SAL(Method):
             "la_control": wla_set_loss(features, strangers, window, valid=valid).item(),
             **likeness({"embedding": embedded, "encoder": outcome.maps["encoder"]}),
             **chances(outcome),
+            **self._chance_of_contrast(features, valid, views),
+            **retrieval(outcome, views),
+        }
+
+    def _chance_of_contrast(
+        self, features: Tensor, valid: Tensor | None, views: Views
+    ) -> dict[str, float]:
+        """What the contrast comes to where all pixels are alike."""
+        negatives = self.negatives(views)
+        if negatives is None or self.settings.lambda_ == 0:
+            return {}
+        flat = torch.ones_like(features[:, :1])
+        return {
+            "chance_contrast": self.align(flat, valid, self.pairs(views), negatives).item(),
         }
 
     def warnings(self, history: list[dict[str, float]]) -> dict[str, str]:
@@ -278,6 +348,33 @@ def alignment(
     if valid is not None and keys_valid is not None:
         both = valid[query], keys_valid[key]
     return wla_loss(features[query], keys[key], window_size, valid=both)
+
+
+def contrast(
+    features: Tensor,
+    valid: Tensor | None,
+    pairs: Tensor,
+    negatives: Tensor,
+    window_size: int,
+    temperature: float,
+    *,
+    stop_gradient: bool = False,
+    roll: bool = False,
+) -> Tensor:
+    """`alignment` as a contrast with negatives (S, S), which are keys as the pairs' are."""
+    if not (stop_gradient or roll):
+        return wla_contrast(features, pairs, negatives, window_size, temperature, valid=valid)
+    keys = features.detach() if stop_gradient else features
+    both = None if valid is None else (valid, rolled(valid) if roll else valid)
+    return wla_contrast(
+        features,
+        pairs,
+        negatives,
+        window_size,
+        temperature,
+        keys=rolled(keys) if roll else keys,
+        valid=both,
+    )
 
 
 def rolled(maps: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Compiles Triton kernels for GPUs that are not here, exactly as a call would launch them.
 
-    python -m benchmarks.offline            registers, spills and shared memory of every variant
-    python -m benchmarks.offline --quick    of those that the tests look at
+    python -m tools.ptx.offline            registers, spills and shared memory of every variant
+    python -m tools.ptx.offline --quick    of those that the tests look at
 
 A call on CPU tensors is recorded instead of run: kernel, arguments, constants, warps, stages. From
 that come the signature and the hints of alignment that Triton takes at a launch, and the compiler

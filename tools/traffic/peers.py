@@ -11,11 +11,12 @@ from importlib.util import find_spec
 
 import torch
 
-from . import triton_emulation
-from .cases import Case
-from .peers import late_interaction
-from .traffic import Row, row_of
-from .verify import errors, truth
+from benchmarks.cases import Case
+from benchmarks.peers import late_interaction
+from benchmarks.verify import errors, truth
+from tools.ptx import triton_kernels
+
+from .table import Row, row_of
 
 PROVIDER = "late-interaction-kernels"
 
@@ -23,7 +24,7 @@ PROVIDER = "late-interaction-kernels"
 def obstacle() -> str | None:
     if find_spec("late_interaction_kernels") is None:
         return "late-interaction-kernels is not installed"
-    return triton_emulation.obstacle()
+    return triton_kernels.obstacle()
 
 
 def run(case: Case) -> list[Row]:
@@ -31,7 +32,7 @@ def run(case: Case) -> list[Row]:
     if case.dtype != "float32":
         return []
     problem = case.problem("cpu")
-    emulator = triton_emulation.Emulator()
+    emulator = triton_kernels.Emulator()
     with torch.no_grad(), emulator.instead_of_a_gpu():
         loss = late_interaction(problem)
     error = errors(truth(case, "cpu"), loss, None).loss

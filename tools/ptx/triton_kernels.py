@@ -1,9 +1,9 @@
-"""Triton kernels without a GPU: compiled for sm_80, and their PTX run by an emulator.
+"""Triton kernels without a GPU: compiled for sm_80, and their PTX run on `tools.ptxemu`.
 
-    python -m benchmarks.triton_emulation     # a dozen inputs against the definition, as JSON
+    python -m tools.ptx.triton_kernels     # two dozen inputs against the definition, as JSON
 
-The emulator is `ptxemu`, a folder of tools that may lie beside the repository. It executes the
-machine's instructions one by one, checks every access, and counts memory traffic.
+The emulator executes the PTX instruction by instruction, checks every access, and counts
+instructions and memory traffic.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from torch import Tensor
 from salkernels import reference
 from salkernels.backends import triton as backend
 from salkernels.reference import Outputs
-
-from .cuda_emulation import PTXEMU
+from tools import ptxemu
 
 CAPABILITY = 80
 EPS = 1e-12
@@ -35,7 +34,7 @@ def obstacle() -> str | None:
         return "triton is not installed"
     if backend.INTERPRETED:
         return "TRITON_INTERPRET=1 is set: the kernels belong to the interpreter"
-    return None if PTXEMU.is_dir() else "../shared/tools/ptxemu is not here"
+    return ptxemu.obstacle()
 
 
 @dataclass
@@ -55,10 +54,6 @@ class Emulator:
 
     def run(self, item: Any) -> None:
         from . import offline
-
-        if str(PTXEMU) not in sys.path:
-            sys.path.insert(0, str(PTXEMU))
-        import ptxemu  # type: ignore[import-not-found]
 
         variant = (item.name, item.constants(), item.signature(), item.hints(), item.warps)
         key = repr((*variant, item.stages, item.registers))

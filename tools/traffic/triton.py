@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from functools import cache
 
-from . import triton_emulation
-from .cases import Case
-from .traffic import Row, measure
+from benchmarks.cases import Case
+from tools.ptx import triton_kernels
+
+from .table import Row, measure
 
 PROVIDER = "triton"
-obstacle = triton_emulation.obstacle
+obstacle = triton_kernels.obstacle
 
 
 @cache
-def emulator() -> triton_emulation.Emulator:
-    return triton_emulation.Emulator()
+def emulator() -> triton_kernels.Emulator:
+    return triton_kernels.Emulator()
 
 
 def run(case: Case) -> list[Row]:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from functools import cache
 
-from . import cuda_emulation
-from .cases import Case
-from .traffic import EPS, Row, measure
+from benchmarks.cases import Case
+from tools.ptx import cuda_kernels
+
+from .table import EPS, Row, measure
 
 PROVIDER = "cuda"
 
 
 def obstacle() -> str | None:
-    return cuda_emulation.ptx_obstacle()
+    return cuda_kernels.obstacle()
 
 
 @cache
-def kernels() -> cuda_emulation.CompiledKernels:
-    return cuda_emulation.CompiledKernels()
+def kernels() -> cuda_kernels.CompiledKernels:
+    return cuda_kernels.CompiledKernels()
 
 
 def run(case: Case) -> list[Row]:

@@ -1,6 +1,6 @@
 """Memory traffic of compiled kernels, counted by an emulator: the proof of speed without a GPU.
 
-    python -m benchmarks.traffic cuda     # or triton, or peers: results/traffic-*.csv, traffic.md
+    python -m tools.traffic cuda     # or triton, or peers; writes benchmarks/results/traffic*
 
 A provider is a module with `run(case) -> list[Row]`, one row for the forward and one for the
 backward, and `obstacle() -> str | None`. Rows of all providers have the same columns and stand side
@@ -22,16 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.cases import LAYOUTS, Case
 from salkernels import reference
 from salkernels.reference import Outputs
 
-from .cases import LAYOUTS, Case
-
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 PROVIDERS = {
-    "cuda": "benchmarks.traffic_cuda",
-    "triton": "benchmarks.traffic_triton",
-    "peers": "benchmarks.traffic_peers",
+    "cuda": "tools.traffic.cuda",
+    "triton": "tools.traffic.triton",
+    "peers": "tools.traffic.peers",
 }
 SECTOR = 32  # bytes
 EPS = 1e-12
@@ -172,7 +171,7 @@ def table(directory: Path = RESULTS) -> str:
     head = [
         "# Memory traffic of compiled kernels\n",
         "Counted by an emulator that runs the compiled PTX (sm_80), not measured on a GPU; columns",
-        "are explained in `benchmarks/traffic.py`, which wrote this.\n",
+        "are explained in `tools/traffic/table.py`, which wrote this.\n",
         "| " + " | ".join(name.replace("_", " ") for name in columns) + " |",
         "| "
         + " | ".join(":--" if name in ("provider", "case", "phase") else "--:" for name in columns)
@@ -200,7 +199,3 @@ def main() -> None:
         for row in found:
             print(row, flush=True)
     write_rows(arguments.provider, rows, arguments.results)
-
-
-if __name__ == "__main__":
-    main()

@@ -28,6 +28,16 @@ _KINDS = {"oob": OutOfBounds, "shared_oob": OutOfBounds, "local_oob": OutOfBound
           "instruction_limit": Deadlock, "membermask": Deadlock, "device_assert": DeviceAssert}
 
 
+def obstacle():
+    """Why the emulator cannot be built here, or None."""
+    import platform, shutil
+    if shutil.which("g++") is None: return "no g++ on this machine"
+    if platform.machine() != "x86_64" or not sys.platform.startswith("linux"): return "the PTX emulator runs on x86-64 Linux only"
+    with open("/proc/cpuinfo") as file:
+        if " avx2 " not in file.read(): return "the PTX emulator needs AVX2, which this CPU does not have"
+    return None
+
+
 def _build():
     h = hashlib.sha256()
     for f in _SRC:

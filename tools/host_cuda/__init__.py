@@ -1,0 +1,1 @@
+"""The CUDA sources compiled as host code."""

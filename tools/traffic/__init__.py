@@ -1,0 +1,1 @@
+"""Counts of what compiled kernels do: `python -m tools.traffic`; see table.py."""
