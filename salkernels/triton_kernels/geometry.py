@@ -69,7 +69,7 @@ class Extents(NamedTuple):
     window_columns: int
     across: int  # windows of a row of windows
     windows: int
-    pairs: int  # P, room that is left over included
+    pairs: int  # P, room that is left over included; 0 before `with_pairs`
     groups_per_tile: int  # where tiles hold whole groups
 
 
@@ -87,6 +87,7 @@ class Cut(NamedTuple):
     LANES: int  # nodes
     PIXELS: int  # of a window, or, if it is streamed, of a part of it
     CHANNELS: int  # of a block
+    EVEN: bool  # whether blocks hold all channels and no more
 
 
 class Product(NamedTuple):
@@ -112,6 +113,17 @@ class Rows(NamedTuple):
     row: Any
     column: Any
     inside: Any  # whether there is one
+
+
+@triton.jit
+def with_pairs(sizes, pairs):
+    """The number of pairs comes as an argument of its own: nothing is compiled for its sake, so
+    that batches with more or fewer pairs run the same code."""
+    return Extents(
+        sizes.groups, sizes.N, sizes.M, sizes.channels, sizes.height, sizes.width,
+        sizes.window_rows, sizes.window_columns, sizes.across, sizes.windows,
+        pairs, sizes.groups_per_tile,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -256,7 +268,9 @@ def load_channels(
     """A block of channels of some rows, 0 for those that are not to be loaded."""
     channel = start + tl.arange(0, CUT.CHANNELS)
     offset = channel_offsets(channel, node, maps, sizes, FORM)
-    mask = loaded[:, None] & (channel < sizes.channels)[None, :]
+    mask = loaded[:, None]
+    if not CUT.EVEN:
+        mask = mask & (channel < sizes.channels)[None, :]
     return tl.load(pointers[:, None] + offset, mask=mask, other=0.0)
 
 

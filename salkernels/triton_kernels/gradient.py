@@ -34,6 +34,7 @@ from .geometry import (
     slots_between,
     slots_of,
     tf32_parts,
+    with_pairs,
 )
 
 
@@ -143,7 +144,9 @@ def _store_channels(
     """Writes a block of channels of the gradient of some rows."""
     channel = start + tl.arange(0, CUT.CHANNELS)
     offset = channel_offsets(channel, rows.node, grads, sizes, FORM)
-    mask = rows.inside[:, None] & (channel < sizes.channels)[None, :]
+    mask = rows.inside[:, None]
+    if not CUT.EVEN:
+        mask = mask & (channel < sizes.channels)[None, :]
     tl.store(pointers[:, None] + offset, total.to(grads.query.dtype.element_ty), mask=mask)
 
 
@@ -157,9 +160,9 @@ def _joined(tile_a, tile_b, plan, sizes, FORM: tl.constexpr, CUT: tl.constexpr):
     return tl.max(tl.max(tl.maximum(slot, back), 1), 0) >= 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def gradient_kernel(
-    maps, grads, terms, norm, plan, sizes, eps,
+    maps, grads, terms, norm, plan, sizes, eps, pairs,
     FORM: tl.constexpr, CUT: tl.constexpr, PRODUCT: tl.constexpr, TILES: tl.constexpr,
     ACROSS: tl.constexpr,
 ):  # fmt: skip
@@ -168,16 +171,23 @@ def gradient_kernel(
     Of TILES = 2 tiles of a group those that pairs join are a launch of their own, ACROSS: its
     weights take twice as many registers.
     """
+    sizes = with_pairs(sizes, pairs)
     window = tl.program_id(0) // TILES % sizes.windows
     leading = tl.program_id(0) // TILES // sizes.windows * TILES
     tile = leading + tl.program_id(0) % TILES
     if TILES == 2:
         other = leading + (1 - tl.program_id(0) % TILES)
         if _joined(tile, other, plan, sizes, FORM, CUT) == ACROSS:
-            _gradient_of_tile(
-                tile, other, window, maps, grads, terms, norm, plan, sizes, eps, FORM, CUT, PRODUCT,
-                ACROSS,
-            )  # fmt: skip
+            if ACROSS and maps.query.dtype.element_ty != tl.bfloat16:
+                _across_tiles(
+                    tile, leading, TILES, window, maps, grads, terms, norm, plan, sizes, eps,
+                    FORM, CUT, PRODUCT,
+                )  # fmt: skip
+            else:
+                _gradient_of_tile(
+                    tile, other, window, maps, grads, terms, norm, plan, sizes, eps,
+                    FORM, CUT, PRODUCT, ACROSS,
+                )  # fmt: skip
     else:
         _gradient_of_tile(
             tile, tile, window, maps, grads, terms, norm, plan, sizes, eps, FORM, CUT, PRODUCT,
@@ -240,6 +250,51 @@ def _gradient_of_tile(
             total = _times_partners(weight_s, half_s, start, total, maps, sizes, FORM, CUT, PRODUCT)
             total = _times_partners(weight_t, half_t, start, total, maps, sizes, FORM, CUT, PRODUCT)
         # A NaN row has no inverse, but its weights are NaN: NaN · 0 is the NaN it must get.
+        total *= own.inverse[:, None]
+        _store_channels(total, start, grads, rows, own.pointers, sizes, FORM, CUT)
+
+
+@triton.jit
+def _across_tiles(
+    tile, leading, tiles, window, maps, grads, terms, norm, plan, sizes, eps,
+    FORM: tl.constexpr, CUT: tl.constexpr, PRODUCT: tl.constexpr,
+):  # fmt: skip
+    """The same ACROSS tiles where the weights, in two parts each, do not fit into the registers: by
+    halves of tiles, made anew for each block of channels.
+
+    D of all tiles together is needed before the part along x̂ can be taken off.
+    """
+    ROWS: tl.constexpr = CUT.LANES * CUT.PIXELS
+    CHANNELS: tl.constexpr = CUT.CHANNELS
+    r = tl.arange(0, ROWS)
+    u = tl.arange(0, ROWS // 2)
+    rows = rows_of(r, tile, window, plan, sizes, FORM, CUT)
+    own = _partners(grads, norm, rows, sizes, eps, FORM)
+    along = tl.zeros((ROWS,), tl.float32)
+    for half in range(2 * tiles):
+        other = leading + half // 2
+        c = half % 2 * (ROWS // 2) + u
+        if _joined(tile, other, plan, sizes, FORM, CUT):
+            weight, part = _both_roles(tile, r, other, c, window, terms, plan, sizes, FORM, CUT)
+            along += part
+    for start in range(0, sizes.channels, CUT.CHANNELS):
+        total = tl.zeros((ROWS, CHANNELS), tl.float32)
+        for half in range(2 * tiles):
+            other = leading + half // 2
+            c = half % 2 * (ROWS // 2) + u
+            joined = _joined(tile, other, plan, sizes, FORM, CUT)
+            weight = tl.zeros((ROWS, ROWS // 2), tl.float32)
+            if joined:
+                weight, part = _both_roles(tile, r, other, c, window, terms, plan, sizes, FORM, CUT)
+            columns = rows_of(c, other, window, plan, sizes, FORM, CUT)
+            partners = _partners(maps, norm, columns, sizes, eps, FORM)
+            itself = (r[:, None] == c[None, :]) & (tile == other)
+            weight = (weight - tl.where(itself, along[:, None], 0.0)) * partners.unit[None, :]
+            if joined | (tile == other):
+                y = load_channels(
+                    partners.pointers, start, partners.node, partners.finite, maps, sizes, FORM, CUT
+                )
+                total = _times_rows(weight, y, total, PRODUCT)
         total *= own.inverse[:, None]
         _store_channels(total, start, grads, rows, own.pointers, sizes, FORM, CUT)
 

@@ -36,6 +36,7 @@ from .geometry import (
     slots_of,
     tf32_parts,
     valid_rows,
+    with_pairs,
 )
 
 INF = tl.constexpr(float("inf"))
@@ -81,15 +82,16 @@ def _store_matches(best, where, found, pixel, slot, sizes, PARTIAL: tl.constexpr
     return tl.where(present, tl.abs(1 - best), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def match_kernel(
-    maps, valid, plan, found, partial, sizes, eps,
+    maps, valid, plan, found, partial, sizes, eps, pairs,
     FORM: tl.constexpr, CUT: tl.constexpr, PRODUCT: tl.constexpr, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
     """All pairs within a tile, or between two tiles of a group, in one window.
 
     The first (DIAGONAL) also stores the norms, and the second reads them: so it runs later.
     """
+    sizes = with_pairs(sizes, pairs)
     if DIAGONAL:
         # Neighbouring programs take neighbouring windows: in NCHW they share sectors.
         window = tl.program_id(0) % sizes.windows
@@ -244,13 +246,14 @@ def norm_kernel(maps, valid, norm, sizes, FORM: tl.constexpr, CUT: tl.constexpr)
     tl.store(norm + place, value, mask=rows.inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def stream_match_kernel(
-    maps, valid, listed, found, partial, sizes, eps,
+    maps, valid, listed, found, partial, sizes, eps, pairs,
     FORM: tl.constexpr, CUT: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """One pair, one window, a block of query pixels: all key pixels pass by in blocks."""
     PIXELS: tl.constexpr = CUT.PIXELS
+    sizes = with_pairs(sizes, pairs)
     window_pixels = sizes.window_rows * sizes.window_columns
     blocks = tl.cdiv(window_pixels, CUT.PIXELS)
     block = tl.program_id(0) % blocks
@@ -305,12 +308,13 @@ def _streamed_products(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def loss_kernel(
-    partial, listed, loss, found, lines, sizes, PAIRS: tl.constexpr, LINES: tl.constexpr
+    partial, listed, loss, found, lines, sizes, pairs, PAIRS: tl.constexpr, LINES: tl.constexpr
 ):
     """Loss of each pair: the mean over pixels. For room that is left over it is 0, and its matches
     are those of pixels that take no part."""
+    sizes = with_pairs(sizes, pairs)
     pixels = sizes.height * sizes.width
     pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
     inside = pair < sizes.pairs

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .geometry import Rows, count_nodes, node_pixels, pair_nodes, pixels_of
+from .geometry import Rows, count_nodes, node_pixels, pair_nodes, pixels_of, with_pairs
 from .gradient import pixel_weights
 
 
@@ -75,15 +75,16 @@ def _scales(norm, rows, sizes, eps, FORM: tl.constexpr):
     return unit, tl.where(alive, unit, 0.0), alive
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def count_kernel(
-    saved, norm, listed, lists, reach, sizes, eps,
+    saved, norm, listed, lists, reach, sizes, eps, pairs,
     FORM: tl.constexpr, PIXELS: tl.constexpr, PAIRS: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """Some pairs and some pixels of a window: counts the terms of their rows.
 
     Sums of integers do not depend on the order of additions, so these are atomic.
     """
+    sizes = with_pairs(sizes, pairs)
     window_pixels = sizes.window_rows * sizes.window_columns
     pair_blocks = tl.cdiv(sizes.pairs, PAIRS)
     blocks = tl.cdiv(reach.words * (64 // BITS), PIXELS)
@@ -134,12 +135,13 @@ def _offset_of(node, row, column, reach, sizes, FORM: tl.constexpr):
     return offset
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def list_kernel(
-    saved, norm, partners, lists, reach, sizes, eps,
+    saved, norm, partners, lists, reach, sizes, eps, pairs,
     FORM: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """The terms of some rows of a window; each thread has a row of its own."""
+    sizes = with_pairs(sizes, pairs)
     window_pixels = sizes.window_rows * sizes.window_columns
     nodes = count_nodes(sizes, FORM)
     blocks = reach.room // ROWS
