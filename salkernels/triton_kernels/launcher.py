@@ -1,5 +1,7 @@
-"""Launches of kernels: what is compiled is kept with the constants that go with it, so that from the
-second call on a launch costs its arguments, and not Triton's own look-up of what fits them."""
+"""Launches of kernels: what is compiled is kept with the constants that go with it.
+
+From the second call on a launch costs its arguments, and not Triton's own look-up of what fits.
+"""
 
 from __future__ import annotations
 
@@ -57,9 +59,7 @@ def _aligned(arguments: tuple[Any, ...]) -> Iterator[bool]:
             yield from _aligned(x)
 
 
-def planner(
-    layout: Layout, ordered: bool | None = None
-) -> Callable[[Tensor | None, int], Plan]:
+def planner(layout: Layout, ordered: bool | None = None) -> Callable[[Tensor | None, int], Plan]:
     """What makes slots (G, N, M) and order (G, V), int32, of a list, as `plan_kernel` says.
 
     Without a list the kernels number pairs for themselves, and nodes are in order as they come.

@@ -40,7 +40,7 @@ class Problem(NamedTuple):
 
 
 class Signature(NamedTuple):
-    """What of a call decides how it is cut and compiled: not its data, nor how many pairs it has."""
+    """What of a call decides how it is cut and compiled: not its data, nor its number of pairs."""
 
     query: torch.Size
     key: torch.Size | None

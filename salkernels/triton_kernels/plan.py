@@ -78,9 +78,7 @@ class Partners(NamedTuple):
 
 
 @triton.jit(do_not_specialize=["pairs"])
-def partners_kernel(
-    slots, partners, room, sizes, pairs, FORM: tl.constexpr, NODES: tl.constexpr
-):
+def partners_kernel(slots, partners, room, sizes, pairs, FORM: tl.constexpr, NODES: tl.constexpr):
     """The pairs of one node."""
     sizes = with_pairs(sizes, pairs)
     nodes = count_nodes(sizes, FORM)
