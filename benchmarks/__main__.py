@@ -15,7 +15,7 @@ from .runner import RESULTS, Options, run, say
 
 SHORT_BUDGET, BUDGET = 0.2, 2.0
 GROUPS = {"sweeps": SWEEPS}
-COMMANDS = ("run", "overhead", "training", "loading", "report")
+COMMANDS = ("run", "overhead", "training", "step", "loading", "report")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,9 +34,14 @@ def parser() -> argparse.ArgumentParser:
     add("--timeout", type=float, default=90.0, help="seconds for one run, compilation included")
     add("--fresh", action="store_true", help="measure again what the file already holds")
     add("--quick", action="store_true", help="a tiny case in seconds, to see that all works")
-    add("--data", type=Path, help="scans for `loading`, in ACDC's layout (default: a phantom)")
+    add(
+        "--data",
+        type=Path,
+        help="scans in ACDC's layout for these (default: a phantom)",
+    )
     add("--cache", type=Path, help="preprocessed slices for `loading` (default: made and dropped)")
-    add("--preset", default="desk", help="of `loading` (default: desk)")
+    add("--preset", default="desk", help="of `loading` and `step` (default: desk)")
+    add("--views", type=int, default=0, help="of `step` that the encoder is timed on (0: all)")
     add("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
     return arguments
 
@@ -58,6 +63,12 @@ def main(words: list[str] | None = None) -> int:
             from .training import measure_training
 
             print(measure_training(label, settings, given.results))
+            return 0
+        if given.command == "step":
+            from .step import measure_step
+
+            data, cache, views = given.data, given.cache, given.views
+            print(measure_step(label, settings, given.results, given.preset, data, cache, views))
             return 0
         if given.command == "loading":
             from .loading import measure_loading

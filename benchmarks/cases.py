@@ -17,6 +17,7 @@ from salkernels import slice_pairs
 THRESHOLD = 0.35  # t of the paper's experiments on ACDC
 # Without it the gradient of the mean loss at "paper", of some 1e-8, is below what fp16 can hold.
 FP16_SCALE = 2.0**15
+ORDERS = ("views", "scans")
 LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
 
 
@@ -37,7 +38,21 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """One shape of the set form of the loss: S samples, two subjects, two views per slice."""
+    """One shape of the set form of the loss: S samples, two subjects, two views per slice.
+
+    Args:
+        samples: S.
+        channels: C.
+        height: H.
+        width: W.
+        window: ω.
+        dtype: of the features, a name in torch.
+        layout: of the features, "channels_last" or "nchw".
+        order: of the samples; "views" has the first views of both subjects before the second ones,
+            as a batch is drawn, "scans" has one subject after the other, which is two groups of the
+            operator.
+        threshold: t.
+    """
 
     samples: int = 32
     channels: int = 384
@@ -46,29 +61,39 @@ class Case:
     window: int = 2
     dtype: str = "float32"
     layout: str = "channels_last"
+    order: str = "views"
+    threshold: float = THRESHOLD
 
     def __post_init__(self) -> None:
         if self.samples % 4:
             raise ValueError(f"two subjects with two views each: 4 divides S, got {self.samples}")
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout must be one of {sorted(LAYOUTS)}, got {self.layout!r}")
+        if self.order not in ORDERS:
+            raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {self.order!r}")
 
     @property
     def key(self) -> str:
         """Names the case in tables and on the command line; `parse` reads it back."""
         size = f"S{self.samples}-C{self.channels}-{self.height}x{self.width}-w{self.window}"
-        return f"{size}-{self.dtype}-{self.layout}"
+        order = "" if self.order == "views" else f"-{self.order}"
+        threshold = "" if self.threshold == THRESHOLD else f"-t{self.threshold:g}"
+        return f"{size}-{self.dtype}-{self.layout}{order}{threshold}"
 
     @classmethod
     def parse(cls, key: str) -> Case:
-        match = re.fullmatch(r"S(\d+)-C(\d+)-(\d+)x(\d+)-w(\d+)-(\w+)-(\w+)", key)
+        match = re.fullmatch(
+            r"S(\d+)-C(\d+)-(\d+)x(\d+)-w(\d+)-([a-z0-9]+)-([a-z_]+)(?:-([a-z]+))?(?:-t([0-9.]+))?",
+            key,
+        )
         if match is None:
             raise ValueError(
                 f"expected a case such as S32-C384-44x44-w2-float32-channels_last, got {key!r}"
             )
-        *numbers, dtype, layout = match.groups()
+        *numbers, dtype, layout, order, threshold = match.groups()
         samples, channels, height, width, window = map(int, numbers)
-        return cls(samples, channels, height, width, window, dtype, layout)
+        shape = (samples, channels, height, width, window)
+        return cls(*shape, dtype, layout, order or "views", float(threshold or THRESHOLD))
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -78,7 +103,7 @@ class Case:
 
     @property
     def pairs(self) -> Tensor:
-        return sample_pairs(self.samples)
+        return sample_pairs(self.samples, self.order, self.threshold)
 
     @property
     def num_pairs(self) -> int:
@@ -122,22 +147,26 @@ class Case:
         return Problem(features, pairs, query, key, self.window)
 
 
-def sample_pairs(samples: int) -> Tensor:
-    """(S, S) bool: two subjects, S/4 slices each, two views of each slice, t = 0.35.
+def sample_pairs(samples: int, order: str = "views", threshold: float = THRESHOLD) -> Tensor:
+    """(S, S) bool: two subjects, S/4 slices each, two views of each slice.
 
     A volume has one slice more than are drawn, and the one in the middle is left out. With S = 32
-    that makes 8 of 9 slices, 15 unordered pairs of slices within 3.15 of each other, and so
-    2 · (8 · 2 + 15 · 2 · 4) = 272 ordered pairs of samples.
+    and t = 0.35 that makes 8 of 9 slices, 15 unordered pairs of slices within 3.15 of each other,
+    and so 2 · (8 · 2 + 15 · 2 · 4) = 272 ordered pairs of samples.
     """
     slices = samples // 4
     drawn = torch.tensor([s for s in range(slices + 1) if s != slices // 2])
     index = drawn.repeat(4)
     volume = torch.tensor([0, 1]).repeat_interleave(slices).repeat(2)
-    return slice_pairs(volume, index, torch.full((samples,), slices + 1), THRESHOLD)
+    if order == "scans":
+        volume = volume.sort().values
+    return slice_pairs(volume, index, torch.full((samples,), slices + 1), threshold)
 
 
 PAPER = Case()
 DESK = Case(channels=128, height=24, width=24)
+ACDC = Case(samples=64, dtype="bfloat16")
+CHD = Case(64, 256, 64, 64, dtype="bfloat16", threshold=0.1)
 
 SUITES: dict[str, list[Case]] = {
     "paper": [PAPER, replace(PAPER, layout="nchw")],
@@ -148,6 +177,11 @@ SUITES: dict[str, list[Case]] = {
     "sweep-window": [replace(DESK, window=w) for w in (1, 2, 3, 4, 6, 8, 12, 24)],
     "dtypes": [replace(PAPER, dtype=name) for name in ("bfloat16", "float16", "float64")],
     "vanilla": [replace(PAPER, window=44)],
+    # A step of the presets `acdc` and `chd`: 32 slices of two scans, two views of each.
+    "training": [
+        *(replace(ACDC, order=order) for order in ORDERS),
+        *(replace(CHD, order=order) for order in ORDERS),
+    ],
 }
 # What `--quick` runs instead: seconds, to see that all works; the times mean nothing.
 QUICK = Case(samples=8, channels=16, height=8, width=8)

@@ -44,7 +44,7 @@ def measure_loading(
     torch.set_num_threads(settings.threads)
     with tempfile.TemporaryDirectory() as scratch:
         where = Path(scratch)
-        config = _config(preset, data or _phantom(where), cache or where / "cache")
+        config = preset_config(preset, data or write_small_phantom(where), cache or where / "cache")
         rows = list(_measure(config, settings))
     machine = describe(settings.device, settings.threads)
     named = [{**machine, "preset": preset, **row} for row in rows]
@@ -55,13 +55,13 @@ def measure_loading(
     return table
 
 
-def _phantom(folder: Path) -> Path:
+def write_small_phantom(folder: Path) -> Path:
     from salkernels.training.data.phantom import write_phantom
 
     return write_phantom(folder / "phantom", subjects=6)
 
 
-def _config(preset: str, data: Path, cache: Path) -> Any:
+def preset_config(preset: str, data: Path, cache: Path) -> Any:
     from jsonargparse import ArgumentParser
 
     from salkernels.training.config import PretrainConfig
@@ -72,15 +72,16 @@ def _config(preset: str, data: Path, cache: Path) -> Any:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(PretrainConfig)
     parser.set_defaults(PRETRAIN[preset])
-    settings = parser.parse_args([f"--data={data}", f"--cache={cache}"])
+    # Whatever the preset is of, the data are in this layout.
+    settings = parser.parse_args([f"--data={data}", f"--cache={cache}", "--dataset=acdc"])
     return PretrainConfig(**vars(parser.instantiate(settings)))
 
 
 def _measure(config: Any, settings: Settings) -> Iterator[Row]:
     from salkernels.training.data.sampling import TwoSubjects, batches
-    from salkernels.training.engine import step_generator
-    from salkernels.training.inputs import open_dataset
-    from salkernels.training.pretrain import make_views, subjects
+    from salkernels.training.device import step_generator
+    from salkernels.training.inputs import open_dataset, subjects
+    from salkernels.training.views import make_views
 
     cache = open_dataset(config)
     dataset = TwoSubjects(cache, subjects(config, cache), config.slices, config.seed)

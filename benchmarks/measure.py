@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import random
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,9 +17,11 @@ from torch import Tensor
 
 from . import verify
 from .cases import Case, Problem
+from .clock import HostQueue, Mark, Queue, Round, Stopwatch, queue_for, replay_seconds
 from .isolate import describe_error, proc_kib
 from .machine import Rates, measure_rates, synchronise
-from .providers import Provider, providers
+from .provider import Provider
+from .providers import providers
 
 UNKNOWN = verify.Errors(float("nan"), float("nan"))
 MODES = ("forward", "both")  # "backward" is timed inside "both", not by subtraction
@@ -39,6 +42,8 @@ class Trial:
         seconds: of the measured run, a first estimate.
         peak: bytes beyond the input and, for "both", the gradient.
         errors: against the truth; NaN unless it ran.
+        first: seconds of the first call, compilation included: of the case itself for what compiles
+            for a shape, of a tiny one else.
     """
 
     status: str
@@ -46,6 +51,26 @@ class Trial:
     seconds: float = float("nan")
     peak: float = float("nan")
     errors: verify.Errors = UNKNOWN
+    first: float = float("nan")
+
+
+@dataclass
+class Times:
+    """The rounds of a job.
+
+    Args:
+        passes: seconds of each round on the device, by pass.
+        host: seconds that the host took to queue each, by pass; empty on a CPU.
+        queued: whether each round's work was in the device's queue before it began.
+        graph: seconds of the captured call, NaN where it was not captured.
+        obstacle: why it was not captured.
+    """
+
+    passes: dict[str, list[float]] = field(default_factory=dict)
+    host: dict[str, list[float]] = field(default_factory=dict)
+    queued: bool = True
+    graph: float = float("nan")
+    obstacle: str = ""
 
 
 class Settings(NamedTuple):
@@ -91,20 +116,41 @@ def try_job(job: Job, case: Case, device: str, truth: str) -> Trial:
         tiny = Case(8, case.channels, 2 * case.window, 2 * case.window, case.window, case.dtype)
         if case.window > 8:
             tiny = replace(tiny, height=8, width=8, window=4)
-        run_once(provider, (case if provider.builds else tiny).problem(device), job.mode)
-        problem = case.problem(device)
-        memory = PeakMemory(device)
-        start = time.perf_counter()
-        loss, grad = run_once(provider, problem, job.mode)
-        synchronise(device)
-        seconds = time.perf_counter() - start
-        peak = memory.growth() - (0 if grad is None else grad.numel() * grad.element_size())
+        first = first_call(provider, (case if provider.builds else tiny).problem(device), job.mode)
         expected = verify.Truth(*torch.load(Path(truth)))
-        found = verify.errors(expected, loss, grad)
+        found = trial(provider, case.problem(device), job.mode, expected)
     except Exception as error:  # whatever a provider raises is its result
         return Trial(_status(error), describe_error(error))
-    reason = verify.complaint(found, case.dtype)
-    return Trial("ok" if reason is None else "wrong", reason or "", seconds, max(0, peak), found)
+    return replace(found, first=first)
+
+
+def first_call(provider: Provider, problem: Problem, mode: str) -> float:
+    """Seconds of a call that nothing has prepared."""
+    return _seconds(functools.partial(run_once, provider, problem, mode), problem.features.device)
+
+
+def trial(provider: Provider, problem: Problem, mode: str, expected: verify.Truth) -> Trial:
+    """One call that has been prepared: is it right, and what does it take?"""
+    device = problem.features.device.type
+    memory = PeakMemory(device)
+    start = time.perf_counter()
+    loss, grad = run_once(provider, problem, mode)
+    synchronise(device)
+    seconds = time.perf_counter() - start
+    peak = memory.growth() - (0 if grad is None else grad.numel() * grad.element_size())
+    found = verify.errors(expected, loss, grad)
+    reason = verify.complaint(found, str(problem.features.dtype).removeprefix("torch."))
+    status = "ok" if reason is None else "wrong"
+    return Trial(status, reason or "", seconds, max(0, peak), found)
+
+
+def _seconds(run: Callable[[], object], device: str | torch.device) -> float:
+    """Of one call, from an idle device to an idle device."""
+    synchronise(str(device))
+    start = time.perf_counter()
+    run()
+    synchronise(str(device))
+    return time.perf_counter() - start
 
 
 def _status(error: Exception) -> str:
@@ -147,7 +193,7 @@ def rounds_for(seconds: float, settings: Settings) -> int:
 
 def time_jobs(
     jobs: dict[Job, float], case: Case, settings: Settings
-) -> Iterator[Rates | Job | tuple[Job, dict[str, list[float]]]]:
+) -> Iterator[Rates | Job | tuple[Job, Times]]:
     """Interleaved rounds of all jobs, so that drift of the machine hits all alike.
 
     Args:
@@ -156,20 +202,31 @@ def time_jobs(
         settings: how.
 
     Yields:
-        The machine's rates, the job about to run (a sign of life), and at the end, per job, the
-        seconds of each round by pass; a job that raised has none.
+        The machine's rates, the job about to run (a sign of life), and at the end, per job, its
+        times; a job that raised has none. On a GPU each job comes a second time once its graph has
+        been replayed.
     """
     torch.set_num_threads(settings.threads)
     yield measure_rates(settings.device, case.torch_dtype, settings.quick)
-    problem = case.problem(settings.device)
+    yield from interleaved(jobs, case.problem(settings.device), settings)
+
+
+def interleaved(
+    jobs: dict[Job, float], problem: Problem, settings: Settings, graphs: bool = True
+) -> Iterator[Job | tuple[Job, Times]]:
+    """The rounds of `time_jobs` on features that are there already; `graphs`: replay, too."""
     found = providers()
-    times: dict[Job, dict[str, list[float]]] = {job: {} for job in jobs}
+    queue = queue_for(settings.device)
+    times = {job: Times() for job in jobs}
+    watches = {job: Stopwatch(queue) for job in jobs}
     alive = dict.fromkeys(jobs, True)
+    planned: dict[Job, int] = {}
     for job, seconds in jobs.items():
         yield job
-        if seconds < 1 or found[job.provider].builds:
-            run_once(found[job.provider], problem, job.mode)
-    planned = {job: rounds_for(seconds, settings) for job, seconds in jobs.items()}
+        # The first call in a process never counts: who says "builds" has compiled in another, and
+        # who does not say so may do so nevertheless.
+        run = functools.partial(run_once, found[job.provider], problem, job.mode)
+        planned[job] = rounds_for(min(seconds, _seconds(run, settings.device)), settings)
     total = max(planned.values(), default=0)
     order = random.Random(0)
     for index in range(total):
@@ -179,54 +236,53 @@ def time_jobs(
         for job in (job for job in due if alive[job]):
             yield job
             try:
-                for name, seconds in timed(found[job.provider], problem, job.mode).items():
-                    times[job].setdefault(name, []).append(seconds)
+                timed(found[job.provider], problem, job.mode, watches[job], times[job])
             except Exception:  # it did run once: memory has become short, most likely
                 alive[job] = False
-                times[job].clear()
+                times[job] = Times()
     yield from times.items()
+    if graphs and settings.device.startswith("cuda"):
+        yield from replayed(times, problem, queue)
 
 
-def timed(provider: Provider, problem: Problem, mode: str) -> dict[str, float]:
-    """Seconds of one run: {"forward"}, or {"backward", "both"}."""
-    clock = Clock(problem.features.device.type == "cuda")
-    if mode == "forward":
-        with torch.no_grad():
-            clock.mark()
-            provider.run(problem)
-            clock.mark()
-        return {"forward": clock.seconds()[0]}
-    clock.mark()
-    loss = provider.run(problem)
-    clock.mark()
-    grad = problem.gradient(loss)
-    clock.mark()
-    forward, backward = clock.seconds()
-    del grad
-    return {"backward": backward, "both": forward + backward}
+def timed(provider: Provider, problem: Problem, mode: str, watch: Stopwatch, times: Times) -> Round:
+    """Adds one run to the times: the pass "forward", or the passes "backward" and "both"."""
 
+    def run(mark: Mark) -> object:
+        if mode == "forward":
+            with torch.no_grad():
+                return provider.run(problem)
+        loss = provider.run(problem)
+        mark()
+        return problem.gradient(loss)
 
-class Clock:
-    """Marks in time: CUDA events on a GPU, which do not hold up the host, else its clock."""
-
-    def __init__(self, cuda: bool) -> None:
-        self.cuda = cuda
-        self.marks: list[float] = []
-        self.events: list[torch.cuda.Event] = []
-        if cuda:
-            torch.cuda.synchronize()
-
-    def mark(self) -> None:
-        if self.cuda:
-            self.events.append(torch.cuda.Event(enable_timing=True))
-            self.events[-1].record()
+    found = watch.time(run)
+    apart = isinstance(watch.queue, HostQueue)  # on a CPU the host is the device
+    for into, parts in ((times.passes, found.device), (times.host, [] if apart else found.host)):
+        if mode == "forward":
+            named = dict(zip(("forward",), parts, strict=False))
         else:
-            self.marks.append(time.perf_counter())
+            named = {"backward": parts[1], "both": sum(parts)} if parts else {}
+        for name, seconds in named.items():
+            into.setdefault(name, []).append(seconds)
+    times.queued = not watch.waits
+    return found
 
-    def seconds(self) -> list[float]:
-        """Between neighbouring marks."""
-        if self.cuda:
-            torch.cuda.synchronize()
-            pairs = zip(self.events, self.events[1:], strict=False)
-            return [a.elapsed_time(b) / 1e3 for a, b in pairs]
-        return [b - a for a, b in zip(self.marks, self.marks[1:], strict=False)]
+
+def replayed(
+    times: dict[Job, Times], problem: Problem, queue: Queue
+) -> Iterator[Job | tuple[Job, Times]]:
+    """The jobs again, with the time of their graph or why there is none.
+
+    Last of all: a capture that fails can leave the device's context in a state that fails, too.
+    """
+    for job, measured in times.items():
+        if not measured.passes:
+            continue
+        yield job
+        run = functools.partial(run_once, providers()[job.provider], problem, job.mode)
+        try:
+            measured.graph = replay_seconds(queue, run)
+        except Exception as error:  # whatever a provider raises is its result
+            measured.obstacle = describe_error(error)
+        yield job, measured

@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from .cases import THRESHOLD, Case
+
 Row = dict[str, str]
 
 MACHINE = (
@@ -19,7 +21,8 @@ SHAPE = ("samples", "channels", "height", "width", "window", "pairs", "dtype", "
 COLUMNS = (
     "suite", "case", *SHAPE, "provider", "pass", "status", "reason", "rounds", "median_ms",
     "p20_ms", "p80_ms", "peak_mb", "features_mb", "gb_per_s", "gflop_per_s", "floor_ms",
-    "times_floor", "copy_gb_per_s", "gemm_gflop_per_s", "loss_error", "grad_error", *MACHINE,
+    "times_floor", "copy_gb_per_s", "gemm_gflop_per_s", "loss_error", "grad_error", "first_s",
+    "host_us", "graph_ms", "queued", *MACHINE,
 )  # fmt: skip
 RESULT_KEY = ("case", "provider", "pass")
 
@@ -38,9 +41,11 @@ class Results:
     ) -> None:
         self.path, self.columns, self.key = path, tuple(columns), tuple(key)
         self.rows: list[Row] = read(path) if path.exists() else []
-        if self.rows and set(self.rows[0]) != set(self.columns):
+        unknown = set(self.rows[0]) - set(self.columns) if self.rows else set()
+        if unknown:
             raise ValueError(
-                f"{path} has other columns than this version writes; use another label, or --fresh"
+                f"{path} has other columns than this version writes, {', '.join(sorted(unknown))}; "
+                "use another label, or --fresh"
             )
 
     def add(self, rows: Iterable[Row]) -> None:
@@ -51,7 +56,8 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         fresh = self.path.with_suffix(".csv.new")
         with fresh.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns, lineterminator="\n")
+            # Rows of an earlier version lack the columns that came later.
+            writer = csv.DictWriter(file, self.columns, restval="", lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.rows)
         os.replace(fresh, self.path)
@@ -112,16 +118,21 @@ def _case_table(rows: Sequence[Row]) -> str:
         for name, passes in by_provider.items()
         if any(row["status"] == "ok" for row in passes.values())
     }
+    on_gpu = any(row.get("host_us") for row in rows)
+    heading = [
+        "provider", "forward ms", "backward ms", "both ms (20–80 %)", "rounds",
+        "memory MB (× features)", "GB/s", "GFLOP/s", "× floor", "vs naive", "vs gram",
+        *(("host µs", "graph ms", "first call s") if on_gpu else ()),
+    ]  # fmt: skip
     lines = [
         f"### {first['suite']}: S = {first['samples']}, C = {first['channels']}, "
         f"{first['height']} x {first['width']}, window {first['window']}, "
-        f"{first['pairs']} pairs, {first['dtype']}, {first['layout']}\n",
-        "| provider | forward ms | backward ms | both ms (20–80 %) | rounds"
-        " | memory MB (× features) | GB/s | GFLOP/s | × floor | vs naive | vs gram |",
-        "| :-- | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
+        f"{first['pairs']} pairs, {first['dtype']}, {first['layout']}{_variant(first['case'])}\n",
+        f"| {' | '.join(heading)} |",
+        "| :-- |" + " --: |" * (len(heading) - 1),
     ]
     ranked = sorted(timed, key=lambda name: _milliseconds(timed[name].get("both")))
-    lines += [_line(name, timed[name], by_provider) for name in ranked]
+    lines += [_line(name, timed[name], by_provider, on_gpu) for name in ranked]
     lines += [
         f"\n- {name}, {what}: **{row['status']}**"
         + (f" ({row['reason']})" if row["reason"] else "")
@@ -138,7 +149,16 @@ def _case_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines).replace("\n\n- ", "\n- ") + "\n"
 
 
-def _line(name: str, passes: dict[str, Row], by_provider: dict[str, dict[str, Row]]) -> str:
+def _variant(case: str) -> str:
+    """What the key of a case says beyond shape, dtype and layout."""
+    parsed = Case.parse(case)
+    words = {"views": "", "scans": ", scan after scan"}[parsed.order]
+    return words if parsed.threshold == THRESHOLD else f"{words}, t = {parsed.threshold:g}"
+
+
+def _line(
+    name: str, passes: dict[str, Row], by_provider: dict[str, dict[str, Row]], on_gpu: bool
+) -> str:
     empty = dict.fromkeys(COLUMNS, "")
     forward, backward, both = (passes.get(p, empty) for p in ("forward", "backward", "both"))
     main = both if both["median_ms"] else forward
@@ -159,6 +179,10 @@ def _line(name: str, passes: dict[str, Row], by_provider: dict[str, dict[str, Ro
         memory, main["gb_per_s"], main["gflop_per_s"], main["times_floor"], gain("naive"),
         gain("gram"),
     ]  # fmt: skip
+    if on_gpu:
+        # Where the device had to wait for the host, its time is no time of the device alone.
+        waits = " (device waits)" if main.get("queued") == "no" else ""
+        cells += [f"{main['host_us']}{waits}", main["graph_ms"], main["first_s"]]
     return "| " + " | ".join(cells) + " |"
 
 

@@ -8,17 +8,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
+from . import rows
 from .cases import QUICK, SUITES, SWEEPS, Case
 from .isolate import ChildFailed, OutOfTime, stream
 from .machine import Rates, describe
-from .measure import MODES, Job, Settings, Trial, save_truth, time_jobs, try_jobs
+from .measure import MODES, Job, Settings, Times, Trial, save_truth, time_jobs, try_jobs
 from .providers import names_for, providers
-from .report import Results, Row, number
+from .report import Results, Row
 
 RESULTS = Path(__file__).parent / "results"
-PASSES = {"forward": ("forward",), "both": ("backward", "both")}
 
 
 @dataclass(frozen=True)
@@ -103,35 +101,22 @@ class _Measurement:
         if suite in SWEEPS:  # many cases, of which the trend matters
             self.settings = self.settings._replace(budget=self.settings.budget / 2)
         self.cuda = options.settings.device.startswith("cuda")
-        self.common = {
-            **machine,
-            "suite": suite,
-            "case": case.key,
-            "samples": str(case.samples),
-            "channels": str(case.channels),
-            "height": str(case.height),
-            "width": str(case.width),
-            "window": str(case.window),
-            "pairs": str(case.num_pairs),
-            "dtype": case.dtype,
-            "layout": case.layout,
-            "features_mb": number(case.feature_bytes / 1e6),
-        }
+        self.common = rows.common(suite, case, machine)
 
     def run(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             trials = self._trials(f"{folder}/truth.pt")
         good = {job: trial for job, trial in trials.items() if trial.status == "ok"}
         times, rates = self._times(good)
-        rows = []
+        found: list[Row] = []
         for job, trial in good.items():
-            if times.get(job):
-                rows += [self._time_row(job, trial, *item, rates) for item in times[job].items()]
+            if job in times and times[job].passes:
+                found += rows.timed(self.common, self.case, job, trial, times[job], rates)
             else:
                 lost = Trial("failed", "it ran alone, and failed between the others")
-                rows += self._failure_rows(job, lost)
-        self.results.add(rows)
-        for row in rows:
+                found += rows.failed(self.common, job, lost)
+        self.results.add(found)
+        for row in found:
             if row["pass"] != "backward" and row["status"] == "ok":
                 say(
                     f"  {row['provider']:24} {row['pass']:8} {row['median_ms']:>8} ms"
@@ -188,13 +173,11 @@ class _Measurement:
         except ChildFailed as error:
             yield Trial("failed", str(error))
 
-    def _times(
-        self, good: dict[Job, Trial]
-    ) -> tuple[dict[Job, dict[str, list[float]]], Rates | None]:
+    def _times(self, good: dict[Job, Trial]) -> tuple[dict[Job, Times], Rates | None]:
         """Seconds per round, without a job that stops the child."""
         left = {job: trial.seconds for job, trial in good.items()}
         while left:
-            times: dict[Job, dict[str, list[float]]] = {}
+            times: dict[Job, Times] = {}
             rates, current = None, None
             try:
                 for item in stream(
@@ -213,6 +196,9 @@ class _Measurement:
                         times[item[0]] = item[1]
                 return times, rates
             except ChildFailed as error:
+                if set(times) == set(left) and current is not None:  # all are timed
+                    say(f"  {current.provider} {current.mode}: no graph: {error}")
+                    return times, rates
                 if current is None:
                     say(f"  no timing: {error}")
                     break
@@ -223,40 +209,4 @@ class _Measurement:
     def _record(self, job: Job, trial: Trial) -> None:
         if trial.status != "ok":
             say(f"  {job.provider:24} {job.mode:8} {trial.status}: {trial.reason}")
-            self.results.add(self._failure_rows(job, trial))
-
-    def _failure_rows(self, job: Job, trial: Trial) -> list[Row]:
-        found = {
-            "status": trial.status,
-            "reason": trial.reason,
-            "loss_error": number(trial.errors.loss),
-            "grad_error": number(trial.errors.grad),
-        }
-        row = {**self.common, "provider": job.provider, **found}
-        return [{**row, "pass": name} for name in PASSES[job.mode]]
-
-    def _time_row(
-        self, job: Job, trial: Trial, name: str, seconds: list[float], rates: Rates | None
-    ) -> Row:
-        low, middle, high = np.quantile(seconds, (0.2, 0.5, 0.8))
-        num_bytes, flops = self.case.bytes_moved(name), self.case.flops(name)
-        floor = rates.floor(num_bytes, flops) if rates else float("nan")
-        return {
-            **self.common,
-            "provider": job.provider,
-            "pass": name,
-            "status": "ok",
-            "rounds": str(len(seconds)),
-            "median_ms": number(middle * 1e3),
-            "p20_ms": number(low * 1e3),
-            "p80_ms": number(high * 1e3),
-            "peak_mb": number(trial.peak / 1e6),
-            "gb_per_s": number(num_bytes / middle / 1e9),
-            "gflop_per_s": number(flops / middle / 1e9),
-            "floor_ms": number(floor * 1e3),
-            "times_floor": number(middle / floor),
-            "copy_gb_per_s": number(rates.copy if rates else float("nan")),
-            "gemm_gflop_per_s": number(rates.gemm if rates else float("nan")),
-            "loss_error": number(trial.errors.loss),
-            "grad_error": number(trial.errors.grad),
-        }
+            self.results.add(rows.failed(self.common, job, trial))

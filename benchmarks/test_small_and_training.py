@@ -14,7 +14,7 @@ from .measure import Settings
 from .overhead import small_calls
 from .providers import providers
 from .test_losses import DEVICE, ROUNDS
-from .training import EXTRA, Step
+from .training import EXTRA, SHAPES, Step
 
 WINDOW = 2
 SMALL, CALLS = small_calls(DEVICE)
@@ -42,7 +42,7 @@ def test_training_step(benchmark: Any, name: str) -> None:
     pytest.importorskip("salkernels.training.methods", reason="the training extra is not installed")
     benchmark.group = "step of pre-training"
     settings = Settings(DEVICE, torch.get_num_threads(), 0, ROUNDS, False)
-    step = Step(providers()[name], settings, WINDOW, quick=False)
+    step = Step(providers()[name], settings, WINDOW, SHAPES["desk"])
 
     def run() -> None:
         step()

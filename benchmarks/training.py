@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +23,8 @@ from salkernels import backends, slice_pairs
 from .cases import THRESHOLD, Problem
 from .machine import describe, synchronise
 from .measure import Settings, run_once
-from .providers import Provider, providers
+from .provider import Provider
+from .providers import providers
 from .report import MACHINE, Results, Row, number
 from .verify import BOUNDS
 
@@ -30,35 +32,84 @@ COLUMNS = (
     "loss", "window", "step_ms", "step_p20_ms", "step_p80_ms", "alignment_ms", "share_percent",
     "status", "reason", *MACHINE,
 )  # fmt: skip
-SLICES, CROP, WIDTH = 16, 96, 16  # n, pixels and first level of the preset `desk`
 EXTRA = ("naive", "gram")  # what the step would cost without this package
 
 
+class Shape(NamedTuple):
+    """The size of a pre-training step."""
+
+    slices: int  # n, of two scans; the step has 2n views
+    crop: int  # pixels of a side
+    width: int  # channels of the first level
+    depth: int = 5
+    threshold: float = THRESHOLD
+
+
+# By preset of salkernels.training.
+SHAPES = {
+    "desk": Shape(16, 96, 16),
+    "acdc": Shape(32, 352, 48),
+    "chd": Shape(32, 512, 32, threshold=0.1),
+}
+QUICK_SHAPE = Shape(4, 32, 4, 4)
+
+
 def problem_of(features: Tensor, pairs: Tensor, window: int) -> Problem:
-    query, key = pairs.nonzero(as_tuple=True)
+    query, key = (place.to(features.device) for place in pairs.nonzero(as_tuple=True))
     return Problem(features, pairs.cpu(), query, key, window)
 
 
 class Step:
-    """A pre-training step on random views; the same weights and views for every loss."""
+    """A pre-training step on random views; the same weights and views for every loss.
 
-    def __init__(self, provider: Provider, settings: Settings, window: int, quick: bool) -> None:
+    Args:
+        provider: of the alignment loss; None leaves the method as it is, which takes the first
+            backend that can run.
+        settings: device and threads.
+        window: ω.
+        shape: of the step.
+        lambda_: weight of the alignment loss; 0 leaves it out.
+        autocast: compute the step in bfloat16.
+    """
+
+    def __init__(
+        self,
+        provider: Provider | None,
+        settings: Settings,
+        window: int,
+        shape: Shape,
+        lambda_: float = 1.0,
+        autocast: bool = False,
+    ) -> None:
         from salkernels.training.methods import SAL, SALConfig, Views
         from salkernels.training.models import UNetConfig
 
         torch.manual_seed(0)
-        slices, crop, width = (4, 32, 4) if quick else (SLICES, CROP, WIDTH)
-        model = UNetConfig(width=width, depth=4 if quick else 5)
-        method = SAL(model, SALConfig(window_size=window, t=THRESHOLD), corpus=None)
+        model = UNetConfig(width=shape.width, depth=shape.depth)
+        self.threshold = shape.threshold
+        choices = SALConfig(window_size=window, t=shape.threshold, lambda_=lambda_)
+        method = SAL(model, choices, corpus=None)
+        self.expected = provider is not None and lambda_ > 0
         self.calls = 0
+        self.alike: Problem | None = None
 
-        def align(features: Tensor, pairs: Tensor) -> Tensor:
+        def align(
+            features: Tensor, valid: Tensor | None, pairs: Tensor, negatives: Tensor | None = None
+        ) -> Tensor:
+            assert valid is None, "views with one geometry are compared in every pixel"
+            assert negatives is None, "the paper's LA is no contrast"
+            assert provider is not None
             self.calls += 1
-            return provider.run(problem_of(features, pairs, window))
+            if self.alike is None:  # views, and so pairs, are those of the first step
+                self.alike = problem_of(features, pairs, window)
+            return provider.run(self.alike._replace(features=features))
 
-        method.align = align
+        if provider is not None:
+            method.align = align
         device = torch.device(settings.device)
+        self.precision = torch.autocast(device.type, torch.bfloat16, enabled=autocast)
         self.method = method.to(device, memory_format=torch.channels_last)
+        slices, crop = shape.slices, shape.crop
         half = torch.arange(slices // 2)
         samples = {
             "volume": torch.tensor([0, 1]).repeat_interleave(slices // 2),
@@ -66,7 +117,8 @@ class Step:
             "num_slices": torch.full((slices,), slices // 2),
             "sample": torch.arange(slices),
         }
-        columns = {name: column.repeat(2).to(device) for name, column in samples.items()}
+        # Both views of a slice side by side, and all but the images on the CPU: as in training.
+        columns = {name: column.repeat_interleave(2) for name, column in samples.items()}
         images = torch.randn(2 * slices, 1, crop, crop).to(device)
         images = images.contiguous(memory_format=torch.channels_last)
         self.views = Views(images, **columns, generator=torch.Generator(device))
@@ -74,8 +126,11 @@ class Step:
 
     def __call__(self) -> Tensor:
         self.optimiser.zero_grad()
-        loss: Tensor = self.method(self.views).loss
-        assert self.calls, "the step does not take its alignment loss from the provider"
+        with self.precision:
+            loss: Tensor = self.method(self.views).loss
+        assert self.calls or not self.expected, (
+            "the step does not take its alignment loss from the provider"
+        )
         loss.backward()
         self.optimiser.step()
         return loss.detach()
@@ -85,7 +140,7 @@ class Step:
         with torch.no_grad():
             features = self.method(self.views).maps["embedding"]
         v = self.views
-        pairs = slice_pairs(v.volume, v.slice_index, v.num_slices, THRESHOLD)
+        pairs = slice_pairs(v.volume, v.slice_index, v.num_slices, self.threshold)
         return problem_of(features.detach().requires_grad_(), pairs, window)
 
 
@@ -94,9 +149,8 @@ def measure_training(label: str, settings: Settings, folder: Path, window: int =
     torch.set_num_threads(settings.threads)
     chosen = [*EXTRA, *(f"salkernels-{status.name}" for status in backends() if status.available)]
     found = {name: providers()[name] for name in chosen}
-    steps = {
-        name: Step(provider, settings, window, settings.quick) for name, provider in found.items()
-    }
+    shape = QUICK_SHAPE if settings.quick else SHAPES["desk"]
+    steps = {name: Step(provider, settings, window, shape) for name, provider in found.items()}
     problem = next(iter(steps.values())).problem(window)
     # The first step of each starts from the same weights: its loss must be the same.
     first = {name: float(step()) for name, step in steps.items()}

@@ -196,6 +196,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> match(const Tensor& query, std::optio
   return {loss, max_sim, argmax, empty(query, {0}, wide)};
 }
 
+// A gradient larger than the last-level caches of most machines is in none of them when somebody
+// reads it, so writing it through them would only fetch each line first: a third of the traffic.
+constexpr int64_t kCachedBytes = 32 << 20;
+
+bool beyond_caches(const Tensor& query, const std::optional<Tensor>& key) {
+  const int64_t elements = query.numel() + (key.has_value() ? key->numel() : 0);
+  return elements * element_size(query) >= kCachedBytes;
+}
+
 // Tens of thousands of page faults are most of the time of a large gradient that is written for the
 // first time: large pages are asked for where the system leaves it to the program.
 Tensor empty_gradient(const Tensor& like) {
@@ -220,6 +229,7 @@ std::tuple<Tensor, std::optional<Tensor>> match_backward(
   const DType dtype = dtype_of(query);
   Problem problem = problem_of(query, valid, window, eps, dtype);
   const salkernels::PairSet pairs = pairs_of(query, key, list, valid);
+  problem.write_around = beyond_caches(query, key);
   const Tensor grad_query = empty_gradient(query);
   std::optional<Tensor> grad_key;
   if (key.has_value()) grad_key = empty_gradient(*key);

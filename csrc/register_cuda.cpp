@@ -4,6 +4,7 @@
 //
 // The tests build it a second time, with the kernels as host code: see tools/host_cuda/registration.h.
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -11,6 +12,7 @@
 
 #include <algorithm>
 #include <climits>
+#include <cmath>
 #include <optional>
 #include <tuple>
 
@@ -20,7 +22,6 @@
 #ifdef SALKERNELS_EMULATOR
 #include "registration.h"  // tools/host_cuda
 #else
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #define SALKERNELS_LIBRARY salkernels
 #define SALKERNELS_KEY CUDA
@@ -100,15 +101,63 @@ void check_counts(const Problem& problem) {
                   "there must be fewer than 2^31 pairs");
 }
 
-// The tensors of a call that are nobody's but its own: torch's allocator frees them in the order
-// of the stream.
-struct Scratch {
-  std::optional<Tensor> slots, norms[2], chosen_end, chosen_by;
-};
+// (H, W, count) in memory, seen as (count, H, W): pixel by pixel with what it is kept for innermost,
+// as the Triton backend lays out its outputs. Uninitialised.
+Tensor planes(const Tensor& like, int64_t count, ScalarType dtype) {
+  const auto sizes = like.sizes();
+  const int64_t shape[3] = {count, sizes[3], sizes[4]};
+  const int64_t strides[3] = {1, sizes[4] * count, count};
+  int32_t device = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  AtenTensorHandle result = nullptr;
+  const auto status = aoti_torch_empty_strided(
+      3, shape, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      device, like.get_device_index(), &result);
+  STD_TORCH_CHECK(status == AOTI_TORCH_SUCCESS, "out of memory: no room for a result of ",
+                  double(count) * double(sizes[3]) * double(sizes[4]),
+                  " elements beside the features");
+  return Tensor(result);
+}
+
+// The same numbers as `planes` has them: gradients come in any layout and dtype, what was saved in
+// that of another backend, or of a hook.
+Tensor as_planes(const Tensor& x, const Tensor& like, ScalarType dtype) {
+  const auto sizes = x.sizes(), strides = x.strides();
+  const int64_t wanted[3] = {1, sizes[2] * sizes[0], sizes[0]};
+  bool same = x.scalar_type() == dtype;
+  for (int i = 0; i < 3; ++i) same &= sizes[i] <= 1 || strides[i] == wanted[i];
+  if (same) return x;
+  Tensor result = planes(like, sizes[0], dtype);
+  torch::stable::copy_(result, x);
+  return result;
+}
+
+void check_planes(const Tensor& x, const Tensor& query, int64_t count, const char* what) {
+  const auto sizes = query.sizes();
+  STD_TORCH_CHECK(x.dim() == 3 && x.sizes()[0] == count && x.sizes()[1] == sizes[3] &&
+                      x.sizes()[2] == sizes[4],
+                  what, ", here (", count, ", ", sizes[3], ", ", sizes[4], "), got ", x.dim(),
+                  " axes, the first of extent ", x.dim() > 0 ? x.sizes()[0] : 0);
+  STD_TORCH_CHECK(x.device() == query.device(), "all tensors must be on one device");
+}
+
+// What the forward kept, and the gradient of the maxima; a norm without elements is none.
+void check_kept(const Problem& problem, const Tensor& query, Sizes window, const Tensor& max_sim,
+                const Tensor& argmax, const Tensor& norm, const Tensor& grad_sim) {
+  for (const Tensor* x : {&max_sim, &argmax, &grad_sim}) {
+    check_planes(*x, query, problem.num_pairs,
+                 "max_sim, argmax and grad_sim must be (pairs, H, W)");
+  }
+  if (norm.numel() > 0) check_planes(norm, query, problem.nodes(), "norm must be empty or (samples, H, W)");
+  STD_TORCH_CHECK(argmax.scalar_type() == salkernels::index_type(window),
+                  "argmax must be uint8 for windows of at most 255 pixels, else int32");
+  STD_TORCH_CHECK(max_sim.scalar_type() == accumulate_type(query),
+                  "max_sim must be float32, or float64 for float64 features");
+}
 
 Problem problem_of(const Tensor& query, const std::optional<Tensor>& key,
                    const std::optional<Tensor>& pairs, const std::optional<Tensor>& valid,
-                   Sizes window, double eps, bool allow_tf32, Scratch& scratch) {
+                   Sizes window, double eps, bool allow_tf32) {
   Problem problem{};
   const auto sizes = query.sizes();
   problem.dtype = dtype_of(query);
@@ -124,25 +173,8 @@ Problem problem_of(const Tensor& query, const std::optional<Tensor>& key,
   set_maps(problem.maps[1], key.has_value() ? *key : query);
   check_counts(problem);
   if (valid.has_value()) set_valid(problem, *valid);
-  if (pairs.has_value()) {
-    problem.pairs = pairs->const_data_ptr<int64_t>();
-    scratch.slots = empty(query, {problem.table()}, ScalarType::Int);
-    problem.slots = scratch.slots->mutable_data_ptr<int32_t>();
-  }
+  if (pairs.has_value()) problem.pairs = pairs->const_data_ptr<int64_t>();
   return problem;
-}
-
-void add_norms(Problem& problem, const Tensor& query, Scratch& scratch) {
-  for (int side = 0; side < 2; ++side) {
-    Maps& maps = problem.maps[side];
-    if (side == 1 && problem.set_form) {
-      maps.norms = problem.maps[0].norms;
-      return;
-    }
-    scratch.norms[side] = empty(query, {problem.groups * maps.samples * problem.grid.pixels()},
-                                accumulate_type(query));
-    maps.norms = scratch.norms[side]->mutable_data_ptr();
-  }
 }
 
 // (loss, max_sim, argmax, norm)
@@ -152,34 +184,75 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> match(const Tensor& query, std::optio
                                                  double eps, bool allow_tf32) {
   salkernels::check_arguments(query, key, pairs, valid, window);
   const DeviceGuard guard(query.get_device_index());
-  Scratch scratch;
-  Problem problem = problem_of(query, key, pairs, valid, window, eps, allow_tf32, scratch);
+  Problem problem = problem_of(query, key, pairs, valid, window, eps, allow_tf32);
   const int64_t count = problem.num_pairs;
-  const int64_t height = problem.grid.height, width = problem.grid.width;
   const ScalarType wide = accumulate_type(query);
   Tensor loss = empty(query, {count}, wide);
-  Tensor max_sim = empty(query, {count, height, width}, wide);
-  Tensor argmax = empty(query, {count, height, width}, salkernels::index_type(window));
-  Tensor norm = empty(query, {0}, wide);
+  Tensor max_sim = planes(query, count, wide);
+  Tensor argmax = planes(query, count, salkernels::index_type(window));
+  Tensor norm = planes(query, problem.nodes(), wide);
+  if (count == 0 || problem.table() == 0) torch::stable::fill_(norm, INFINITY);
   if (count == 0) return {loss, max_sim, argmax, norm};
   problem.loss = loss.mutable_data_ptr();
   problem.max_sim = max_sim.mutable_data_ptr();
   problem.argmax = argmax.mutable_data_ptr();
-  if (wide == ScalarType::Double) add_norms(problem, query, scratch);
+  problem.norm = norm.mutable_data_ptr();
   const char* error = salkernels::cuda::launch_forward(problem, current_stream(query));
   STD_TORCH_CHECK(error == nullptr, "the forward could not be launched: ", error);
   return {loss, max_sim, argmax, norm};
 }
 
+// Memory of a backward that is nobody's but its own, in one piece: torch's allocator frees it in the
+// order of the stream, and one call takes less time than eight.
+class Scratch {
+ public:
+  template <class T>
+  void add(T*& field, int64_t bytes) {
+    wanted_[count_++] = {reinterpret_cast<void**>(&field), bytes_};
+    bytes_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  }
+  Tensor allocate(const Tensor& like) {
+    Tensor memory = empty(like, {bytes_}, ScalarType::Byte);
+    auto* const begin = static_cast<char*>(memory.mutable_data_ptr());
+    for (int i = 0; i < count_; ++i) *wanted_[i].field = begin + wanted_[i].offset;
+    return memory;
+  }
+
+ private:
+  static constexpr int64_t kAlignment = 256;
+  struct Wanted {
+    void** field;
+    int64_t offset;
+  } wanted_[8];
+  int count_ = 0;
+  int64_t bytes_ = 0;
+};
+
+Tensor add_scratch(Problem& problem, const Tensor& query) {
+  const int64_t wide = problem.dtype == salkernels::cuda::kFloat64 ? 8 : 4;
+  const int64_t rows = problem.nodes() * problem.grid.pixels();
+  Scratch scratch;
+  scratch.add(problem.query_begin, 4 * (problem.groups * problem.maps[0].samples + 1));
+  scratch.add(problem.key_begin, 4 * (problem.groups * problem.maps[1].samples + 1));
+  scratch.add(problem.by_key, 4 * problem.num_pairs);
+  scratch.add(problem.by_key_query, 4 * problem.num_pairs);
+  if (salkernels::cuda::backward_needs_terms(problem)) {
+    scratch.add(problem.term_end, 4 * rows);
+    scratch.add(problem.along, wide * rows);
+    // Two for each pair and pixel: of a row number and a weight, which come to twice a weight.
+    scratch.add(problem.terms, 2 * problem.num_pairs * problem.grid.pixels() * 2 * wide);
+  }
+  return scratch.allocate(query);
+}
+
 std::tuple<Tensor, std::optional<Tensor>> match_backward(
     const Tensor& grad_sim, const Tensor& query, std::optional<Tensor> key,
     std::optional<Tensor> pairs, std::optional<Tensor> valid, const Tensor& max_sim,
-    const Tensor& argmax, const Tensor& /*norm*/, Sizes window, double eps, bool allow_tf32) {
+    const Tensor& argmax, const Tensor& norm, Sizes window, double eps, bool allow_tf32) {
   salkernels::check_arguments(query, key, pairs, valid, window);
-  salkernels::check_saved(query, key, pairs, window, max_sim, argmax, grad_sim);
   const DeviceGuard guard(query.get_device_index());
-  Scratch scratch;
-  Problem problem = problem_of(query, key, pairs, valid, window, eps, allow_tf32, scratch);
+  Problem problem = problem_of(query, key, pairs, valid, window, eps, allow_tf32);
+  check_kept(problem, query, window, max_sim, argmax, norm, grad_sim);
   Tensor grad_query = torch::stable::empty_like(query);
   std::optional<Tensor> grad_key;
   if (key.has_value()) grad_key = torch::stable::empty_like(*key);
@@ -190,17 +263,20 @@ std::tuple<Tensor, std::optional<Tensor>> match_backward(
   }
   set_grad(problem.maps[0], grad_query);
   set_grad(problem.maps[1], grad_key.has_value() ? *grad_key : grad_query);
-  problem.grad_sim = grad_sim.const_data_ptr();
-  problem.max_sim = const_cast<void*>(max_sim.const_data_ptr());
-  problem.argmax = const_cast<void*>(argmax.const_data_ptr());
-  if (salkernels::cuda::backward_needs_lists(problem)) {
-    add_norms(problem, query, scratch);
-    scratch.chosen_end = empty(query, {argmax.numel()}, ScalarType::Int);
-    scratch.chosen_by = empty(query, {argmax.numel()}, ScalarType::Int);
-    problem.chosen_end = scratch.chosen_end->mutable_data_ptr<int32_t>();
-    problem.chosen_by = scratch.chosen_by->mutable_data_ptr<int32_t>();
-  }
-  const char* error = salkernels::cuda::launch_backward(problem, current_stream(query));
+  const ScalarType wide = accumulate_type(query);
+  const Tensor gradient = as_planes(grad_sim, query, wide);
+  const Tensor maxima = as_planes(max_sim, query, wide);
+  const Tensor places = as_planes(argmax, query, argmax.scalar_type());
+  const bool kept = norm.numel() > 0;
+  Tensor norms = kept ? as_planes(norm, query, wide) : planes(query, problem.nodes(), wide);
+  problem.grad_sim = gradient.const_data_ptr();
+  problem.max_sim = const_cast<void*>(maxima.const_data_ptr());
+  problem.argmax = const_cast<void*>(places.const_data_ptr());
+  problem.norm = const_cast<void*>(norms.const_data_ptr());
+  const Tensor scratch = add_scratch(problem, query);
+  void* const stream = current_stream(query);
+  const char* error = kept ? nullptr : salkernels::cuda::launch_norms(problem, stream);
+  if (error == nullptr) error = salkernels::cuda::launch_backward(problem, stream);
   STD_TORCH_CHECK(error == nullptr, "the backward could not be launched: ", error);
   return {grad_query, grad_key};
 }

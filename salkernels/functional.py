@@ -203,7 +203,7 @@ def gp_loss(embeddings: Tensor, positives: Tensor, temperature: float = 0.1) -> 
         unit = torch.where(norm <= EPS, 0, wide / norm.clamp_min(EPS))
         logits = unit @ unit.T / temperature
         itself = torch.eye(len(unit), dtype=torch.bool, device=unit.device)
-        positives = positives.to(unit.device) & ~itself
+        positives = to_device(positives, unit.device) & ~itself
         # The lowest finite number, not -inf: with one sample a row of -inf would be NaN.
         log_prob = logits.masked_fill(itself, torch.finfo(logits.dtype).min).log_softmax(dim=1)
         count = positives.sum(dim=1)

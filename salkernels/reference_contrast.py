@@ -115,8 +115,9 @@ def window_lse_backward(
             terms.masked_fill_(absent[:, None, :, None, :, None], 0)
             if key_valid is not None:
                 terms.masked_fill_(~key_valid[:, :, None, None, chunk.keys], 0)
-            sum_query[place] += torch.einsum("gtnpkl,gtklc->gtnpc", terms, keys)
-            sum_key[:, :, chunk.keys] += torch.einsum("gtnpkl,gtnpc->gtklc", terms, rows)
+            matrix = terms.flatten(2, 3).flatten(-2)  # (G, T, n·p, K·L)
+            sum_query[place] += (matrix @ keys.flatten(2, 3)).view_as(rows)
+            sum_key[:, :, chunk.keys] += (matrix.mT @ rows.flatten(2, 3)).view_as(keys)
         write_windows(grad_query, through_norm(sum_query, unit_query, inv_norm_query), tile)
         if grad_key is not None:
             write_windows(grad_key, through_norm(sum_key, unit_key, inv_norm_key), tile)

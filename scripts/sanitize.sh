@@ -32,7 +32,7 @@ $cxx -std=c++17 -O1 -g -ffp-contract=fast -fPIC -fno-omit-frame-pointer \
 preload="$($cxx -print-file-name=libasan.so) $($cxx -print-file-name=libubsan.so)"
 preload="$preload $($cxx -print-file-name=libstdc++.so)"
 cd "$copy"
-tests="not compile and not opcheck and not instruction and not large_memory"
+tests="not compile and not opcheck and not instruction and not large_memory and not fragments"
 for level in avx512 avx2 baseline; do
   if [ "$quick" ] && [ $level != avx512 ]; then
     tests="(parity and (float32 or bfloat16)) or mask or range or part or list" # one source: the levels differ in width

@@ -89,7 +89,7 @@ void run_all(const Problem& problem, const std::vector<Item>& items, int threads
 struct Call {
   std::vector<char> loss, argmax, max_sim, grad;
 
-  Call(const Kernels& kernels, const Case& c, DType dtype, bool channels_last,
+  Call(const Kernels& kernels, const Case& c, DType dtype, bool channels_last, bool around,
        const std::vector<char>& features, int threads)
       : grad(features.size()) {
     const int64_t area = c.height * c.width, samples = c.samples;
@@ -118,6 +118,7 @@ struct Call {
     problem.eps = 1e-12;
     problem.dtype = dtype;
     problem.wide_index = problem.grid.window_rows * problem.grid.window_columns > 256;
+    problem.write_around = around;
     problem.plan = make_plan(pairs, maps, key, true);
     const int64_t count = problem.plan.num_pairs;
     loss.resize(size_t(count * wide_size(dtype)));
@@ -157,16 +158,18 @@ struct Call {
   static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 };
 
-// Whether several calls at once, of several threads each, all equal the call of one thread.
-bool agrees(const Kernels& kernels, const Case& c, DType dtype, bool channels_last) {
+// Whether several calls at once, of several threads each, all equal the call of one thread, which
+// writes through the caches; they go around them if `around`.
+bool agrees(const Kernels& kernels, const Case& c, DType dtype, bool channels_last, bool around) {
   const std::vector<char> features =
       random_features(c.samples * c.channels * c.height * c.width, dtype);
-  const Call expected(kernels, c, dtype, channels_last, features, 1);
+  const Call expected(kernels, c, dtype, channels_last, false, features, 1);
   std::vector<char> equal(kCalls);
   std::vector<std::thread> callers;
   for (int i = 0; i < kCalls; ++i) {
     callers.emplace_back([&, i] {
-      equal[size_t(i)] = Call(kernels, c, dtype, channels_last, features, kThreads) == expected;
+      equal[size_t(i)] =
+          Call(kernels, c, dtype, channels_last, around, features, kThreads) == expected;
     });
   }
   for (std::thread& caller : callers) caller.join();
@@ -193,10 +196,12 @@ int main() {
     for (const Case& c : kCases) {
       for (const DType dtype : {DType::f32, DType::f64, DType::bf16}) {
         for (const bool channels_last : {false, true}) {
-          ++runs;
-          if (agrees(*kernels, c, dtype, channels_last)) continue;
-          ++wrong;
-          std::printf("%s %s: bits depend on the threads\n", kernels->name, c.name);
+          for (const bool around : {false, true}) {
+            ++runs;
+            if (agrees(*kernels, c, dtype, channels_last, around)) continue;
+            ++wrong;
+            std::printf("%s %s: bits depend on the threads\n", kernels->name, c.name);
+          }
         }
       }
     }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ pytestmark = pytest.mark.skipif(
     cpu.status() is not None, reason=f"the C++ kernel cannot run: {cpu.status()}"
 )
 EPS = 1e-12
+CSRC = Path(__file__).parents[1] / "csrc"
 
 # Relative error of losses, maxima and gradients (as one vector), by dtype of the features.
 TOLERANCES = {
@@ -352,6 +355,35 @@ def test_both_layouts_have_the_same_bits(extent, window, dtype):
         results.append((*found, grads))
     for ours, theirs in zip(*results, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize(("dtype", "channels"), [(torch.float32, 112), (torch.bfloat16, 168)])
+def test_large_gradients_have_the_bits_of_small_ones(dtype, channels, layout):
+    """Gradients of 32 MB go around the caches, here in maps where strips share cache lines."""
+    features = _maps((2, 8, channels, 82, 82), dtype, layout)
+    assert features.nbytes >= 32 << 20 > features[0].nbytes
+    found = _match(cpu, features, None, None, (2, 2))
+    grad = torch.randn_like(found.max_sim)
+    whole, _ = _backward(cpu, grad, features, None, None, found, (2, 2))
+    for group, (ours, theirs) in enumerate(zip(whole, features, strict=True)):
+        pairs = slice(64 * group, 64 * (group + 1))
+        kept = Outputs(*(x[pairs] for x in found[:3]), found.norm)
+        alone, _ = _backward(cpu, grad[pairs], theirs[None], None, None, kept, (2, 2))
+        assert torch.equal(ours, alone[0])
+
+
+@pytest.mark.parametrize("name", ["simd", "pack", "tile", "ahead", "match", "terms", "gradient"])
+def test_fragments_of_the_kernels_open_by_themselves(name):
+    """So that an editor understands them: the build includes them in another file's namespace."""
+    compiler, source = shutil.which("g++"), CSRC / "cpu" / f"{name}-inl.h"
+    if compiler is None or not source.exists():
+        pytest.skip("needs g++ and the sources")
+    arguments = ["-std=c++17", "-fsyntax-only", "-Wno-psabi", "-Wno-ignored-attributes", "-xc++"]
+    run = subprocess.run(
+        [compiler, *arguments, str(source)], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
 
 
 def test_masks_and_neighbours_do_not_change_a_pair():

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .transfer import to_device
+
 Geometry = Literal["shared", "independent"]
 
 
@@ -124,7 +126,9 @@ def shown(frame: Tensor, height: int, width: int) -> Tensor:
 
 def _inverse(theta: Tensor, field: float) -> Tensor:
     """From the frame of the network's field on the canvas to that of the view."""
-    turn = torch.linalg.inv(theta[:, :, :2])
+    (a, b), (c, d) = theta[:, :, :2].permute(1, 2, 0)
+    # In closed form: torch.linalg.inv waits for the device to see whether there is an inverse.
+    turn = torch.stack((d, -b, -c, a), dim=1).view(-1, 2, 2) / (a * d - b * c)[:, None, None]
     return torch.cat((field * turn, -turn @ theta[:, :, 2:]), dim=2)
 
 
@@ -156,7 +160,7 @@ def placement(
         strong, own = torch.arange(batch, device=images.device), 0.0
         draws = batch
     else:
-        strong, own = group.to(images.device), config.jitter
+        strong, own = to_device(group, images.device), config.jitter
         draws = int(group.max()) + 1
     parameters = _draw(draws, config, images, generator)[strong]
     if own:
@@ -164,7 +168,8 @@ def placement(
     angle, log_scale, shift = parameters[:, 0], parameters[:, 1], parameters[:, 2:4]
     mirror = torch.ones(draws, 2, device=images.device)
     if config.flip:
-        mirror[_uniform(draws, 2, like=images, generator=generator) < config.flip] = -1
+        turned = _uniform(draws, 2, like=images, generator=generator) < config.flip
+        mirror = torch.where(turned, -1.0, mirror)
     field = size / images.shape[-1]  # the network sees this part of the canvas
     turn = torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos()), dim=1).view(-1, 2, 2)
     linear = field * log_scale.exp()[:, None, None] * turn * mirror[strong][:, None, :]
@@ -214,11 +219,10 @@ def change_intensity(views: Tensor, config: AugmentConfig, generator: torch.Gene
 
 def _draw(count: int, config: AugmentConfig, like: Tensor, generator: torch.Generator) -> Tensor:
     """(count, 4): angle in radians, log of the zoom, shift in x and y (1 = half the field)."""
-    largest = torch.tensor(
-        [math.radians(config.rotation), math.log(config.scale), 2 * config.shift, 2 * config.shift],
-        device=like.device,
-    )
-    return (2 * _uniform(count, 4, like=like, generator=generator) - 1) * largest
+    largest = math.radians(config.rotation), math.log(config.scale), *2 * (2 * config.shift,)
+    drawn = 2 * _uniform(count, 4, like=like, generator=generator) - 1
+    # Numbers and not a tensor of them, for which the CPU would wait until the device has it.
+    return torch.stack([drawn[:, i] * most for i, most in enumerate(largest)], dim=1)
 
 
 def _uniform(rows: int, columns: int, *, like: Tensor, generator: torch.Generator) -> Tensor:

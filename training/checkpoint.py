@@ -16,6 +16,7 @@ from typing import IO, Any
 
 import torch
 
+from .errors import RunError
 from .files import stream_digest, temporary_name, write_atomically
 
 LAST = Path("checkpoints", "last.pt")
@@ -29,10 +30,6 @@ STOPPING = tuple(
 )
 SEAL = b"\nsha256 of the bytes before: "  # and the digest in hexadecimal: the end of a checkpoint
 SEALED = len(SEAL) + 2 * hashlib.sha256().digest_size
-
-
-class RunError(RuntimeError):
-    """A run that cannot start or go on, with what to do about it."""
 
 
 def save_checkpoint(out: Path, state: dict[str, Any]) -> None:

@@ -17,10 +17,11 @@ from typing import Any, TypeVar, get_args
 
 from jsonargparse import ArgumentParser, Namespace
 
-from .checkpoint import RunError
 from .config import FinetuneConfig, Precision, PretrainConfig, ProbeConfig, RunConfig
 from .data.nifti import DataError
 from .data.text import printable
+from .distributed import require_one_process
+from .errors import RunError, Stopped
 from .experiment.tables import TABLES, Endpoint
 from .parsing import Parser, require_settings_files
 from .presets import BEST, FINETUNE, PRETRAIN, PresetName
@@ -57,10 +58,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if namespace[command].get("preset", preset := _named_preset(arguments)) != preset:
         parser.error("preset is for the command line; a settings file cannot name it")
     name = f"{parser.prog} {command}"
-    # Imported only once the arguments are good: torch takes seconds.
-    from .distributed import require_one_process
-    from .engine import Stopped
-
     try:
         if command != "pretrain":
             require_one_process(command)
@@ -287,7 +284,7 @@ def run_demo(namespace: Namespace) -> None:
         raise ValueError(
             f"draws must be 1 to {finetuning.num_folds}, one per fold, got {namespace.draws}"
         )
-    _say(demo(namespace.out, pretraining, finetuning, namespace.draws))
+    _say(demo(namespace.out, pretraining, finetuning, namespace.draws, _command()))
 
 
 def run_evaluate(namespace: Namespace) -> None:
@@ -363,7 +360,7 @@ def run_experiment(namespace: Namespace) -> None:
         folds=tuple(namespace.folds),
         only_pretrain=namespace.only_pretrain,
         jobs=namespace.jobs,
-        command=f"python training/run.py {shlex.join(sys.argv[1:])}",
+        command=_command(),
         preset=namespace.preset,
         allow_mismatch=namespace.allow_mismatch,
         endpoint=namespace.endpoint,
@@ -372,6 +369,11 @@ def run_experiment(namespace: Namespace) -> None:
         baseline=namespace.baseline,
     )
     _say(experiment(config, pretraining, finetuning))
+
+
+def _command() -> str:
+    """What the user typed, for the table."""
+    return f"python training/run.py {shlex.join(sys.argv[1:])}"
 
 
 def run_show(namespace: Namespace) -> None:
@@ -466,7 +468,7 @@ def _add_allow_mismatch(parser: ArgumentParser) -> None:
 
 
 def _load_model(namespace: Namespace) -> Any:
-    from .engine import Device
+    from .device import Device
     from .models import load_unet
 
     device = Device.of(RunConfig(device=namespace.device, precision=namespace.precision))

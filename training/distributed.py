@@ -21,7 +21,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from .checkpoint import RunError
+from .errors import RunError
 from .locks import sole_use
 from .replay import active, scale_gradient
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,12 +26,14 @@ from .data.datasets import read_scan
 from .data.preprocess import for_display
 from .data.sampling import TwoSubjects
 from .data.text import unmarked
-from .engine import Device, step_generator
+from .device import Device, step_generator
 from .evaluate import dice_per_class, segment
+from .inputs import subjects
 from .methods import METHODS, Method
 from .models import Encoder, UNet, load_encoder
 from .runlog import CONFIG, read_metrics
 from .settings import damaged, read_record, read_settings
+from .views import make_views
 
 if TYPE_CHECKING:
     from .config import PretrainConfig
@@ -132,8 +134,6 @@ def input_slices(out: Path, cache: VolumeCache, config: PretrainConfig, method: 
 
     What a method learnt since then, such as where to crop, shows here already.
     """
-    from .pretrain import make_views, subjects
-
     batch = TwoSubjects(cache, subjects(config, cache), config.slices, config.seed)[0]
     device = next(method.parameters()).device
     generator = step_generator(config.seed, 0, device)
@@ -147,7 +147,7 @@ def input_slices(out: Path, cache: VolumeCache, config: PretrainConfig, method: 
         for column in range(half):
             sample = scan * half + column
             axes = grid[row][column]
-            _image(axes, pictures[sample + view * config.slices], cache)
+            _image(axes, pictures[2 * sample + view], cache)
             if view == 0:
                 index, depth = int(batch.slice_index[sample]), int(batch.num_slices[sample])
                 axes.set_title(f"{index + 1} of {depth}", fontsize=8)
@@ -266,35 +266,6 @@ def overlays(
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     _save(figure, out / "figures" / "overlays.png")
-
-
-def dice_bars(path: Path, results: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
-    """Dice per class of several ways to start; dots are draws of labelled subjects, lines join
-    those of one draw.
-
-    results: name -> one dictionary (class -> Dice) per draw; draws are paired between names.
-    """
-    names = list(results)
-    classes = [*results[names[0]][0]]
-    figure = _figure(1.8 + 1.6 * (len(classes) + 1), 3.4)
-    axes = figure.subplots()
-    width = 0.8 / len(names)
-    places, tables = [], []
-    for number, name in enumerate(names):
-        table = np.array([[draw[c] for c in classes] for draw in results[name]])
-        tables.append(np.column_stack((table, table.mean(axis=1))))
-        places.append(np.arange(len(classes) + 1) + (number - (len(names) - 1) / 2) * width)
-        axes.bar(places[-1], tables[-1].mean(axis=0), 0.9 * width, label=name, alpha=0.75)
-    for column in range(len(classes) + 1):
-        x = [place[column] for place in places]
-        for draw in range(len(tables[0])):
-            y = [table[draw, column] for table in tables]
-            axes.plot(x, y, "o-", color="0.2", ms=3, lw=0.7, alpha=0.7)
-    axes.set_xticks(range(len(classes) + 1), [*map(unmarked, classes), "mean"])
-    axes.set(ylabel="3D Dice on held-out subjects", ylim=(0, 1))
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
 
 
 def run_figures(out: Path) -> list[Path]:

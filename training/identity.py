@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import RunError
 from .config import RunConfig
 from .data.cache import VolumeCache
+from .errors import RunError
 from .files import file_digest, write_atomically
 from .settings import read_record
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .config import RunConfig
+from .config import PretrainConfig, RunConfig
 from .data.cache import VolumeCache, open_cache
 from .data.manifest import dataset_info
+from .data.splits import folds_of, pick
 from .data.text import printable
 from .distributed import first
 from .files import write_atomically
@@ -32,6 +33,15 @@ def open_dataset(config: RunConfig) -> VolumeCache:
     own: list[VolumeCache] = []
     first(lambda: own.append(opened()))
     return own[0] if own else opened()
+
+
+def subjects(config: PretrainConfig, cache: VolumeCache) -> tuple[str, ...]:
+    """The subjects that pre-training sees: all, unless a fold is to be left out."""
+    if config.leave_out_fold is None:
+        return tuple(cache.subjects)
+    folds = folds_of(cache, config.num_folds, config.split_seed, config.splits)
+    held_out = pick(folds, config.leave_out_fold, "leave_out_fold").test
+    return tuple(subject for subject in cache.subjects if subject not in held_out)
 
 
 def tell(out: Path, lines: Sequence[str]) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from .checkpoint import RunError
 from .config import RunConfig
 from .data.sampling import SliceBatch, batches
+from .errors import RunError
 
 POLL = 1.0  # seconds between two looks at whether a run that waits was told to stop
 TIMED_OUT = "DataLoader timed out"  # how torch's message begins

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from .checkpoint import RunError
+from .errors import RunError
 from .files import remove_temporaries
 
 LOCK = ".lock"

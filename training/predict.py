@@ -10,13 +10,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .checkpoint import RunError
 from .data.errors import listed
 from .data.images import find_images
 from .data.nifti import DataError
 from .data.preprocess import PreprocessConfig
 from .data.text import printable
-from .engine import Device
+from .device import Device
+from .errors import RunError
 from .evaluate import predict_file
 from .models import UNet
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .augment import augment
 from .config import PretrainConfig
 from .data.cache import VolumeCache
 from .data.errors import DataError, listed
 from .data.review import notices, spacing_recorded
 from .data.sampling import Shard, SliceBatch, TwoSubjects
-from .data.splits import folds_of, pick
+from .device import Device
 from .distributed import (
     first,
-    is_main,
     own_folder,
     parallel,
     processes,
@@ -29,15 +27,17 @@ from .distributed import (
     synchronise_norms,
     world,
 )
-from .engine import Device, fit, step_generator
+from .engine import Look, fit
 from .figures import pretraining as pretraining_figures
 from .identity import Identity, contents, split_of
-from .inputs import open_dataset, tell
+from .inputs import open_dataset, subjects, tell
 from .methods import METHODS, Method, Outcome, Views
 from .models import save_encoder
 from .models.weights import ENCODER
+from .resident import resident, without_loaders
 from .runlog import WARNINGS, RunLog, read_metrics
 from .steps import Task
+from .views import make_views
 
 INITIAL = "encoder_initial.safetensors"
 
@@ -69,8 +69,7 @@ class Pretraining:
         self.corpus = Slices(self.cache, self.seen)
         self.log = RunLog(config, "pretrain", self.device.describe(), identity(config, self.cache))
         torch.manual_seed(config.seed)
-        settings = getattr(config, config.method, None)
-        self.method = METHODS[config.method](config.model, settings, self.corpus)
+        self.method = METHODS[config.method](config.model, config.settings, self.corpus)
         first(self.keep_start)
         self.device.to(self.method)
         if config.sync_batchnorm and world() > 1:
@@ -80,21 +79,23 @@ class Pretraining:
         self.module: nn.Module = self.method
         self.latest: tuple[Views, Outcome] | None = None
         self.step = -1  # that the method has been told of
+        self.store = resident(cache, config, device.device) if self.method.trains else None
 
     def fit(self) -> None:
         """All steps."""
         config = self.config
         own = Shard(rank(), world(), config.optim.accumulate)
+        read = self.store is None
         self.module = parallel(self.method, self.device.device)
         fit(
             self.module,
             [{"params": list(self.method.parameters())}],
             Task(self.prepare, self.loss),
-            TwoSubjects(self.cache, self.seen, config.slices, config.seed, config.pairs, own),
-            config,
+            TwoSubjects(self.cache, self.seen, config.slices, config.seed, config.pairs, own, read),
+            without_loaders(config, self.store),
             self.log,
             self.device,
-            self.look if is_main() else None,
+            Look(self.due, self.figures),
         )
 
     def prepare(self, batch: SliceBatch, generator: torch.Generator) -> Views:
@@ -102,6 +103,8 @@ class Pretraining:
         if batch.step != self.step:
             self.step = batch.step
             self.method.before_step(batch.step, self.config.optim.steps, self.corpus)
+        if self.store is not None:
+            batch = self.store.fill(batch)
         return make_views(batch, self.config, self.device.device, generator, self.method.centres)
 
     def loss(self, views: Views) -> tuple[Tensor, dict[str, Tensor]]:
@@ -110,13 +113,14 @@ class Pretraining:
         self.latest = views, outcome
         return outcome.loss, outcome.terms
 
-    def look(self, step: int) -> dict[str, float]:
-        """What the method monitors, where a look is due."""
+    def due(self, step: int) -> bool:
+        """Whether what the method monitors is looked at after this step."""
         # Step 1 too: what comes later is judged against the untrained network, and an embedding
         # can collapse within 50 steps.
-        config = self.config
-        if step > 1 and step % config.monitor_every and step < config.optim.steps:
-            return {}
+        return step in (1, self.config.optim.steps) or step % self.config.monitor_every == 0
+
+    def figures(self, step: int) -> dict[str, float]:
+        """What the method monitors."""
         assert self.latest is not None  # a step was taken
         return self.watch(*self.latest)
 
@@ -174,15 +178,6 @@ class Slices:
         return torch.from_numpy(self.cache.images[samples.numpy()])[:, None]
 
 
-def subjects(config: PretrainConfig, cache: VolumeCache) -> tuple[str, ...]:
-    """The subjects that pre-training sees: all, unless a fold is to be left out."""
-    if config.leave_out_fold is None:
-        return tuple(cache.subjects)
-    folds = folds_of(cache, config.num_folds, config.split_seed, config.splits)
-    held_out = pick(folds, config.leave_out_fold, "leave_out_fold").test
-    return tuple(subject for subject in cache.subjects if subject not in held_out)
-
-
 def thin_scans(config: PretrainConfig, cache: VolumeCache, seen: Sequence[str]) -> list[str]:
     """What to tell of scans with too few slices for a method that goes by position.
 
@@ -199,7 +194,7 @@ def thin_scans(config: PretrainConfig, cache: VolumeCache, seen: Sequence[str]) 
             f"lies; expected several slices, as in {scans[0].name}: pass another --method, such as "
             f"simclr"
         )
-    settings = getattr(config, config.method)
+    settings = config.settings
     found = []
     for name in ("t", "t_la"):  # t_la: of SAL, where it is not t
         t = getattr(settings, name, None)
@@ -226,73 +221,6 @@ def identity(config: PretrainConfig, cache: VolumeCache) -> Identity:
         split=split_of(config, "leave_out_fold", "num_folds", "split_seed") if strict else {},
         strict=strict,
     )
-
-
-def make_views(
-    batch: SliceBatch,
-    config: PretrainConfig,
-    device: torch.device,
-    generator: torch.Generator,
-    centres: Callable[[Tensor, float, torch.Generator], Tensor | None] | None = None,
-) -> Views:
-    """Both views of each slice: first view of all slices, then the second of all.
-
-    Each pair of subjects after the first has random numbers of its own, so that its views do not
-    depend on which pairs it shares a batch with.
-    """
-    views = []
-    for pair, rows in enumerate(torch.arange(len(batch.images)).split(config.slices)):
-        if pair:
-            part = batch.part + pair
-            own = step_generator(config.seed, batch.step, device, part)
-        else:
-            own = generator
-        views.append(_views_of_pair(batch, rows, config, device, own, centres))
-    if len(views) == 1:
-        return views[0]
-
-    def both(column: str) -> Tensor:
-        halves = [getattr(pair, column).chunk(2) for pair in views]
-        return torch.cat([half[view] for view in (0, 1) for half in halves])
-
-    images = both("images").contiguous(memory_format=torch.channels_last)
-    names = ("volume", "slice_index", "num_slices", "sample", "frame")
-    return Views(images, generator=generator, **{name: both(name) for name in names})
-
-
-def _views_of_pair(
-    batch: SliceBatch,
-    rows: Tensor,
-    config: PretrainConfig,
-    device: torch.device,
-    generator: torch.Generator,
-    centres: Callable[[Tensor, float, torch.Generator], Tensor | None] | None,
-) -> Views:
-    images = batch.images[rows].to(device, non_blocking=True).repeat(2, 1, 1, 1)
-    volume, index, depth, sample = (
-        column[rows].to(device, non_blocking=True).repeat(2)
-        for column in (batch.volume, batch.slice_index, batch.num_slices, batch.sample)
-    )
-    group = None
-    geometry = config.augment.geometry
-    if geometry == "auto":
-        geometry = METHODS[config.method].geometry
-    if geometry == "shared":
-        # Scans numbered from 0 within the pair: slices of one scan share their strong transform.
-        group = torch.unique(volume, return_inverse=True)[1]
-    # Views lie on their slices, or leave them as far as the largest shift brings them.
-    field = config.crop / images.shape[-1]
-    room = max(1 - field, 2 * field * config.augment.shift)
-    augmented = augment(
-        images,
-        config.crop,
-        config.augment,
-        generator,
-        group=group,
-        centres=centres(sample, room, generator) if centres else None,
-    )
-    views = augmented.views.contiguous(memory_format=torch.channels_last)
-    return Views(views, volume, index, depth, sample, generator, augmented.frame)
 
 
 class CollapseWatch:

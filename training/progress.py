@@ -45,9 +45,9 @@ class Progress:
             self.said = now
             rate = (self.step - self.first) / max(now - self.began, 1e-9)
             left = tqdm.format_interval((self.steps - self.step) / rate)
-            values = ", ".join(f"{name} {value}" for name, value in shown.items())
+            values = "".join(f"{name} {value}, " for name, value in shown.items())
             print(
-                f"{self.name}: step {self.step} of {self.steps}, {values}, {rate:.2f} step/s, "
+                f"{self.name}: step {self.step} of {self.steps}, {values}{rate:.2f} step/s, "
                 f"ETA {left}",
                 file=sys.stderr,
                 flush=True,

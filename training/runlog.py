@@ -19,9 +19,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 import salkernels
 
-from .checkpoint import LAST, RunError, has_checkpoint
+from .checkpoint import LAST, has_checkpoint
 from .config import Precision, RunConfig
 from .distributed import first, is_main, world
+from .errors import RunError
 from .files import write_atomically
 from .identity import Identity, read_identity, require_same, write_identity
 from .models.weights import ENCODER, MODEL
@@ -39,6 +40,7 @@ PACKAGES = ("torch", "triton", "numpy", "nibabel", "monai", "safetensors")
 FREE = {
     "resume", "out", "cache", "data", "splits", "threads", "workers", "log_every",
     "checkpoint_every", "compile", "loader_warning", "allow_mismatch", "optim.accumulate",
+    "cache_on",
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from .checkpoint import RunError
+from .errors import RunError
 
 MAX_CHARACTERS = 2**20  # settings are a few kB
 MAX_NESTING = 50

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .data.sampling import SliceBatch
-from .distributed import gather_rows, rank, total
+from .distributed import gather_rows, rank
 from .replay import Replay
 
 Input = TypeVar("Input")
@@ -33,15 +32,11 @@ class Task(Generic[Input]):
     loss: Callable[[Input], tuple[Tensor, dict[str, Tensor]]]
 
 
-@dataclass
-class StepResult:
-    """Of all processes: mean of the terms, signals heard; `bad` is this process's loss and batch
-    where the loss is not finite, `any_bad` whether it is so anywhere."""
+class StepResult(NamedTuple):
+    """What a step came to in this process, on the device: nobody has waited for it."""
 
-    terms: dict[str, float]
-    signals: list[int]
-    bad: tuple[float, SliceBatch] | None
-    any_bad: bool
+    losses: Tensor  # (k,) of each batch
+    terms: dict[str, Tensor]  # (k,) each
 
 
 class Gradients(Generic[Input]):
@@ -57,36 +52,23 @@ class Gradients(Generic[Input]):
         self.module, self.task, self.scaler, self.generator = module, task, scaler, generator
         self.separable = False  # found in the first step: the loss is a mean over batches
 
-    def __call__(
-        self, batches: Sequence[SliceBatch], signals: Callable[[], list[int]]
-    ) -> StepResult:
-        """signals: how often each kind was heard in this process, asked when all is computed."""
+    def __call__(self, batches: Sequence[SliceBatch]) -> StepResult:
         generators = [self.generator(batch) for batch in batches]
         inputs = [self.task.prepare(*pair) for pair in zip(batches, generators, strict=True)]
         replay = self.record(inputs, generators) if len(batches) > 1 else None
         start = self.memories() if replay else []
-        sums: dict[str, float] = {}
-        bad = None
-        for place, (batch, given) in enumerate(zip(batches, inputs, strict=True)):
+        losses: list[Tensor] = []
+        terms: dict[str, list[Tensor]] = {}
+        for place, given in enumerate(inputs):
             restore(start)
             with replay.live(place) if replay else nullcontext(), self.alone(place, batches):
-                loss, terms = self.task.loss(given)
-                number = loss.item()
-                if bad is None and not math.isfinite(number):
-                    bad = number, batch
+                loss, named = self.task.loss(given)
                 self.scaler.scale(loss / len(batches)).backward()
-            for name, term in terms.items():
-                sums[name] = sums.get(name, 0.0) + term.item()
-        means = [value / len(batches) for value in sums.values()]
-        heard = signals()
-        agreed = total([float(bad is not None), *map(float, heard), *means, 1.0])
-        any_bad, *rest, processes = agreed
-        return StepResult(
-            terms=dict(zip(sums, (v / processes for v in rest[len(heard) :]), strict=True)),
-            signals=[round(count) for count in rest[: len(heard)]],
-            bad=bad,
-            any_bad=any_bad > 0,
-        )
+            losses.append(loss.detach())
+            for name, term in named.items():
+                terms.setdefault(name, []).append(term.detach())
+        named_terms = {name: torch.stack(values) for name, values in terms.items()}
+        return StepResult(torch.stack(losses), named_terms)
 
     def record(self, inputs: Sequence[Input], generators: Sequence[torch.Generator]) -> Any:
         """The rows that the batches hand to `gather`; None where they hand it nothing."""

@@ -14,7 +14,7 @@
 
 #define SALKERNELS_ISA avx2
 #define SALKERNELS_VECTOR_BYTES 32
-#include "kernels.h"
+#include "kernels-inl.h"
 
 #ifdef __clang__
 #pragma clang attribute pop

@@ -3,4 +3,4 @@
 
 #define SALKERNELS_ISA baseline
 #define SALKERNELS_VECTOR_BYTES 16
-#include "kernels.h"
+#include "kernels-inl.h"

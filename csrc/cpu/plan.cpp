@@ -68,19 +68,35 @@ constexpr int64_t kTileBytes = 2400 << 10;
 // Channels-last a pixel is read whole in any case, and a tile need only be large enough to be worth
 // its set-up: it, the next one on its way and the matches then share the second level.
 constexpr int64_t kChannelsLastTileBytes = 128 << 10;
+// The backward takes channels-last windows one by one, and cuts tiles by its matches instead: runs
+// of pixels that fill a cache line of each pair's planes, and no more than this of matches.
+constexpr int64_t kRunPixels = 16, kMatchBytes = 256 << 10;
 // A window larger than this is streamed; so is a large one if there are too few to share out.
 constexpr int64_t kWindowBytes = 5 << 19;
 constexpr int64_t kFewTiles = 8, kManyPixels = 256;
 constexpr int64_t kStreamedRows = 256;    // query rows of one unit, where rows can be shared out
 constexpr int64_t kStreamedBytes = 1 << 19;  // of each of two buffers in a streamed gradient
 
-void add_tiles(Work& work, const Problem& problem, int32_t index, int64_t row_bytes) {
+// How many windows of a component a tile should have.
+int64_t windows_of_tile(const Problem& problem, const Component& component, int64_t row_bytes,
+                        bool by_window) {
+  const Grid& grid = problem.grid;
+  const int64_t pixels = grid.window_rows * grid.window_columns;
+  if (by_window) {
+    const int64_t bytes = 2 * component.num_edges * pixels * 12;
+    const int64_t run = (kRunPixels + grid.window_columns - 1) / grid.window_columns;
+    return std::clamp<int64_t>(kMatchBytes / std::max<int64_t>(1, bytes), 1, run);
+  }
+  const int64_t tile_bytes = component.channels_last ? kChannelsLastTileBytes : kTileBytes;
+  return std::max<int64_t>(1, tile_bytes / (component.num_nodes * pixels * row_bytes));
+}
+
+void add_tiles(Work& work, const Problem& problem, int32_t index, int64_t row_bytes,
+               bool backward) {
   const Component& component = problem.plan.components[index];
   const Grid& grid = problem.grid;
-  const int64_t window_pixels = grid.window_rows * grid.window_columns;
-  const int64_t tile_bytes = component.channels_last ? kChannelsLastTileBytes : kTileBytes;
-  const int64_t fitting =
-      std::max<int64_t>(1, tile_bytes / (component.num_nodes * window_pixels * row_bytes));
+  const bool by_window = backward && component.by_window();
+  const int64_t fitting = windows_of_tile(problem, component, row_bytes, by_window);
   const int64_t whole = grid.whole_across();
   // Even pieces, not full ones and a rest.
   const int64_t pieces = (whole + fitting - 1) / fitting;
@@ -89,10 +105,12 @@ void add_tiles(Work& work, const Problem& problem, int32_t index, int64_t row_by
       const int64_t pixels = grid.window(strip, first).pixels();
       const int64_t rows = component.num_nodes * pixels;
       work.tiles.push_back({index, int32_t(strip), int32_t(first), int32_t(count)});
-      work.max_window_rows = std::max(work.max_window_rows, rows);
-      work.max_tile_rows = std::max(work.max_tile_rows, rows * count);
-      work.max_window_matches =
-          std::max(work.max_window_matches, 2 * component.num_edges * pixels);
+      work.max_window_rows = std::max(work.max_window_rows, rows | 1);
+      const int64_t packed = by_window ? 1 : count;
+      work.max_tile_rows = std::max(work.max_tile_rows, (rows | 1) * packed);
+      const int64_t matches = 2 * component.num_edges * pixels;
+      work.max_window_matches = std::max(work.max_window_matches, matches);
+      work.max_tile_matches = std::max(work.max_tile_matches, matches * count);
     };
     for (int64_t i = 0; i < pieces; ++i) {
       const int64_t first = whole * i / pieces, end = whole * (i + 1) / pieces;
@@ -210,7 +228,7 @@ Work make_work(const Problem& problem, const Kernels& kernels, bool backward) {
     if (window_bytes > kWindowBytes || (few && pixels >= kManyPixels)) {
       add_streamed(work, problem, c, backward);
     } else {
-      add_tiles(work, problem, c, row_bytes);
+      add_tiles(work, problem, c, row_bytes, backward);
     }
   }
   // Neighbours in the map one after the other, whichever component they belong to: the cost is

@@ -28,6 +28,12 @@ struct Node {
 
 // Two samples of a component and their numbers as pairs in both directions, -1 where there is none.
 // In the set form sim is symmetric: one edge stands for (first, second) and (second, first).
+//
+//              key 0  1  2  3
+//      query 0     e  e  e  e      an edge is at or above the diagonal; what is below it is the
+//            1     .  e  e  e      `reverse` of the edge across, from the same products: half of
+//            2     .  .  e  e      the arithmetic
+//            3     .  .  .  e
 struct Edge {
   int32_t first, second;  // nodes, counted from the start of the component
   int64_t forward, reverse;
@@ -39,6 +45,9 @@ struct Component {
   int32_t first_edge, num_edges;
   // Whether a pixel's channels are contiguous in all its maps, or gradients: they may differ.
   bool channels_last, grads_channels_last;
+
+  // Whether the backward takes windows one by one, from the map and back to it.
+  bool by_window() const { return channels_last && grads_channels_last; }
 };
 
 // A run of windows of one strip, all of the same extent, for one component: one unit of work.
@@ -82,10 +91,11 @@ struct Work {
   std::vector<StreamedMatch> matches;
   std::vector<StreamedNorms> norms;
   std::vector<StreamedGradient> gradients;
-  int64_t max_tile_rows = 0;         // packed rows of a tile
+  int64_t max_tile_rows = 0;         // packed rows of a tile, with the one that may part windows
   int64_t max_window_rows = 0;       // of these, of one window
   int64_t max_window_pixels = 0;     // L of any window
   int64_t max_window_matches = 0;    // directed pairs x L in one window of a tile
+  int64_t max_tile_matches = 0;      // in all its windows
   int64_t max_streamed_channels = 0;
 };
 
@@ -96,6 +106,7 @@ struct Problem {
   DType dtype;
   bool wide_index;  // argmax is int32, else uint8
   bool has_valid;   // whether there are pixels that take no part
+  bool write_around;  // gradients go around the caches, which they are too large for
   Plan plan;
   Work work;
   void* argmax;           // (P, H, W); all bits set where a query pixel has no match

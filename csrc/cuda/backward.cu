@@ -9,8 +9,8 @@ const char* launch_backward(Problem problem, void* stream) {
   return run_plan(plan, problem, stream);
 }
 
-bool backward_needs_lists(const Problem& problem) {
-  return backward_gathers(problem, shared_limit());
+bool backward_needs_terms(const Problem& problem) {
+  return backward_lists(problem, shared_limit());
 }
 
 }  // namespace cuda

@@ -8,37 +8,60 @@ namespace cuda {
 
 SALKERNELS_BACKWARD_KERNELS(SALKERNELS_DEFINE_KERNEL)
 
-// Whether the backward gathers, and so needs norms and chosen_*.
-inline bool backward_gathers(Problem p, int64_t shared_limit) {
-  return !backward_tiling(p, shared_limit);
+inline void add_gradient_rows(Plan& plan, const Problem& p) {
+  const int64_t rows = p.nodes() * p.grid.pixels(), words = p.tiling.slice_words;
+  if (words == 0) {
+    SALKERNELS_ADD_BY_DTYPE(plan, gather, p.dtype, ceil_div(rows, kWarps), 1, 0);
+    return;
+  }
+  const int64_t width = words * (p.dtype == kFloat32 ? 1 : 2);
+  const int64_t blocks = p.units() * ceil_div(p.channels, width);
+  const int64_t bytes = rows_shared_bytes(p, words);
+  switch (p.dtype) {
+    case kBFloat16: SALKERNELS_ADD(plan, gradient_rows_bf16, blocks, 1, bytes); break;
+    case kFloat16: SALKERNELS_ADD(plan, gradient_rows_fp16, blocks, 1, bytes); break;
+    default:
+      if (words == 64) {
+        SALKERNELS_ADD(plan, gradient_rows_wide, blocks, 1, bytes);
+      } else {
+        SALKERNELS_ADD(plan, gradient_rows_fp32, blocks, 1, bytes);
+      }
+  }
 }
 
 inline Plan plan_backward(Problem& p, int64_t shared_limit) {
   Plan plan;
-  if (p.pairs != nullptr) SALKERNELS_ADD(plan, number_pairs_backward, 1, 1, 0);
-  if (backward_tiling(p, shared_limit)) {
+  const int64_t rows = p.groups * (p.maps[0].samples + p.maps[1].samples) + 2;
+  SALKERNELS_ADD(plan, sort_pairs, ceil_div(rows, kWarps), 1, 0);
+  if (tile_tiling(p, shared_limit)) {
     const Tiling& t = p.tiling;
-    const int64_t samples = p.maps[0].samples + (p.set_form ? 0 : p.maps[1].samples);
-    const int64_t bytes = gradient_shared_bytes(t.units * samples * t.pixels, t.stages);
+    const int64_t bytes =
+        gradient_shared_bytes(t.units * p.group_nodes() * p.window_pixels(), t.stages);
     const int64_t blocks = ceil_div(p.units(), t.units);
-    if (p.dtype == kFloat32 && p.allow_tf32) {
-      SALKERNELS_ADD(plan, gradient_tile_tf32, blocks, 1, bytes);
-      return plan;
-    }
-    switch (p.dtype) {
-      case kBFloat16: SALKERNELS_ADD(plan, gradient_tile_bf16, blocks, 1, bytes); break;
-      case kFloat16: SALKERNELS_ADD(plan, gradient_tile_fp16, blocks, 1, bytes); break;
-      default: SALKERNELS_ADD(plan, gradient_tile_fp32, blocks, 1, bytes);
+    if (p.dtype == kBFloat16) {
+      SALKERNELS_ADD(plan, gradient_tile_bf16, blocks, 1, bytes);
+    } else {
+      SALKERNELS_ADD(plan, gradient_tile_fp16, blocks, 1, bytes);
     }
     return plan;
   }
-  const int64_t sides = p.set_form ? 1 : 2;
-  const int64_t rows =
-      p.groups * most(p.maps[0].samples, p.maps[1].samples) * p.grid.pixels();
-  SALKERNELS_ADD_BY_DTYPE(plan, norms, p.dtype, ceil_div(rows, kWarps), sides, 0);
-  SALKERNELS_ADD(plan, invert, ceil_div(p.num_pairs * p.windows(), kWarps), 1, 0);
-  SALKERNELS_ADD_BY_DTYPE(plan, gather, p.dtype, ceil_div(rows, kWarps), sides, 0);
+  list_tiling(p, shared_limit);
+  const int64_t warps = p.units() * p.group_nodes() * p.tiling.team;
+  const int64_t wide = p.dtype == kFloat64 ? 8 : 4;
+  const int64_t counted = p.tiling.lists_in_memory ? 0 : p.window_pixels();
+  const int64_t bytes = terms_shared_bytes(counted, p.tiling.team, wide);
+  if (p.dtype == kFloat64) {
+    SALKERNELS_ADD(plan, list_terms_f64, ceil_div(warps, kWarps), 1, bytes);
+  } else {
+    SALKERNELS_ADD(plan, list_terms_f32, ceil_div(warps, kWarps), 1, bytes);
+  }
+  add_gradient_rows(plan, p);
   return plan;
+}
+
+// Whether the backward lists terms, and so needs memory for them.
+inline bool backward_lists(Problem p, int64_t shared_limit) {
+  return !tile_tiling(p, shared_limit);
 }
 
 }  // namespace cuda

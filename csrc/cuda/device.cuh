@@ -37,10 +37,41 @@ __device__ inline void narrow(float x, Half& to) {
 __device__ inline void narrow(float x, BFloat16& to) {
   to.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
 }
+// Two 16-bit values in a word, the first in its lower half.
+__device__ inline void widen_pair(uint32_t word, BFloat16, float& first, float& second) {
+  first = __uint_as_float(word << 16);
+  second = __uint_as_float(word & 0xffff0000u);
+}
+__device__ inline void widen_pair(uint32_t word, Half, float& first, float& second) {
+  first = __half2float(__ushort_as_half(uint16_t(word)));
+  second = __half2float(__ushort_as_half(uint16_t(word >> 16)));
+}
+__device__ inline uint32_t narrow_pair(float first, float second, BFloat16) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+__device__ inline uint32_t narrow_pair(float first, float second, Half) {
+  const __half2 pair = __floats2half2_rn(first, second);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
 
-__device__ inline void copy_async_16(void* shared, const void* global) {
-  const uint32_t to = uint32_t(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+// A place in shared memory as the instructions below take it; offsets are part of them.
+struct SharedWords {
+  uint32_t address;
+
+  __device__ SharedWords operator+(int words) const { return {address + 4 * uint32_t(words)}; }
+};
+__device__ inline SharedWords shared_words(const void* from) {
+  return {uint32_t(__cvta_generic_to_shared(from))};
+}
+
+// 16 bytes to shared memory; zeros, and nothing is read, where there is nothing.
+template <int kWord = 0>
+__device__ inline void copy_async_16(SharedWords to, const void* global, bool there) {
+  const int bytes = there ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0 + %3], [%1], 16, %2;" ::"r"(to.address),
+               "l"(global), "r"(bytes), "n"(4 * kWord)
+               : "memory");
 }
 __device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until all but the newest groups have landed: `newest` of them, or fewer where that is not
@@ -56,11 +87,21 @@ __device__ inline void copy_async_wait(int newest) {
 
 // Four 8 x 8 matrices of 16 bits: lane i names row i % 8 of matrix i / 8, and is given words
 // (i / 4, i % 4) of all four.
-__device__ inline void load_matrices(uint32_t (&to)[4], const uint32_t* row) {
-  const uint32_t from = uint32_t(__cvta_generic_to_shared(row));
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+template <int kWord = 0>
+__device__ inline void load_matrices(uint32_t (&to)[4], SharedWords row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(from)
+               : "r"(row.address), "n"(4 * kWord)
+               : "memory");
+}
+
+// The same, but each lane is given column values: of matrix m, rows 2 (i % 4) and that plus one of
+// column i / 4. That is the right factor of a product whose rows lie one below the other.
+template <int kWord = 0>
+__device__ inline void load_matrices_across(uint32_t (&to)[4], SharedWords row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(row.address), "n"(4 * kWord)
                : "memory");
 }
 
@@ -78,10 +119,21 @@ SALKERNELS_MMA(multiply_bf16, "m16n8k16.row.col.f32.bf16.bf16.f32")
 SALKERNELS_MMA(multiply_f16, "m16n8k16.row.col.f32.f16.f16.f32")
 #undef SALKERNELS_MMA
 
-__device__ inline uint32_t to_tf32(float x) {
-  uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-  return bits;
+#else
+
+float widen(BFloat16 x);
+
+template <class T>
+inline void widen_pair(uint32_t word, T, float& first, float& second) {
+  first = widen(T{uint16_t(word)});
+  second = widen(T{uint16_t(word >> 16)});
+}
+template <class T>
+inline uint32_t narrow_pair(float first, float second, T) {
+  T low, high;
+  narrow(first, low);
+  narrow(second, high);
+  return low.bits | uint32_t(high.bits) << 16;
 }
 
 #endif  // __CUDACC__
@@ -102,18 +154,35 @@ struct Wide<double> {
   using type = double;
 };
 
+template <class T>
+struct IsHalf {
+  static constexpr bool value = false;
+};
+template <>
+struct IsHalf<Half> {
+  static constexpr bool value = true;
+};
+
 struct alignas(16) Piece {
   uint32_t words[4];
 };
 
-// A float as the sum of two tf32: what is left is 2^-22 of it, as small as the rounding of fp32.
+// A float as the sum of two tf32, in three instructions: the upper part is rounded to 11 bits by an
+// addition (half away from zero), and what it leaves is exact in fp32. Of that the tensor core takes
+// the upper 11 bits by itself, so what is lost is below 2^-22 of x:
+//
+//   x     1.mmmmmmmmmm mmmmmmmmmmmmm     24 bits
+//   high  1.mmmmmmmmmm                   11 bits, |x - high| <= 2^-11 |x|
+//   low                1.mmmmmmmmmm|mm   12 bits and a sign; one of them is not looked at
+//
+// Inf becomes a NaN in `low`, and a NaN may become an Inf in `high`; the norm of such a row is NaN.
 struct Split {
   uint32_t high, low;
 };
+__device__ inline uint32_t to_tf32(uint32_t bits) { return (bits + 0x1000u) & 0xffffe000u; }
 __device__ inline Split split(uint32_t bits) {
-  const float x = bits_to_float(bits);
-  const uint32_t high = to_tf32(x);
-  return {high, to_tf32(x - bits_to_float(high))};
+  const uint32_t high = to_tf32(bits);
+  return {high, float_to_bits(bits_to_float(bits) - bits_to_float(high))};
 }
 
 // The norm of a row from its sum of squares. One beyond the range of F is as lost as a NaN: the

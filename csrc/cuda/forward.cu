@@ -5,7 +5,12 @@ namespace salkernels {
 namespace cuda {
 
 const char* launch_forward(Problem problem, void* stream) {
-  const Plan plan = plan_forward(problem);
+  const Plan plan = plan_forward(problem, shared_limit());
+  return run_plan(plan, problem, stream);
+}
+
+const char* launch_norms(Problem problem, void* stream) {
+  const Plan plan = plan_norms(problem);
   return run_plan(plan, problem, stream);
 }
 

@@ -8,36 +8,63 @@ namespace cuda {
 
 SALKERNELS_FORWARD_KERNELS(SALKERNELS_DEFINE_KERNEL)
 
-inline void add_match(Plan& plan, Problem& p) {
+inline void add_norms(Plan& plan, const Problem& p) {
+  const int64_t rows =
+      p.groups * most(p.maps[0].samples, p.maps[1].samples) * p.grid.pixels();
+  SALKERNELS_ADD_BY_DTYPE(plan, norms, p.dtype, ceil_div(rows, kWarps), p.set_form ? 1 : 2, 0);
+}
+
+inline void add_match(Plan& plan, Problem& p, int64_t shared_limit) {
   if (p.dtype == kFloat64) {
-    const int64_t plane = p.grid.pixels();
-    const int64_t rows = p.groups * most(p.maps[0].samples, p.maps[1].samples) * plane;
-    SALKERNELS_ADD(plan, norms_f64_forward, ceil_div(rows, kWarps), p.set_form ? 1 : 2, 0);
-    SALKERNELS_ADD(plan, match_fp64, ceil_div(p.table() * plane, kWarps), 1, 0);
+    add_norms(plan, p);
+    SALKERNELS_ADD(plan, match_fp64, ceil_div(p.num_pairs * p.grid.pixels(), kWarps), 1, 0);
     return;
   }
-  const Tiling t = p.tiling = forward_tiling(p);
+  const Tiling t = p.tiling = forward_tiling(p, shared_limit);
+  const bool tf32 = p.dtype == kFloat32 && p.allow_tf32, lower = p.dtype == kFloat32 && !tf32;
+  if (t.streamed) {
+    add_norms(plan, p);
+    const int64_t blocks = p.windows() * p.num_pairs * t.chunks;
+    const int64_t bytes = stream_shared_bytes(t.stages, lower);
+    if (tf32) {
+      SALKERNELS_ADD(plan, stream_tf32, blocks, 1, bytes);
+      return;
+    }
+    switch (p.dtype) {
+      case kBFloat16: SALKERNELS_ADD(plan, stream_bf16, blocks, 1, bytes); break;
+      case kFloat16: SALKERNELS_ADD(plan, stream_fp16, blocks, 1, bytes); break;
+      default: SALKERNELS_ADD(plan, stream_fp32, blocks, 1, bytes);
+    }
+    return;
+  }
   const int64_t tile_pairs =
       p.set_form ? t.tiles[0] * (t.tiles[0] + 1) / 2 : t.tiles[0] * t.tiles[1];
-  const int64_t blocks = t.streamed ? p.units() * p.maps[0].samples * p.maps[1].samples * t.chunks
-                                    : ceil_div(p.units(), t.units) * tile_pairs;
-  const int64_t bytes = match_shared_bytes(t.stages, p.set_form && t.tiles[0] == 1 && !t.streamed);
-  if (p.dtype == kFloat32 && p.allow_tf32) {
+  const int64_t blocks = ceil_div(p.units(), t.units) * tile_pairs;
+  const int64_t bytes = match_shared_bytes(t.stages, p.set_form && t.tiles[0] == 1, lower);
+  if (tf32) {
     SALKERNELS_ADD(plan, match_tf32, blocks, 1, bytes);
   } else {
     SALKERNELS_ADD_BY_DTYPE(plan, match, p.dtype, blocks, 1, bytes);
   }
 }
 
-inline Plan plan_forward(Problem& p) {
+inline Plan plan_forward(Problem& p, int64_t shared_limit) {
   Plan plan;
-  if (p.pairs != nullptr) SALKERNELS_ADD(plan, number_pairs, 1, 1, 0);
-  if (p.table() > 0) add_match(plan, p);  // without samples there may still be room left over
+  // Without samples there may still be room left over.
+  if (p.table() > 0) add_match(plan, p, shared_limit);
+  const int64_t blocks = ceil_div(p.num_pairs, kLossPairs);
   if (p.dtype == kFloat64) {
-    SALKERNELS_ADD(plan, reduce_losses_f64, p.num_pairs, 1, kWarpScratch);
+    SALKERNELS_ADD(plan, reduce_losses_f64, blocks, 1, kThreads * 8 / 4);
   } else {
-    SALKERNELS_ADD(plan, reduce_losses_f32, p.num_pairs, 1, kWarpScratch);
+    SALKERNELS_ADD(plan, reduce_losses_f32, blocks, 1, kThreads * 8 / 4);
   }
+  return plan;
+}
+
+// Of a backward whose forward kept none.
+inline Plan plan_norms(Problem& p) {
+  Plan plan;
+  add_norms(plan, p);
   return plan;
 }
 

@@ -1,339 +1,303 @@
-// Backward where all samples of a window fit a tile: V = W X̂, where W holds the weights of matches
-// in both roles of a row, and dx = (V − (x̂·V) x̂) / ‖x‖. Features are read twice, for norms and for
-// products, the second time from where the first left them: the last chunks are still in shared
-// memory, the others in the cache, so device memory is read once. Each gradient is written once: by
-// its block, in a fixed order, without atomics.
+// Backward of 16-bit features where all samples of a window fit a tile: V = W X on the tensor core,
+// where W holds the weights of the terms of each row, and dx = (V − (x̂·V) x̂) / ‖x‖.
 //
-// W (rows x rows) lies in shared memory. As a query a row holds one weight for each pair, at its
-// match; as a key, those of the queries that chose it. Either kind alone has at most one weight in
-// a place, so they are written one after the other, each thread its own places.
+//           columns: rows of the unit as partners
+//   W  row  [ . w . | . . w | w . . | ... ]      a warp fills the rows of its samples from their
+//      row  [ w . . | . . . | . . w | ... ]      matches: no two lanes meet, so the order is fixed
+//
+// W is fp32. Each warp takes 16 rows of it to registers, as two 16-bit parts that together hold 16
+// bits of each weight (22 in fp16, whose rows are scaled by a power of two), and then multiplies all
+// channels: features go through shared memory once, chunk by chunk, and what comes out is written
+// to where they were, then to memory. Memory of W is free for stages as soon as it is in registers.
 #pragma once
 
-#include "match.cuh"
+#include "gradient_rows.cuh"
 
 namespace salkernels {
 namespace cuda {
 
-constexpr int kGradientPitch = kChunkWords + 8;  // words; columns of the tensor core on all banks
+constexpr int kWeightPitch = kTile + 4;       // words
+constexpr int kGradientPitch = kChunkWords + 4;  // words; rows of ldmatrix on all banks
+constexpr int kSteps = kTile / 16;            // of the tensor core over the columns of W
 
 struct alignas(16) GradientShared {
   const unsigned char* start[kTile];
-  const unsigned char* grad_start[kTile];
+  unsigned char* grad[kTile];
   int64_t stride[kTile], grad_stride[kTile];
-  float scale[kTile];    // to a unit vector; 0 for a row that has none
-  float inverse[kTile];  // of the norm, in the gradient
   float along[kTile];    // x̂·V
-  int32_t touched[kTile];  // by some pair
-  PairBits bits;
+  float self[kTile];     // dx = (V - self * x) * inverse
+  float inverse[kTile];
+  int32_t touched[kTile];  // by some term
+  int32_t plane[kTile];    // of the pixels of each unit
+  float exchange[kWarps][32];
   Unit units[kUnits];
-  alignas(16) uint32_t buffer[4];  // W, then chunks, of dynamic size
+  alignas(16) uint32_t buffer[4];  // W, and stages in its place and after it, of dynamic size
 };
 
 __host__ __device__ constexpr int64_t gradient_shared_bytes(int64_t rows, int64_t stages) {
   const int64_t staged = (rows + 31) / 32 * 32;
-  return int64_t(sizeof(GradientShared)) + 4 * staged * (staged + 4 + stages * kGradientPitch);
+  const int64_t weights = staged * kWeightPitch, chunks = stages * staged * kGradientPitch;
+  return int64_t(sizeof(GradientShared)) + 4 * (weights > chunks ? weights : chunks);
 }
 
-// Samples of both sides as the members of one tile: queries first, then, unless they are the
-// queries, keys.
-struct Nodes {
-  Side side;
-  int queries, keys, first_key;
+// Where each row of the tile is: row r is pixel r % L of node r / L % nodes of unit r / L / nodes.
+template <class T>
+__device__ inline void find_rows(const Problem& p, GradientShared& shared) {
+  const int units = int(p.tiling.units), nodes = int(p.group_nodes());
+  const int pixels = int(p.window_pixels()), r = threadIdx.x;
+  if (r < units) shared.units[r] = unit_of(p, int64_t(blockIdx.x) * units + r);
+  __syncthreads();
+  if (r >= kTile) return;
+  shared.start[r] = nullptr;
+  shared.grad[r] = nullptr;
+  shared.along[r] = 0;
+  shared.touched[r] = 0;
+  const int u = r / pixels;
+  shared.plane[r] = u < units && shared.units[u].group >= 0 && r % pixels < shared.units[u].pixels()
+                        ? int32_t(plane_index(p, shared.units[u], r % pixels))
+                        : -1;
+  const int member = r / pixels, node = member % nodes, pixel = r % pixels;
+  if (member >= units * nodes) return;
+  const Unit unit = shared.units[member / nodes];
+  if (unit.group < 0 || pixel >= unit.pixels()) return;
+  const int which = node >= p.maps[0].samples;
+  const Maps& maps = p.maps[which];
+  const int64_t sample = node - (which ? p.maps[0].samples : 0);
+  const int64_t element = sizeof(T);
+  shared.grad[r] = static_cast<unsigned char*>(maps.grad) +
+                   map_offset(maps.grad_strides, unit, sample, pixel) * element;
+  shared.grad_stride[r] = maps.grad_strides[2];
+  const float norm = static_cast<const float*>(
+      p.norm)[norm_index(p, unit.group, node, plane_index(p, unit, pixel))];
+  shared.self[r] = unit_scale(norm, float(p.eps));  // times x̂·V, as soon as that is known
+  shared.inverse[r] = gradient_scale(norm, float(p.eps));
+  // Those that are lost are left out: a NaN times zero would reach rows that have no pair with them.
+  if (!is_finite(norm) || norm == 0) return;
+  shared.start[r] = static_cast<const unsigned char*>(maps.data) +
+                    map_offset(maps.strides, unit, sample, pixel) * element;
+  shared.stride[r] = maps.strides[2];
+}
 
-  __device__ static Nodes of(const Problem& p) {
-    Nodes nodes{};
-    nodes.queries = int(p.maps[0].samples);
-    nodes.keys = int(p.maps[1].samples);
-    nodes.first_key = p.set_form ? 0 : nodes.queries;
-    const int samples = nodes.first_key + nodes.keys;
-    nodes.side = {0, samples, 0, int(p.tiling.units), samples, int(p.tiling.pixels)};
-    return nodes;
+// W and x̂·V: each warp those of its samples.
+__device__ inline void fill_weights(const Problem& p, GradientShared& shared) {
+  const int nodes = int(p.group_nodes()), pixels = int(p.window_pixels());
+  const int warp = threadIdx.x / 32, members = int(p.tiling.units) * nodes;
+  float* const weights = reinterpret_cast<float*>(shared.buffer);
+  for (int member = warp; member < members; member += kWarps) {
+    const int u = member / nodes;
+    if (shared.units[u].group < 0) break;
+    const NodeWindow at = NodeWindow::of(p, shared.units[u], member % nodes);
+    MatchWalk<float> walk(p, at, shared.plane + u * pixels);
+    float* const along = shared.along + member * pixels;
+    FewRows<float> few;
+    float* const rows = weights + member * pixels * kWeightPitch + u * nodes * pixels;
+    for (int role = 0; role < 2; ++role) {
+      const int chunks = walk.chunks(role == 1);
+      walk.start(0);
+      for (int chunk = 0; chunk < chunks; ++chunk, walk.next()) {
+        const RoleMatch<float> found = walk.load(role == 1);
+        if (found.row >= 0) {
+          // The two roles may share a place, but never these lanes.
+          rows[found.row * kWeightPitch + found.partner] += found.gradient * found.scale;
+          shared.touched[member * pixels + found.row] = 1;
+        }
+        const float part = found.gradient * found.max_sim;
+        if (FewRows<float>::suffice(pixels)) {
+          few.add(found.row, part);
+        } else {
+          const uint32_t same = __match_any_sync(kAllLanes, found.row);
+          add_by_row(along, found.row, same, part, shared.exchange[warp]);
+        }
+        __syncwarp();  // the next lanes may add to the same places
+      }
+    }
+    if (FewRows<float>::suffice(pixels)) few.store(along, pixels);
   }
-  // The number of a pair of nodes of a unit, in this direction.
-  __device__ int64_t slot(const Problem& p, const Unit& unit, int query, int key) const {
-    if (query >= queries || key < first_key) return -1;
-    return pair_slot(p, unit.group, query, key - first_key);
+}
+
+// 16 rows of W in registers: a[step] as the tensor core takes them.
+template <class T>
+struct Weights {
+  uint32_t high[kSteps][4], low[kSteps][4];
+  uint32_t active;   // steps with any weight
+  float factor[2];   // of the rows of this lane: undoes the scaling of fp16
+
+  __device__ static float rest(float x) {
+    T rounded;
+    narrow(x, rounded);
+    return x - float(widen(rounded));
+  }
+  // A power of two that takes the largest weight of a row near 2^13, in fp16.
+  __device__ static float scale_of(const float* row, int staged) {
+    if constexpr (!kScaled) return 1;
+    float largest = 0;
+    for (int c = threadIdx.x % 4 * 2; c < staged; c += 8) {
+      largest = fmaxf(largest, fmaxf(fabsf(row[c]), fabsf(row[c + 1])));
+    }
+    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
+    const int exponent = int(float_to_bits(largest) >> 23);
+    if (exponent == 255 || exponent < 20) return exponent == 255 ? 1 : bits_to_float(240u << 23);
+    return bits_to_float(uint32_t(127 + 13 + 127 - exponent) << 23);
+  }
+  static constexpr bool kScaled = IsHalf<T>::value;
+
+  __device__ void load(const float* weights, int staged) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    active = 0;
+    factor[0] = factor[1] = 1;
+    if (warp * 16 >= staged) return;
+    const float* rows[2];
+    float scale[2];
+#pragma unroll
+    for (int upper = 0; upper < 2; ++upper) {
+      rows[upper] = weights + (warp * 16 + upper * 8 + lane / 4) * kWeightPitch;
+      scale[upper] = scale_of(rows[upper], staged);
+      factor[upper] = 1 / scale[upper];
+    }
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      bool any = false;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float2 pair = make_float2(0, 0);
+        if (k * 16 < staged) {
+          pair = *reinterpret_cast<const float2*>(rows[i % 2] + k * 16 + i / 2 * 8 + lane % 4 * 2);
+        }
+        const float x = pair.x * scale[i % 2], y = pair.y * scale[i % 2];
+        high[k][i] = narrow_pair(x, y, T{});
+        low[k][i] = narrow_pair(rest(x), rest(y), T{});
+        any = any || x != 0 || y != 0;
+      }
+      if (__ballot_sync(kAllLanes, any) != 0) active |= 1u << k;
+    }
   }
 };
 
-// Writes to W the weights of matches, or with `reverse` adds them to its mirror image. `times_sim`:
-// times max_sim, whose sum is x̂·V, and takes a max_sim that is NaN to the gradients of both rows;
-// else to be multiplied by features that are not unit vectors yet.
-template <bool reverse, bool times_sim>
-__device__ void add_weights(const Problem& p, GradientShared& shared, const Nodes& nodes,
-                            float* weights, int pitch) {
-  const int pixels = nodes.side.pixels, per_unit = nodes.queries * nodes.keys;
-  for (int i = threadIdx.x; i < nodes.side.units * per_unit * pixels; i += kThreads) {
-    const int pixel = i % pixels, pair = i / pixels, u = pair / per_unit;
-    const int query = pair % per_unit / nodes.keys, key = pair % nodes.keys;
-    const int first = u * nodes.side.samples + query;
-    const int second = u * nodes.side.samples + nodes.first_key + key;
-    if (!shared.bits.get(first, second)) continue;
-    const Unit unit = shared.units[u];
-    if (pixel >= unit.pixels()) continue;
-    const int64_t slot = pair_slot(p, unit.group, query, key);
-    const int64_t at = slot * p.grid.pixels() + plane_index(p, unit, pixel);
-    const int match = load_match(p, unit, at);
-    if (match < 0) continue;
-    const int row = first * pixels + pixel, column = second * pixels + match;
-    const float weight = static_cast<const float*>(p.grad_sim)[at] *
-                         (times_sim ? static_cast<const float*>(p.max_sim)[at]
-                          : reverse ? shared.scale[row]
-                                    : shared.scale[column]);
-    // Threads that mark the same row write the same.
-    if (reverse) {
-      weights[column * pitch + row] += weight;
-      shared.touched[column] = 1;
-    } else {
-      weights[row * pitch + column] = weight;
-      shared.touched[row] = 1;
-    }
-  }
-}
-
-__device__ inline void clear_words(uint32_t* words, int count) {
-  for (int i = threadIdx.x * 4; i < count; i += kThreads * 4) {
-    *reinterpret_cast<Piece*>(words + i) = Piece{};
-  }
-}
-
-// x̂·V of each row, which the maxima give without another product: the sum of weight times max_sim
-// over its matches (its row of W) and over those that chose it (its column).
-__device__ inline void sum_along(const Problem& p, GradientShared& shared, const Nodes& nodes,
-                                 float* weights, int staged) {
-  const int pitch = staged + 4, row = threadIdx.x / 2, half = threadIdx.x % 2;
-  add_weights<false, true>(p, shared, nodes, weights, pitch);
-  __syncthreads();
-  float along = 0;
-  if (row < staged) {
-    for (int c = half * 4; c < staged; c += 8) {
-      const float4 four = *reinterpret_cast<const float4*>(weights + row * pitch + c);
-      along += (four.x + four.y) + (four.z + four.w);
-    }
-    for (int r = half; r < staged; r += 2) along += weights[r * pitch + row];
-  }
-  along += __shfl_xor_sync(0xffffffffu, along, 1);
-  if (row < staged && half == 0) shared.along[row] = along;
-  __syncthreads();
-}
-
-// One 32-bit word of the tensor core's right factor: a feature as tf32, and what is left of it.
-__device__ inline Split right_factor(const uint32_t* chunk, int row, int channel, float) {
-  return split(chunk[row * kGradientPitch + channel]);
-}
 template <class T>
-__device__ inline Split right_factor(const uint32_t* chunk, int row, int channel, T) {
-  const T* values = reinterpret_cast<const T*>(chunk + row * kGradientPitch);
-  return {float_to_bits(widen(values[channel])), 0};  // 16 bits fit a tf32 whole
-}
-
-// V of the warp's 16 rows and the chunk's channels.
-template <class Mode, int kColumns>
-__device__ inline void multiply_weights(float (&sums)[kColumns][4], const float* weights,
-                                        int staged, uint32_t active, const uint32_t* chunk) {
-  using T = typename Mode::T;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pitch = staged + 4;
-  const uint32_t* rows = reinterpret_cast<const uint32_t*>(weights) +
-                         (warp * 16 + lane % 16) * pitch + lane / 16 * 4;
-  for (int k = 0; k < staged / 8; ++k) {
-    if ((active >> k & 1) == 0) continue;
-    uint32_t a[4], a_low[4];
-    load_matrices(a, rows + k * 8);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const Split x = split(a[i]);
-      a[i] = x.high;
-      a_low[i] = x.low;
-    }
-    const int row = k * 8 + lane % 4;
-#pragma unroll
-    for (int n = 0; n < kColumns; ++n) {
-      const int channel = n * 8 + lane / 4;
-      const Split b0 = right_factor(chunk, row, channel, T{});
-      const Split b1 = right_factor(chunk, row + 4, channel, T{});
-      if constexpr (Mode::kProducts == 3 || sizeof(T) == 2) {
-        multiply_tf32(sums[n], a_low, b0.high, b1.high);
-      }
-      if constexpr (Mode::kProducts == 3) multiply_tf32(sums[n], a, b0.low, b1.low);
-      multiply_tf32(sums[n], a, b0.high, b1.high);
-    }
+__device__ inline void multiply_16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
+                                   uint32_t b1) {
+  if constexpr (IsHalf<T>::value) {
+    multiply_f16(sum, a, b0, b1);
+  } else {
+    multiply_bf16(sum, a, b0, b1);
   }
 }
 
-// dx of two channels beside each other, in the place of x.
+// 16 columns of W, by 16 channels.
+template <class T, int kStep, int kChannels>
+__device__ inline void multiply_channels(float (&sums)[8][4], const Weights<T>& weights,
+                                         SharedWords chunk) {
+  uint32_t b[4];
+  load_matrices_across<kStep * 16 * kGradientPitch + kChannels * 8>(b, chunk);
+  multiply_16<T>(sums[2 * kChannels], weights.low[kStep], b[0], b[1]);
+  multiply_16<T>(sums[2 * kChannels + 1], weights.low[kStep], b[2], b[3]);
+  multiply_16<T>(sums[2 * kChannels], weights.high[kStep], b[0], b[1]);
+  multiply_16<T>(sums[2 * kChannels + 1], weights.high[kStep], b[2], b[3]);
+}
+template <class T, int kStep>
+__device__ inline void multiply_columns(float (&sums)[8][4], const Weights<T>& weights,
+                                        SharedWords chunk) {
+  if ((weights.active >> kStep & 1) != 0) {
+    multiply_channels<T, kStep, 0>(sums, weights, chunk);
+    multiply_channels<T, kStep, 1>(sums, weights, chunk);
+    multiply_channels<T, kStep, 2>(sums, weights, chunk);
+    multiply_channels<T, kStep, 3>(sums, weights, chunk);
+  }
+  if constexpr (kStep + 1 < kSteps) multiply_columns<T, kStep + 1>(sums, weights, chunk);
+}
+
+// V of the warp's 16 rows and the chunk's 64 channels. Lanes 0 to 15 name the rows of a step, the
+// others those rows 8 channels on.
 template <class T>
-__device__ inline void replace_by_gradient(uint32_t* chunk, int row, int channel, float v0,
-                                           float v1, float along, float scale, float inverse,
-                                           bool touched) {
-  T* x = reinterpret_cast<T*>(chunk + row * kGradientPitch) + channel;
-  const float d0 = (v0 - along * (widen(x[0]) * scale)) * inverse;
-  const float d1 = (v1 - along * (widen(x[1]) * scale)) * inverse;
-  // Without a pair there is no gradient, be x an Inf or a NaN.
-  narrow(touched ? d0 : 0.0f, x[0]);
-  narrow(touched ? d1 : 0.0f, x[1]);
+__device__ inline void multiply_weights(float (&sums)[8][4], const Weights<T>& weights,
+                                        const uint32_t* chunk) {
+  const int lane = threadIdx.x % 32;
+  const SharedWords at = shared_words(chunk + lane % 16 * kGradientPitch + lane / 16 * 4);
+  multiply_columns<T, 0>(sums, weights, at);
 }
 
-// Fills the rows of the tile, and says by which nodes the tile is needed at all.
-template <class Mode>
-__device__ bool find_rows(const Problem& p, GradientShared& shared, const Nodes& nodes) {
-  const Side& side = nodes.side;
-  if (int(threadIdx.x) < side.units) {
-    shared.units[threadIdx.x] = unit_of(p, int64_t(blockIdx.x) * side.units + threadIdx.x);
-  }
-  __syncthreads();
-  const Unit* const all = shared.units;
-  shared.bits.fill(side.members(), side.members(), [&](int a, int b) {
-    const int u = side.unit(a);
-    if (u != side.unit(b) || !side.exists(all, a)) return false;
-    return nodes.slot(p, all[u], a % side.samples, b % side.samples) >= 0;
-  });
-  __syncthreads();
-  const int r = threadIdx.x;
-  bool needed = false;
-  if (r < kTile) {
-    const int member = r / side.pixels, element = int(sizeof(typename Mode::T));
-    shared.start[r] = shared.grad_start[r] = nullptr;
-    shared.along[r] = 0;
-    shared.touched[r] = 0;
-    if (side.exists(all, member)) {
-      const Unit unit = all[side.unit(member)];
-      const int node = member % side.samples, pixel = r % side.pixels;
-      const Maps& maps = p.maps[node >= nodes.queries];
-      const int64_t sample = node >= nodes.queries ? node - nodes.queries : node;
-      if (pixel < unit.pixels()) {
-        shared.grad_start[r] = static_cast<const unsigned char*>(maps.grad) +
-                               map_offset(maps.grad_strides, unit, sample, pixel) * element;
-        shared.grad_stride[r] = maps.grad_strides[2];
-        needed = (shared.bits.any_of_row(member) ||
-                  shared.bits.any_of_column(member, side.members())) &&
-                 is_valid(p, maps, unit, sample, pixel);
-        if (needed) {
-          shared.start[r] = static_cast<const unsigned char*>(maps.data) +
-                            map_offset(maps.strides, unit, sample, pixel) * element;
-          shared.stride[r] = maps.strides[2];
-        }
+// dx in the place of x, for the warp's 16 rows.
+template <class T>
+__device__ inline void replace_by_gradient(const GradientShared& shared, uint32_t* chunk,
+                                           const float (&sums)[8][4], const float (&factor)[2]) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int upper = 0; upper < 2; ++upper) {
+    const int r = warp * 16 + upper * 8 + lane / 4;
+    const float self = shared.self[r], inverse = shared.inverse[r];
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      uint32_t* const at = chunk + r * kGradientPitch + n * 4 + lane % 4;
+      float x[2];
+      widen_pair(*at, T{}, x[0], x[1]);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float v = sums[n][2 * upper + i];
+        if constexpr (Weights<T>::kScaled) v *= factor[upper];
+        x[i] = (v - self * x[i]) * inverse;
       }
+      *at = narrow_pair(x[0], x[1], T{});
     }
   }
-  return __syncthreads_or(needed);
 }
 
-template <class Mode>
+template <class T>
 __device__ void gradient_tile(const Problem& p) {
-  using T = typename Mode::T;
-  constexpr int kChannels = kChunkWords * 4 / int(sizeof(T)), kColumns = kChannels / 8;
+  constexpr int kChannels = kChunkWords * 4 / int(sizeof(T));
   SALKERNELS_SHARED(memory);
   GradientShared& shared = *reinterpret_cast<GradientShared*>(memory);
-  const Nodes nodes = Nodes::of(p);
-  const bool needed = find_rows<Mode>(p, shared, nodes);
-  const int staged = nodes.side.staged(), words = staged * kGradientPitch;
-  const int stages = int(p.tiling.stages), ahead = stages > 4 ? 3 : stages - 1;
-  float* const weights = reinterpret_cast<float*>(shared.buffer);
-  uint32_t* const buffer = shared.buffer + staged * (staged + 4);
-  const int64_t chunks = (p.channels + kChannels - 1) / kChannels;
+  const int rows = int(p.tiling.units * p.group_nodes() * p.window_pixels());
+  const int staged = (rows + 31) / 32 * 32, words = staged * kGradientPitch;
+  const int channels = int(p.channels), chunks = (channels + kChannels - 1) / kChannels;
+  const int stages = int(p.tiling.stages), warp = threadIdx.x / 32;
+  find_rows<T>(p, shared);
+  for (int i = threadIdx.x * 4; i < staged * kWeightPitch; i += kThreads * 4) {
+    *reinterpret_cast<Piece*>(shared.buffer + i) = Piece{};
+  }
+  __syncthreads();
+  fill_weights(p, shared);
+  __syncthreads();
+  Weights<T> weights;
+  weights.load(reinterpret_cast<const float*>(shared.buffer), staged);
+  if (threadIdx.x < kTile) {
+    const int r = threadIdx.x;
+    const bool touched = shared.touched[r] != 0;
+    shared.self[r] = touched ? shared.self[r] * shared.along[r] : 0;
+    shared.inverse[r] = touched ? shared.inverse[r] : 0;
+  }
+  __syncthreads();  // W is in registers
 
   const bool load_vector = p.maps[0].vector && p.maps[1].vector;
   const bool load_along = p.maps[0].strides[2] == 1 && p.maps[1].strides[2] == 1;
   const bool store_vector = p.maps[0].grad_vector && p.maps[1].grad_vector;
   const bool store_along = p.maps[0].grad_strides[2] == 1 && p.maps[1].grad_strides[2] == 1;
-  const auto stage = [&](int64_t chunk) {
-    load_chunk<T, kGradientPitch>({shared.start, 0, shared.stride}, staged, load_vector,
-                                  load_along, chunk * kChannels, p.channels,
-                                  buffer + chunk % stages * words);
+  const auto stage = [&](int chunk, int place) {
+    if (chunk < chunks) {
+      load_chunk<T, kGradientPitch>({shared.start, 0, shared.stride}, staged, load_vector,
+                                    load_along, chunk * kChannels, channels,
+                                    shared.buffer + place * words);
+    }
+    copy_async_commit();
   };
-  const auto store = [&](int64_t chunk, const uint32_t* from) {
-    store_chunk<T, kGradientPitch>({shared.grad_start, 0, shared.grad_stride}, staged,
-                                   store_vector, store_along, chunk * kChannels, p.channels, from);
-  };
-  if (!needed) {
-    clear_words(buffer, words);
+  for (int chunk = 0; chunk < stages - 1; ++chunk) stage(chunk, chunk);
+  int place = 0, next = stages - 1;
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    copy_async_wait(stages - 2);
+    // The chunk has landed, and the gradient of the one before is on its way.
     __syncthreads();
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) store(chunk, buffer);
-    return;
-  }
-
-  // First pass: norms. The last chunks stay for the second pass, which begins with them.
-  const int row = threadIdx.x / 2, half = threadIdx.x % 2;  // every other 16 bytes each
-  float total = 0;
-  for (int64_t chunk = 0; chunk < ahead; ++chunk) {
-    if (chunk < chunks) stage(chunk);
-    copy_async_commit();
-  }
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    if (ahead > 0) copy_async_wait(ahead - 1);
+    stage(chunk + stages - 1, next);
+    uint32_t* const x = shared.buffer + place * words;
+    float sums[8][4] = {};
+    multiply_weights<T>(sums, weights, x);
     __syncthreads();
-    if (chunk + ahead < chunks) stage(chunk + ahead);
-    copy_async_commit();
-    if (ahead == 0) {
-      copy_async_wait(0);
-      __syncthreads();
-    }
-    if (row < staged) {
-      total += sum_of_squares<T>(
-          buffer + chunk % stages * words + row * kGradientPitch + half * 4,
-          kChunkWords - half * 4, 2);
-    }
-  }
-  copy_async_wait(0);
-  total += __shfl_xor_sync(0xffffffffu, total, 1);
-  bool lost = false;  // a row without a unit vector
-  if (row < staged && half == 0) {
-    const float norm = row_norm(total);  // 0 of a row that is not there
-    const float scale = unit_scale(norm, float(p.eps));
-    lost = !is_finite(norm);
-    shared.scale[row] = lost ? 0.0f : scale;
-    shared.inverse[row] = gradient_scale(norm, float(p.eps));
-  }
-  const bool any_lost = __syncthreads_or(lost);
-
-  const int pitch = staged + 4;
-  clear_words(shared.buffer, staged * pitch);
-  __syncthreads();
-  sum_along(p, shared, nodes, weights, staged);
-  clear_words(shared.buffer, staged * pitch);
-  __syncthreads();
-  add_weights<false, false>(p, shared, nodes, weights, pitch);
-  __syncthreads();
-  add_weights<true, false>(p, shared, nodes, weights, pitch);
-  __syncthreads();
-
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int pixels = nodes.side.pixels, members = nodes.side.members();
-  const uint32_t active = __ballot_sync(
-      0xffffffffu, lane * 8 < staged && warp * 16 < staged &&
-                       shared.bits.any_of_block(warp * 16, 16, pixels, members, lane * 8, 8,
-                                                pixels, members, true));
-  for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
-    uint32_t* const x = buffer + chunk % stages * words;
-    copy_async_wait(stages - 1);
+    if (warp * 16 < staged) replace_by_gradient<T>(shared, x, sums, weights.factor);
     __syncthreads();
-    if (any_lost) {  // 0 · NaN would reach rows that are in no pair with this one
-      for (int i = threadIdx.x; i < staged * kChunkWords; i += kThreads) {
-        const int r = i / kChunkWords;
-        if (shared.scale[r] == 0) x[r * kGradientPitch + i % kChunkWords] = 0;
-      }
-      __syncthreads();
-    }
-    float sums[kColumns][4] = {};
-    if (active != 0) multiply_weights<Mode, kColumns>(sums, weights, staged, active, x);
-    __syncthreads();
-    if (warp * 16 < staged) {
-#pragma unroll
-      for (int upper = 0; upper < 2; ++upper) {
-        const int r = warp * 16 + upper * 8 + lane / 4;
-#pragma unroll
-        for (int n = 0; n < kColumns; ++n) {
-          replace_by_gradient<T>(x, r, n * 8 + lane % 4 * 2, sums[n][2 * upper],
-                                 sums[n][2 * upper + 1], shared.along[r], shared.scale[r],
-                                 shared.inverse[r], shared.touched[r] != 0);
-        }
-      }
-    }
-    __syncthreads();
-    store(chunk, x);
-    __syncthreads();
-    if (chunk >= stages) stage(chunk - stages);
-    copy_async_commit();
+    store_chunk<T, kGradientPitch>(
+        {reinterpret_cast<const unsigned char* const*>(shared.grad), 0, shared.grad_stride},
+        staged, store_vector, store_along, chunk * kChannels, channels, x);
+    place = place + 1 == stages ? 0 : place + 1;
+    next = next + 1 == stages ? 0 : next + 1;
   }
 }
 

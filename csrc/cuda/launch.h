@@ -10,8 +10,11 @@ namespace cuda {
 const char* launch_forward(Problem problem, void* stream);
 const char* launch_backward(Problem problem, void* stream);
 
-// Whether the backward needs norms, chosen_end and chosen_by on the current device.
-bool backward_needs_lists(const Problem& problem);
+// The norms alone, for a backward that follows a forward which kept none.
+const char* launch_norms(Problem problem, void* stream);
+
+// Whether the backward needs term_end, along and terms on the current device.
+bool backward_needs_terms(const Problem& problem);
 
 // The latest CUDA that the driver supports, as 1000 major + 10 minor; 0 without a driver.
 int driver_version();

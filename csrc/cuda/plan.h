@@ -6,33 +6,39 @@
 
 #include "gather.cuh"
 #include "gradient_tile.cuh"
+#include "match.cuh"
 
 namespace salkernels {
 namespace cuda {
 
 // What the kernels are called, in profilers and in the tests; X(name, minimal blocks, body).
 #define SALKERNELS_FORWARD_KERNELS(X)                        \
-  X(number_pairs, 1, number_pairs(p))                        \
-  X(norms_f64_forward, 1, norms<double>(p))                  \
   X(match_fp32, 2, match<Fp32>(p))                           \
   X(match_tf32, 2, match<Tf32>(p))                           \
   X(match_bf16, 2, match<Bf16>(p))                           \
   X(match_fp16, 2, match<Fp16>(p))                           \
   X(match_fp64, 1, match_plain<double>(p))                   \
-  X(reduce_losses_f32, 1, reduce_losses<float>(p))           \
-  X(reduce_losses_f64, 1, reduce_losses<double>(p))
-
-#define SALKERNELS_BACKWARD_KERNELS(X)                       \
-  X(number_pairs_backward, 1, number_pairs(p))               \
-  X(gradient_tile_fp32, 1, gradient_tile<Fp32>(p))           \
-  X(gradient_tile_tf32, 1, gradient_tile<Tf32>(p))           \
-  X(gradient_tile_bf16, 1, gradient_tile<Bf16>(p))           \
-  X(gradient_tile_fp16, 1, gradient_tile<Fp16>(p))           \
   X(norms_fp32, 1, norms<float>(p))                          \
   X(norms_fp64, 1, norms<double>(p))                         \
   X(norms_bf16, 1, norms<BFloat16>(p))                       \
   X(norms_fp16, 1, norms<Half>(p))                           \
-  X(invert, 1, invert(p))                                    \
+  X(stream_fp32, 2, stream<Fp32>(p))                         \
+  X(stream_tf32, 2, stream<Tf32>(p))                         \
+  X(stream_bf16, 2, stream<Bf16>(p))                         \
+  X(stream_fp16, 2, stream<Fp16>(p))                         \
+  X(reduce_losses_f32, 1, reduce_losses<float>(p))           \
+  X(reduce_losses_f64, 1, reduce_losses<double>(p))
+
+#define SALKERNELS_BACKWARD_KERNELS(X)                       \
+  X(sort_pairs, 1, sort_pairs(p))                            \
+  X(gradient_tile_bf16, 2, gradient_tile<BFloat16>(p))       \
+  X(gradient_tile_fp16, 2, gradient_tile<Half>(p))           \
+  X(list_terms_f32, 1, list_terms<float>(p))                 \
+  X(list_terms_f64, 1, list_terms<double>(p))                \
+  X(gradient_rows_fp32, 2, (gradient_rows<float, 1>(p)))     \
+  X(gradient_rows_wide, 2, (gradient_rows<float, 2>(p)))     \
+  X(gradient_rows_bf16, 2, (gradient_rows<BFloat16, 1>(p)))  \
+  X(gradient_rows_fp16, 2, (gradient_rows<Half, 1>(p)))      \
   X(gather_fp32, 1, gather<float>(p))                        \
   X(gather_fp64, 1, gather<double>(p))                       \
   X(gather_bf16, 1, gather<BFloat16>(p))                     \
@@ -78,19 +84,22 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-constexpr int64_t kWarpScratch = kWarps * 8;  // a double of each warp
+// Bytes of shared memory with which two blocks fit a multiprocessor, which has little more of it
+// than one block may ask for, and keeps 1 KB of each.
+inline int64_t half_of(int64_t shared_limit) { return (shared_limit + 1024) / 2 - 1024; }
 
 // Tiles of the forward: all samples of one window or of several, or some of one, or some pixels.
-inline Tiling forward_tiling(const Problem& p) {
+inline Tiling forward_tiling(const Problem& p, int64_t shared_limit) {
   Tiling t{};
   const int64_t pixels = p.window_pixels();
+  const bool lower = p.dtype == kFloat32 && !p.allow_tf32;
   t.units = t.samples[0] = t.samples[1] = t.tiles[0] = t.tiles[1] = t.chunks = 1;
   if (pixels > kTile) {
     t.streamed = 1;
     // Chunks of even size, by eights: the tensor core's columns.
     t.pixels = ceil_div(ceil_div(pixels, ceil_div(pixels, kTile)), 8) * 8;
     t.chunks = ceil_div(pixels, t.pixels);
-    t.stages = 2;
+    t.stages = stream_shared_bytes(2, lower) <= shared_limit ? 2 : 1;
     return t;
   }
   t.pixels = pixels;
@@ -103,26 +112,53 @@ inline Tiling forward_tiling(const Problem& p) {
     const int64_t rows = most(t.samples[0], t.samples[1]) * pixels;
     t.units = least(least(kTile / rows, int64_t(kUnits)), p.units());
   }
-  // Either number takes about the memory that the similarities take afterwards in the same place,
-  // and leaves room for a second block in the 164 KB of a multiprocessor.
-  t.stages = p.set_form && t.tiles[0] == 1 ? 4 : 2;
+  // As many as take about the memory that the similarities take afterwards in the same place, and
+  // leave room for a second block in the 164 KB of a multiprocessor.
+  if (p.set_form && t.tiles[0] == 1) {
+    t.stages = lower ? 2 : 3;
+  } else {
+    t.stages = match_shared_bytes(2, false, lower) <= shared_limit ? 2 : 1;
+  }
   return t;
 }
 
 // Whether all samples of a window fit one tile of the backward; sets the tiling if so.
-inline bool backward_tiling(Problem& p, int64_t shared_limit) {
-  const int64_t nodes = p.maps[0].samples + (p.set_form ? 0 : p.maps[1].samples);
-  const int64_t rows = nodes * p.window_pixels();
-  if (p.dtype == kFloat64 || rows > kTile) return false;
+inline bool tile_tiling(Problem& p, int64_t shared_limit) {
+  const int64_t rows = p.group_nodes() * p.window_pixels();
+  if ((p.dtype != kBFloat16 && p.dtype != kFloat16) || rows > kTile) return false;
   Tiling t{};
   t.units = least(least(kTile / rows, int64_t(kUnits)), p.units());
-  t.pixels = p.window_pixels();
-  const int64_t bytes = p.channels * (p.dtype == kFloat32 ? 4 : 2);
-  t.stages = ceil_div(bytes, kChunkWords * 4);
-  const int64_t all = t.units * rows;
-  while (t.stages > 1 && gradient_shared_bytes(all, t.stages) > shared_limit) --t.stages;
+  t.stages = 3;  // in the place of W
   p.tiling = t;
-  return gradient_shared_bytes(all, t.stages) <= shared_limit;
+  return gradient_shared_bytes(t.units * rows, t.stages) <= shared_limit;
+}
+
+inline int64_t rows_shared_bytes(const Problem& p, int64_t words) {
+  const int64_t nodes = p.group_nodes(), pixels = p.window_pixels();
+  const bool straight = p.maps[0].grad_vector && p.maps[1].grad_vector;
+  return rows_table_bytes(nodes, pixels) + nodes * pixels * words * (straight ? 4 : 8);
+}
+
+// How lists of terms are made and used: a slice of the rows of a window in shared memory, the widest
+// that leaves room for a second block, or the widest of all; none (0), and partners are gathered
+// from memory.
+inline void list_tiling(Problem& p, int64_t shared_limit) {
+  Tiling t{};
+  const int64_t pixels = p.window_pixels(), wide = p.dtype == kFloat64 ? 8 : 4;
+  t.team = pixels > kTile ? kWarps : 1;
+  t.lists_in_memory = terms_shared_bytes(pixels, t.team, wide) > shared_limit;
+  if (t.lists_in_memory) t.team = 1;
+  const int64_t row_words = p.channels * (p.dtype == kFloat32 ? 4 : 2) / 4;
+  const int64_t widest = p.dtype == kFloat32 && row_words > kChunkWords ? 64 : 32;
+  for (int64_t words = widest; words >= 8 && p.dtype != kFloat64; words /= 2) {
+    const int64_t bytes = rows_shared_bytes(p, words);
+    if (t.slice_words == 0 && bytes <= shared_limit) t.slice_words = words;
+    if (words >= 16 && bytes <= half_of(shared_limit)) {
+      t.slice_words = words;
+      break;
+    }
+  }
+  p.tiling = t;
 }
 
 }  // namespace cuda

@@ -17,7 +17,6 @@ enum DType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 struct Maps {
   const void* data;  // (G, S, C, H, W)
   void* grad;        // (G, S, C, H, W)
-  void* norms;       // (G, S, H·W): backward of large windows, and float64
   const uint8_t* valid;  // (G, S, H·W) bool, from the first sample of this side on; null: all
   int64_t strides[5], grad_strides[5];  // in elements
   int64_t samples;
@@ -34,17 +33,35 @@ struct Tiling {
   int64_t pixels;         // of a window (of a chunk of it, if streamed) in a tile
   int64_t chunks;         // of a window, if streamed
   int64_t stages;         // channel chunks that shared memory holds
+  int64_t slice_words;    // of a row that a block of gradient_rows holds: 64, 32, 16 or 8
+  int64_t team;           // warps that list the terms of one sample in one window: 1, or all
+  int64_t lists_in_memory;  // what they count is too much for shared memory
+};
+
+// A row that another was matched with, in the gradient of that other: see terms.cuh. Lists of these
+// stand in device memory, one for each row of the maps.
+template <class F>
+struct Term {
+  int32_t row;  // number in the unit: node * (pixels of the window) + pixel
+  F weight;     // to be multiplied by the row's features as they are
 };
 
 struct Problem {
   Maps maps[2];                 // query and key; the same twice in the set form
-  const int64_t* pairs;         // (P,) places in (G, N, M), -1: room left over; null: every pair
-  int32_t* slots;               // (G, N, M): number of each pair, -1 where there is none
-  const void* grad_sim;         // (P, H·W) gradient of max_sim
-  void* argmax;                 // (P, H·W) uint8 or int32
-  void* max_sim;                // (P, H·W)
-  void* loss;                   // (P,)
-  int32_t *chosen_end, *chosen_by;  // (P, H·W): see gather.cuh
+  const int64_t* pairs;    // (P,) places in (G, N, M), ascending, then -1: room; null: every pair
+  const void* grad_sim;    // (H·W, P) gradient of max_sim
+  void* argmax;            // (H·W, P) uint8 or int32
+  void* max_sim;           // (H·W, P)
+  void* loss;              // (P,)
+  void* norm;              // (H·W, nodes) of every row: see rows.cuh
+  // Backward: the pairs by query and by key, and terms. See terms.cuh.
+  int32_t* query_begin;    // (G·N + 1,)
+  int32_t* key_begin;      // (G·M + 1,)
+  int32_t* by_key;         // (P,)
+  int32_t* by_key_query;   // (P,)
+  int32_t* term_end;       // (nodes, H·W)
+  void* along;             // (nodes, H·W)
+  void* terms;             // (2 P H·W,)
   int64_t set_form, wide_index;
   int64_t groups, channels, num_pairs;
   int64_t dtype, allow_tf32;
@@ -60,6 +77,11 @@ struct Problem {
   SALKERNELS_HOST_DEVICE int64_t table() const {
     return groups * maps[0].samples * maps[1].samples;
   }
+  // A node is a sample: queries first, then keys that are not the queries.
+  SALKERNELS_HOST_DEVICE int64_t group_nodes() const {
+    return maps[0].samples + (set_form ? 0 : maps[1].samples);
+  }
+  SALKERNELS_HOST_DEVICE int64_t nodes() const { return groups * group_nodes(); }
 };
 
 enum : int {
@@ -68,6 +90,7 @@ enum : int {
   kWarps = kThreads / 32,
   kUnits = 32,       // most windows of a tile
   kChunkWords = 32,  // 128 bytes of channels: what is staged of a row at a time
+  kLossPairs = 8,    // of a block of reduce_losses: 32 bytes of each pixel
 };
 
 }  // namespace cuda

@@ -41,12 +41,6 @@ struct Side {
   }
 };
 
-// Number of a pair; negative where there is none.
-__device__ inline int64_t pair_slot(const Problem& p, int64_t group, int64_t query, int64_t key) {
-  const int64_t flat = (group * p.maps[0].samples + query) * p.maps[1].samples + key;
-  return p.slots == nullptr ? flat : p.slots[flat];
-}
-
 // Where a pixel of a window stands in the map.
 __device__ inline int64_t plane_index(const Problem& p, const Unit& unit, int pixel) {
   return (unit.row + pixel / unit.columns) * p.grid.width + unit.column + pixel % unit.columns;
@@ -85,14 +79,24 @@ __device__ inline int nominal_offset(const Problem& p, const Unit& unit, int pix
   return columns == unit.columns ? pixel : pixel / unit.columns * columns + pixel % unit.columns;
 }
 
+// Of every row: ‖x‖; NaN where that is no finite number; Inf of a row that nobody has to load. As
+// the Triton kernels have it, so that the backward of either can follow the forward of the other.
+__device__ inline int64_t norm_index(const Problem& p, int64_t group, int64_t node,
+                                     int64_t plane) {
+  return plane * p.nodes() + group * p.group_nodes() + node;
+}
+
+// The outputs lie pixel by pixel with the pairs innermost: those of one pixel are neighbours, and
+// lanes that take pairs beside each other fill whole sectors.
+__device__ inline int64_t match_index(const Problem& p, int64_t slot, int64_t plane) {
+  return plane * p.num_pairs + slot;
+}
+
 // A query pixel without a match is as similar as can be: no penalty of 1 - max_sim counts it.
 template <class F>
-__device__ inline void store_match(const Problem& p, int64_t slot, const Unit& unit, int pixel,
-                                   const Best<F>& best) {
-  const int64_t at = slot * p.grid.pixels() + plane_index(p, unit, pixel);
-  const bool found = best.place >= 0;
-  static_cast<F*>(p.max_sim)[at] = found ? best.value : F(1);
-  store_argmax(p, at, found ? nominal_offset(p, unit, best.place) : no_match(p));
+__device__ inline void store_match(const Problem& p, int64_t at, F value, int nominal) {
+  static_cast<F*>(p.max_sim)[at] = nominal >= 0 ? value : F(1);
+  store_argmax(p, at, nominal >= 0 ? nominal : no_match(p));
 }
 
 // The match of a query pixel that stands at `at`, as a pixel of the window; -1 if it has none.
@@ -129,20 +133,37 @@ __device__ inline PiecePlace piece_place(int i, int rows, bool along_channels) {
   return {i % rows, i / rows};
 }
 
+// A piece of a row that is kPlace times 32 after the first of this thread.
+template <class T, int Pitch, int kPlace>
+__device__ inline void load_rows(const unsigned char* const* start, SharedWords at,
+                                 int64_t offset, bool inside, bool exists) {
+  constexpr int kRow = kPlace * kThreads / 8;
+  if (!exists) return;
+  const unsigned char* from = start[kRow];
+  copy_async_16<kRow * Pitch>(at, from + offset, inside && from != nullptr);
+}
+
 // Stages 128 bytes of channels of each row, from channel `first` on; zeros where there are none.
+// Where rows are vectors, thread t takes piece t % 8 of rows t / 8, t / 8 + 32, ...
 template <class T, int Pitch>
 __device__ void load_chunk(const RowTable& table, int rows, bool vector, bool along_channels,
-                           int64_t first, int64_t channels, uint32_t* to) {
+                           int first, int channels, uint32_t* to) {
   constexpr int kValues = 16 / int(sizeof(T));
+  if (vector) {
+    const int piece = threadIdx.x % 8, channel = first + piece * kValues, row = threadIdx.x / 8;
+    const SharedWords at = shared_words(to + row * Pitch + piece * 4);
+    const bool inside = channel < channels;
+    const int64_t offset = channel * int64_t(sizeof(T));
+    load_rows<T, Pitch, 0>(table.start + row, at, offset, inside, row < rows);
+    load_rows<T, Pitch, 1>(table.start + row, at, offset, inside, row + kThreads / 8 < rows);
+    load_rows<T, Pitch, 2>(table.start + row, at, offset, inside, row + kThreads / 4 < rows);
+    load_rows<T, Pitch, 3>(table.start + row, at, offset, inside, row + kThreads / 8 * 3 < rows);
+    return;
+  }
   for (int i = threadIdx.x; i < rows * 8; i += kThreads) {
-    const PiecePlace at = piece_place(i, rows, vector || along_channels);
-    const int64_t channel = first + at.piece * kValues;
+    const PiecePlace at = piece_place(i, rows, along_channels);
+    const int channel = first + at.piece * kValues;
     const T* from = reinterpret_cast<const T*>(table.start[at.row]);
-    uint32_t* piece = to + at.row * Pitch + at.piece * 4;
-    if (vector && from != nullptr && channel < channels) {
-      copy_async_16(piece, from + channel);
-      continue;
-    }
     union {
       Piece piece;
       T values[kValues];
@@ -154,26 +175,34 @@ __device__ void load_chunk(const RowTable& table, int rows, bool vector, bool al
         if (channel + j < channels) staged.values[j] = from[(channel + j) * stride];
       }
     }
-    *reinterpret_cast<Piece*>(piece) = staged.piece;
+    *reinterpret_cast<Piece*>(to + at.row * Pitch + at.piece * 4) = staged.piece;
   }
 }
 
 // The reverse: writes staged channels of each row that has a place in device memory.
 template <class T, int Pitch>
 __device__ void store_chunk(const RowTable& table, int rows, bool vector, bool along_channels,
-                            int64_t first, int64_t channels, const uint32_t* staged) {
+                            int first, int channels, const uint32_t* staged) {
   constexpr int kValues = 16 / int(sizeof(T));
-  for (int i = threadIdx.x; i < rows * 8; i += kThreads) {
-    const PiecePlace at = piece_place(i, rows, vector || along_channels);
-    const int64_t channel = first + at.piece * kValues;
-    T* to = reinterpret_cast<T*>(const_cast<unsigned char*>(table.start[at.row]));
-    if (to == nullptr || channel >= channels) continue;
-    const uint32_t* piece = staged + at.row * Pitch + at.piece * 4;
-    if (vector) {
-      *reinterpret_cast<Piece*>(to + channel) = *reinterpret_cast<const Piece*>(piece);
-      continue;
+  if (vector) {
+    const int piece = threadIdx.x % 8, channel = first + piece * kValues;
+    const uint32_t* at = staged + threadIdx.x / 8 * Pitch + piece * 4;
+#pragma unroll 4
+    for (int row = threadIdx.x / 8; row < rows; row += kThreads / 8) {
+      T* to = reinterpret_cast<T*>(const_cast<unsigned char*>(table.start[row]));
+      if (to != nullptr && channel < channels) {
+        *reinterpret_cast<Piece*>(to + channel) = *reinterpret_cast<const Piece*>(at);
+      }
+      at += kThreads / 8 * Pitch;
     }
-    const T* values = reinterpret_cast<const T*>(piece);
+    return;
+  }
+  for (int i = threadIdx.x; i < rows * 8; i += kThreads) {
+    const PiecePlace at = piece_place(i, rows, along_channels);
+    const int channel = first + at.piece * kValues;
+    T* to = reinterpret_cast<T*>(const_cast<unsigned char*>(table.start[at.row]));
+    if (to == nullptr) continue;
+    const T* values = reinterpret_cast<const T*>(staged + at.row * Pitch + at.piece * 4);
     const int64_t stride = table.stride_of(at.row);
 #pragma unroll
     for (int j = 0; j < kValues; ++j) {
@@ -182,68 +211,22 @@ __device__ void store_chunk(const RowTable& table, int rows, bool vector, bool a
   }
 }
 
-// The sum of squares of staged channels: of every `step`-th 16 bytes of a row.
+// Adds the squares of the features in one 16-byte piece.
 template <class T>
-__device__ inline float sum_of_squares(const uint32_t* row, int words, int step) {
-  float sums[4] = {};
-#pragma unroll 2
-  for (int w = 0; w < words; w += 4 * step) {
-    const Piece piece = *reinterpret_cast<const Piece*>(row + w);
+__device__ inline void add_squares(float& sum, const Piece& piece) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if constexpr (sizeof(T) == 4) {
-        const float x = bits_to_float(piece.words[j]);
-        sums[j] = fmaf(x, x, sums[j]);
-      } else {
-        T low, high;
-        low.bits = uint16_t(piece.words[j]);
-        high.bits = uint16_t(piece.words[j] >> 16);
-        sums[j] = fmaf(widen(low), widen(low), sums[j]);
-        sums[j] = fmaf(widen(high), widen(high), sums[j]);
-      }
+  for (int j = 0; j < 4; ++j) {
+    if constexpr (sizeof(T) == 4) {
+      const float x = bits_to_float(piece.words[j]);
+      sum = fmaf(x, x, sum);
+    } else {
+      float low, high;
+      widen_pair(piece.words[j], T{}, low, high);
+      sum = fmaf(low, low, sum);
+      sum = fmaf(high, high, sum);
     }
   }
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
-
-// One bit for each two members of a tile: whether `a` as a query and `b` as a key are a pair.
-struct PairBits {
-  uint32_t words[kTile][kTile / 32];
-
-  __device__ bool get(int a, int b) const { return words[a][b / 32] >> (b % 32) & 1; }
-  __device__ bool any_of_row(int a) const {
-    return (words[a][0] | words[a][1] | words[a][2] | words[a][3]) != 0;
-  }
-  __device__ bool any_of_column(int b, int members) const {
-    uint32_t bits = 0;
-    for (int a = 0; a < members; ++a) bits |= words[a][b / 32] >> (b % 32);
-    return bits & 1;
-  }
-  // Whether a member with a row in [row, row + rows) meets one with a column in
-  // [column, column + columns). Where both sides are the same members, `either` direction counts.
-  __device__ bool any_of_block(int row, int rows, int row_pixels, int row_members, int column,
-                               int columns, int column_pixels, int column_members,
-                               bool either) const {
-    const int last_a = (row + rows - 1) / row_pixels;
-    const int last_b = (column + columns - 1) / column_pixels;
-    for (int a = row / row_pixels; a <= last_a && a < row_members; ++a) {
-      for (int b = column / column_pixels; b <= last_b && b < column_members; ++b) {
-        if (get(a, b) || (either && get(b, a))) return true;
-      }
-    }
-    return false;
-  }
-  // Fills the table by the whole block: related(a, b) of members below either count.
-  template <class Related>
-  __device__ void fill(int members_a, int members_b, const Related& related) {
-    const int lane = threadIdx.x % 32;
-    for (int i = threadIdx.x / 32; i < members_a * (kTile / 32); i += kWarps) {
-      const int a = i / (kTile / 32), word = i % (kTile / 32), b = word * 32 + lane;
-      const uint32_t mask = __ballot_sync(0xffffffffu, b < members_b && related(a, b));
-      if (lane == 0) words[a][word] = mask;
-    }
-  }
-};
 
 }  // namespace cuda
 }  // namespace salkernels

@@ -106,6 +106,34 @@ def _double(x):
     return None if x is None else x.double()
 
 
+def check_norms(norm, features, pairs, valid):
+    """The norm (samples, H, W) of every row that a pair needs and that takes part; of others that,
+    or Inf: whoever reads it need not load them."""
+    query, key = features
+    norms = [torch.linalg.vector_norm(x.double(), dim=2) for x in features if x is not None]
+    expected = torch.cat(norms, 1).flatten(0, 1)  # (samples, H, W)
+    asked = torch.zeros(expected.shape[0], dtype=torch.bool)
+    samples, keys = query.shape[1], (query if key is None else key).shape[1]
+    nodes = expected.shape[0] // max(query.shape[0], 1)
+    table = query.shape[0] * samples * keys
+    places = torch.arange(table) if pairs is None else pairs[(pairs >= 0) & (pairs < table)]
+    if len(places):
+        group = places // (samples * keys)
+        asked[group * nodes + places // keys % samples] = True
+        asked[group * nodes + places % keys + (0 if key is None else samples)] = True
+    needed = asked[:, None, None].expand_as(expected)
+    if valid is not None:
+        needed = needed & valid.flatten(0, 1)
+    assert norm.shape == expected.shape
+    skipped = norm == torch.inf
+    assert not (skipped & needed).any()
+    if valid is not None:
+        assert skipped[~valid.flatten(0, 1)].all()
+    number = expected.to(norm.dtype).isfinite() & ~norm.isnan()
+    error = torch.where(skipped | ~number, 0, norm.double() / expected.clamp_min(1e-30) - 1)
+    assert error.abs().max() < 1e-5 if error.numel() else True
+
+
 def compare(kernels, query, key, pairs, valid, window, grad_sim=None, tolerance=None):
     """Forward and backward against the definition in fp64; what is not valid holds anything."""
     clean = query, key
@@ -114,8 +142,11 @@ def compare(kernels, query, key, pairs, valid, window, grad_sim=None, tolerance=
     arguments = (pairs, valid, window, EPS)
     expected = reference.match(_double(clean[0]), _double(clean[1]), *arguments)
     actual = kernels.match(query, key, *arguments)
-    for ours, planned in zip(actual, reference.outputs(query, key, pairs, window), strict=True):
+    planned_outputs = reference.outputs(query, key, pairs, window)
+    for ours, planned in zip(actual[:3], planned_outputs[:3], strict=True):
         assert (ours.shape, ours.dtype) == (planned.shape, planned.dtype)
+    if actual.norm.numel() > 0:
+        check_norms(actual.norm, clean, pairs, valid)
     tolerance = tolerance or TOLERANCES[query.dtype]
     # Of a sample with itself the loss is nothing but rounding, of numbers of order one.
     assert relative(actual.loss, expected.loss, 1) < min(tolerance, 1e-5)

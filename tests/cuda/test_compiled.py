@@ -35,7 +35,7 @@ ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "buildtools"))
 FILES = ("forward", "backward")
 # Kernels that must leave room for a second block of 256 threads on a multiprocessor.
-AT_MOST_128_REGISTERS = re.compile("match_(fp32|tf32|bf16|fp16)")
+AT_MOST_128_REGISTERS = re.compile("(match|stream)_(fp32|tf32|bf16|fp16)|gradient_(tile|rows)")
 
 
 def _ptxas_log(name: str) -> str:
@@ -106,6 +106,7 @@ def compiled():
     return traffic_cuda.kernels()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["channels_last", "nchw"])
 @pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_NAMES)
 def test_ptx_of_every_way_to_tile(shape, layout, compiled):
@@ -113,6 +114,7 @@ def test_ptx_of_every_way_to_tile(shape, layout, compiled):
     compare(compiled, query, key, some_pairs(query, key, left_over=1), None, window)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["some", "windows", "samples"])
 @pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_NAMES)
 def test_ptx_where_pixels_take_no_part(shape, kind, compiled):
@@ -121,6 +123,7 @@ def test_ptx_where_pixels_take_no_part(shape, kind, compiled):
     compare(compiled, query, key, some_pairs(query, key, left_over=1), valid, window)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("shape", [SHAPES[i] for i in (1, 2, 7)], ids=str)
@@ -142,7 +145,7 @@ def test_ptx_loads_no_pixel_that_takes_no_part(window, compiled):
         read.append({s["kernel"]: s["global_ld"]["sectors"] for s in compiled.stats})
         valid[:, 4:] = False
     whole, half = read
-    readers = {kernel for kernel in whole if re.search("match|norms|gather|gradient", kernel)}
+    readers = {kernel for kernel in whole if re.search("match|norms|stream|gradient", kernel)}
     assert len(readers) == (2 if window == (2, 2) else 3)
     assert not {
         kernel: (half[kernel], whole[kernel])
@@ -168,6 +171,7 @@ def test_ptx_of_tf32(compiled):
     exact, rounded = (k.match(*arguments).max_sim for k in (compiled, kernels))
     assert 1e-7 < (exact - rounded).abs().max() < 2e-3, "one tf32 product holds 11 bits"
     assert all("tf32" in s["kernel"] for s in kernels.stats if "match" in s["kernel"])
+    assert any("match" in s["kernel"] for s in kernels.stats)
 
 
 def test_each_feature_is_read_once_and_each_gradient_written_once(compiled):
@@ -176,21 +180,13 @@ def test_each_feature_is_read_once_and_each_gradient_written_once(compiled):
     assert forward.error < 1e-6
     assert backward.error < 1e-6
     # What is above 1 are matches and pair numbers. The backward reads the gradient, the maximum
-    # and the place of each: 9 bytes for each pair and pixel.
+    # and the place of each, 9 bytes for each pair and pixel; of these it writes two terms of 8
+    # bytes, and reads them again.
     case = traffic.CASES[0]
-    matches = 9 * case.num_pairs * case.height * case.width / case.feature_bytes
+    matches = case.num_pairs * case.height * case.width / case.feature_bytes
     assert forward.unique_read <= 1.05
-    assert backward.unique_read <= 1.005 + matches <= 1.06
-    assert backward.unique_written <= 1.01
+    assert backward.unique_read <= 1.02 + (9 + 16) * matches <= 1.16
+    assert backward.unique_written <= 1.01 + 16 * matches <= 1.1
     assert forward.load_efficiency >= 0.9
     assert backward.store_efficiency >= 0.99
     assert forward.shared_conflicts <= 0.02
-
-
-def test_the_traffic_table_holds_all_providers_side_by_side(tmp_path):
-    row = traffic.Row("a", traffic.CASES[0].key, "backward", "k", 1, *[1.0] * 6, 1, 1e-7)
-    traffic.write_rows("a", [row], tmp_path)
-    other = traffic.Row("b", traffic.CASES[0].key, "forward", "k", 1, *[1.0] * 6, 1, 1e-7)
-    traffic.write_rows("b", [other], tmp_path)
-    lines = (tmp_path / "traffic.md").read_text(encoding="utf-8").splitlines()
-    assert [line[:4] for line in lines[-2:]] == ["| b ", "| a "], "the forward comes first"

@@ -192,6 +192,8 @@ def test_arguments_that_do_not_fit_are_refused_before_a_kernel_sees_them(host_ke
     saved = (query, key, None, valid, *found[1:], (2, 2), EPS)
     with pytest.raises(RuntimeError, match=r"must be \(pairs, H, W\)"):
         host_kernels.match_backward(found.max_sim[1:], *saved)
+    with pytest.raises(RuntimeError, match="norm must be empty or"):
+        host_kernels.match_backward(found.max_sim, *saved[:6], found.norm[1:], (2, 2), EPS)
 
 
 def test_launches(host_kernels):
@@ -206,9 +208,12 @@ def test_launches(host_kernels):
     for pairs in (None, torch.tensor([1, 2, 4, 8])):
         found = kernels.match(query, None, pairs, valid, (2, 2), EPS)
         kernels.match_backward(found.max_sim, query, None, pairs, valid, *found[1:], (2, 2), EPS)
-    without = ["match_fp32", "reduce_losses_f32", "gradient_tile_fp32"]
-    listed = ["number_pairs", *without[:2], "number_pairs_backward", without[2]]
-    assert names == [f"salkernels_{name}" for name in without + listed]
+    once = ["match_fp32", "reduce_losses_f32", "sort_pairs", "list_terms_f32", "gradient_rows_fp32"]
+    assert names == [f"salkernels_{name}" for name in once * 2]
+    names.clear()
+    query = query.bfloat16()
+    kernels.match_backward(found.max_sim, query, None, pairs, valid, *found[1:], (2, 2), EPS)
+    assert names == ["salkernels_sort_pairs", "salkernels_gradient_tile_bf16"]
 
 
 def test_a_library_without_a_driver_says_so(host_kernels):

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from salkernels.training import cli, engine, pretrain
-from salkernels.training.checkpoint import RunError
 from salkernels.training.distributed import first, gather_rows, processes, rank
+from salkernels.training.errors import RunError
 
 TERMINATED, KILLED = 3, 6  # steps at which process 1 is
 

@@ -9,9 +9,9 @@ from dataclasses import replace
 import nibabel as nib
 import pytest
 
-from salkernels.training.checkpoint import RunError
 from salkernels.training.config import OptimConfig
 from salkernels.training.data.phantom import write_phantom
+from salkernels.training.errors import RunError
 from salkernels.training.experiment import experiment as module
 from salkernels.training.experiment.experiment import ExperimentConfig, experiment
 from salkernels.training.finetune import finetune

@@ -12,11 +12,11 @@ import torch
 from salkernels.training.checkpoint import (
     LAST,
     PREVIOUS,
-    RunError,
     load_checkpoint,
     save_checkpoint,
     stop_on_signal,
 )
+from salkernels.training.errors import RunError
 from salkernels.training.files import write_atomically
 
 

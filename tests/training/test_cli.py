@@ -254,14 +254,14 @@ def test_demo_as_a_script_without_arguments_that_matter(tmp_path):
     small = ["--pretrain_steps=4", "--finetune_steps=4", "--draws=1", f"--out={tmp_path / 'demo'}"]
     done = subprocess.run([*command, *small], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "| random |" in done.stdout
-    assert "| sal |" in done.stdout
-    assert (tmp_path / "demo" / "figures" / "dice.png").is_file()
+    assert "| Random |" in done.stdout
+    assert "| SAL |" in done.stdout
+    assert (tmp_path / "demo" / "results" / "demo-classes.png").is_file()
     assert (tmp_path / "demo" / "figures" / "overlays.png").is_file()
     # Again: everything is there, nothing is trained anew.
     again = subprocess.run([*command, *small], capture_output=True, text=True, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert "| sal |" in again.stdout
+    assert "| SAL |" in again.stdout
     # Other settings: the old result is not passed for the new one.
     longer = [*command, "--pretrain_steps=5", *small[1:]]
     other = subprocess.run(longer, capture_output=True, text=True, cwd=tmp_path)

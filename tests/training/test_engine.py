@@ -9,15 +9,11 @@ import torch
 from torch import nn
 
 from salkernels.training import engine
-from salkernels.training.checkpoint import RunError, load_checkpoint
+from salkernels.training.checkpoint import load_checkpoint
 from salkernels.training.config import OptimConfig
-from salkernels.training.engine import (
-    Stopped,
-    learning_rate,
-    make_optimiser,
-    step_generator,
-)
+from salkernels.training.errors import RunError, Stopped
 from salkernels.training.finetune import finetune
+from salkernels.training.optimiser import learning_rate, make_optimiser
 from salkernels.training.pretrain import pretrain
 from salkernels.training.runlog import read_metrics
 
@@ -211,28 +207,6 @@ def test_collapse_is_watched_from_the_first_step_to_the_last(pretrain_config):
     assert [row["step"] for row in read_metrics(config.out) if "la_control" in row] == [1, 4, 6]
 
 
-def test_a_run_goes_on_in_the_precision_it_began_in(pretrain_config, monkeypatch):
-    monkeypatch.setattr(engine, "_bf16_helps", lambda device: True)
-    config = pretrain_config()
-    pretrain(config)
-    assert engine.precision_before(config.out) == "bf16"
-    monkeypatch.setattr(engine, "_bf16_helps", lambda device: False)
-    assert engine.Device.of(config).dtype == torch.float32
-    resumed = engine.Device.of(pretrain_config(resume=True))
-    assert resumed.dtype == torch.bfloat16
-    assert resumed.exact().dtype == torch.float32
-    elsewhere = pretrain_config(resume=True, out=config.out / "none")
-    assert engine.Device.of(elsewhere).dtype == torch.float32
-
-
-def test_bf16_is_taken_where_it_was_measured_to_be_faster(monkeypatch):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
-    for seconds, expected in ((0.5, True), (0.9, False), (1.4, False)):
-        times = {torch.float32: 1.0, torch.bfloat16: seconds}
-        monkeypatch.setattr(engine, "_convolution_time", times.get)
-        assert engine._bf16_helps(torch.device("cpu")) == expected
-
-
 def test_a_log_gets_lines_and_no_bar(monkeypatch, capsys):
     monkeypatch.setattr(engine.Progress, "LINE_EVERY", 0)
     with engine.Progress("run", 10, 12) as bar:
@@ -268,23 +242,3 @@ def test_weight_decay_spares_vectors_and_groups_scale_the_rate():
             assert group["weight_decay"] == (0.01 if parameter.dim() > 1 else 0)
             in_head = any(parameter is p for p in head.parameters())
             assert group["lr"] == pytest.approx(1.0 if in_head else 0.1)
-
-
-def test_steps_and_seeds_have_their_own_random_numbers():
-    draws = {
-        torch.rand(1, generator=step_generator(seed, step, torch.device("cpu"))).item()
-        for seed in range(5)
-        for step in range(50)
-    }
-    assert len(draws) == 250
-
-
-def test_asking_for_a_gpu_that_is_not_there(pretrain_config):
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    with pytest.raises(RunError, match="sees no GPU"):
-        pretrain(pretrain_config(device="cuda"))
-    with pytest.raises(RunError, match="'gpu' is none that torch knows; expected auto, cpu"):
-        pretrain(pretrain_config(device="gpu"))
-    with pytest.raises(RunError, match="fp16 is for GPUs"):
-        pretrain(pretrain_config(precision="fp16"))

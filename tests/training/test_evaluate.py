@@ -14,7 +14,7 @@ import torch
 
 from salkernels.training.data.datasets import DATASETS
 from salkernels.training.data.preprocess import PreprocessConfig
-from salkernels.training.engine import Device
+from salkernels.training.device import Device
 from salkernels.training.evaluate import (
     Scores,
     dice_per_class,

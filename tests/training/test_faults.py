@@ -10,9 +10,10 @@ import sys
 import pytest
 
 from salkernels.training import engine, pretrain
-from salkernels.training.checkpoint import LAST, PREVIOUS, RunError, load_checkpoint
+from salkernels.training.checkpoint import LAST, PREVIOUS, load_checkpoint
 from salkernels.training.config import OptimConfig
 from salkernels.training.data.sampling import TwoSubjects
+from salkernels.training.errors import RunError
 
 FIRST = 3  # step of the first checkpoint; the last step is 6
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from salkernels.training import figures
 from salkernels.training.config import OptimConfig
-from salkernels.training.figures import dice_bars, match_field
+from salkernels.training.figures import match_field
 from salkernels.training.inputs import open_dataset
 from salkernels.training.models import UNetConfig
 from salkernels.training.pretrain import pretrain
@@ -98,11 +98,3 @@ def test_matches_of_a_network_with_fewer_levels_than_the_scale_of_sal(pretrain_c
     config = pretrain_config(method="simclr", model=shallow, optim=OptimConfig(steps=1), slices=4)
     pretrain(config)
     assert (config.out / "figures" / "matches.png").stat().st_size > 5_000
-
-
-def test_bars_of_one_draw_and_of_several(tmp_path):
-    one = {"random": [{"RV": 0.5, "LV": 0.6}], "sal": [{"RV": 0.4, "LV": 0.7}]}
-    for number, results in enumerate((one, {name: 3 * draws for name, draws in one.items()})):
-        path = tmp_path / f"{number}.png"
-        dice_bars(path, results)
-        assert path.stat().st_size > 5_000

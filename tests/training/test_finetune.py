@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from salkernels.training.checkpoint import RunError
 from salkernels.training.config import OptimConfig
 from salkernels.training.data.preprocess import PreprocessConfig
+from salkernels.training.errors import RunError
 from salkernels.training.evaluate import Scores
 from salkernels.training.finetune import (
     BestOnTest,

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 import torch
 
-from salkernels.training.checkpoint import LAST, RunError, load_checkpoint
+from salkernels.training.checkpoint import LAST, load_checkpoint
 from salkernels.training.cli import main
 from salkernels.training.data.cache import VolumeCache
 from salkernels.training.data.datasets import DATASETS
 from salkernels.training.data.nifti import DataError
+from salkernels.training.errors import RunError
 from salkernels.training.inputs import open_dataset
 from salkernels.training.models import load_encoder, load_unet
 

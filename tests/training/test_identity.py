@@ -11,9 +11,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from salkernels.training.checkpoint import LAST, RunError, load_checkpoint
+from salkernels.training.checkpoint import LAST, load_checkpoint
 from salkernels.training.config import OptimConfig
 from salkernels.training.data.phantom import write_phantom
+from salkernels.training.errors import RunError
 from salkernels.training.finetune import finetune, identity, split
 from salkernels.training.identity import (
     FILE,

@@ -10,11 +10,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from salkernels.training.checkpoint import RunError
 from salkernels.training.cli import main
 from salkernels.training.config import OptimConfig
 from salkernels.training.data.errors import DataError
 from salkernels.training.data.phantom import write_phantom
+from salkernels.training.errors import RunError
 from salkernels.training.experiment.experiment import ExperimentConfig, experiment
 from salkernels.training.finetune import finetune
 from salkernels.training.identity import read_identity

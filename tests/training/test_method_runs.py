@@ -13,14 +13,16 @@ from salkernels.training.checkpoint import load_checkpoint
 from salkernels.training.config import OptimConfig, PretrainConfig
 from salkernels.training.data.preprocess import PreprocessConfig
 from salkernels.training.data.sampling import TwoSubjects
-from salkernels.training.engine import Stopped, step_generator
+from salkernels.training.device import step_generator
+from salkernels.training.errors import Stopped
 from salkernels.training.finetune import initial_model
-from salkernels.training.inputs import open_dataset
+from salkernels.training.inputs import open_dataset, subjects
 from salkernels.training.methods import METHODS, SALConfig
 from salkernels.training.methods.base import Method, Outcome, Views
 from salkernels.training.models import UNetConfig, load_encoder
-from salkernels.training.pretrain import CollapseWatch, Slices, make_views, pretrain, subjects
+from salkernels.training.pretrain import CollapseWatch, Slices, pretrain
 from salkernels.training.runlog import read_metrics
+from salkernels.training.views import make_views
 
 TRAINED = [name for name, kind in METHODS.items() if kind.trains]
 TERMS = {
@@ -151,7 +153,7 @@ def test_views_are_shared_where_the_method_wants_windows_to_correspond(config_of
     cpu = torch.device("cpu")
     seen = []
     monkeypatch.setattr(
-        "salkernels.training.pretrain.augment",
+        "salkernels.training.views.augment",
         lambda images, *_, group, centres: (
             seen.append((group, centres)) or Augmented(images, None, torch.zeros(len(images), 2, 3))
         ),

@@ -19,7 +19,7 @@ from salkernels.training.data.images import find_images
 from salkernels.training.data.nifti import image_grid, read_image, read_labels
 from salkernels.training.data.phantom import write_phantom
 from salkernels.training.data.preprocess import PreprocessConfig
-from salkernels.training.engine import Device
+from salkernels.training.device import Device
 from salkernels.training.evaluate import predict_file, subjects_to_score
 from salkernels.training.finetune import finetune
 from salkernels.training.inputs import open_dataset
@@ -212,7 +212,7 @@ import resource, sys
 from pathlib import Path
 import numpy as np, torch
 torch.set_num_threads(1)
-from salkernels.training.engine import Device
+from salkernels.training.device import Device
 from salkernels.training.data.preprocess import PreprocessConfig
 from salkernels.training.evaluate import predict_file
 from salkernels.training.models import UNet, UNetConfig

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from salkernels.training.checkpoint import RunError
 from salkernels.training.cli import main
 from salkernels.training.config import OptimConfig, ProbeConfig
 from salkernels.training.data.preprocess import IGNORE
+from salkernels.training.errors import RunError
 from salkernels.training.experiment.cells import probing
 from salkernels.training.models import Encoder, UNetConfig
 from salkernels.training.pretrain import pretrain

@@ -16,13 +16,14 @@ import pytest
 import yaml
 
 from salkernels.training import cli, pretrain
-from salkernels.training.checkpoint import RunError, load_checkpoint
+from salkernels.training.checkpoint import load_checkpoint
 from salkernels.training.cli import main
 from salkernels.training.config import OptimConfig
 from salkernels.training.data import pruning
 from salkernels.training.data.cache import INDEX, locked
 from salkernels.training.data.nifti import DataError
 from salkernels.training.data.splits import kfold
+from salkernels.training.errors import RunError
 from salkernels.training.experiment.audit import own_name, require_own_table
 from salkernels.training.experiment.summary import Score, _require_one_partition
 from salkernels.training.finetune import finetune

@@ -18,16 +18,10 @@ from pathlib import Path
 import pytest
 
 from salkernels.training import loading, pretrain
-from salkernels.training.checkpoint import (
-    STOPPING,
-    RunError,
-    has_checkpoint,
-    load_checkpoint,
-    stop_on_signal,
-)
+from salkernels.training.checkpoint import STOPPING, has_checkpoint, load_checkpoint, stop_on_signal
 from salkernels.training.config import OptimConfig
 from salkernels.training.data.sampling import TwoSubjects
-from salkernels.training.engine import Stopped
+from salkernels.training.errors import RunError, Stopped
 from salkernels.training.experiment import child, schedule
 from salkernels.training.experiment.cells import plan
 from salkernels.training.experiment.schedule import run_cells

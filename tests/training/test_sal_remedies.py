@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from salkernels import wla_loss
 from salkernels.training.augment import AugmentConfig, augment, shown, undo
-from salkernels.training.methods import SAL, SALConfig, Views
+from salkernels.training.methods import SAL, SALConfig, Views, first, second, side_by_side
 from salkernels.training.methods.sal import alignment, centred
 from salkernels.training.models import UNetConfig
 from salkernels.training.models.heads import Embedding
@@ -21,7 +21,7 @@ MODEL = UNetConfig(width=4, depth=4)
 def views():
     """Two views of two slices of each of two scans."""
     generator = torch.Generator().manual_seed(0)
-    volume, index = torch.tensor([3, 3, 5, 5]).repeat(2), torch.tensor([1, 2, 0, 1]).repeat(2)
+    volume, index = torch.tensor([[3, 3, 5, 5], [1, 2, 0, 1]]).repeat_interleave(2, dim=1)
     images = torch.randn(8, 1, 32, 32, generator=generator)
     return Views(images, volume, index, torch.full((8,), 6), 6 * volume + index, generator)
 
@@ -141,26 +141,26 @@ def in_frames(images, geometry, seed=0):
     config = AugmentConfig(brightness=0, contrast=1, gamma=1, bias=0, noise=0, flip=0.5)
     generator = torch.Generator().manual_seed(seed)
     images, _, frame = augment(images.repeat(2, 1, 1, 1), 32, config, generator, group=group)
-    return views()._replace(images=images, frame=frame)
+    return views()._replace(images=side_by_side(images), frame=side_by_side(frame))
 
 
 def test_a_common_frame_lets_windows_of_independent_views_correspond():
     coarse = torch.randn(4, 5, 6, 6, generator=torch.Generator().manual_seed(1))
     maps = F.interpolate(coarse, size=(48, 48), mode="bicubic", align_corners=False)
-    first, second = torch.cat(
+    seen_maps = torch.cat(
         [in_frames(maps[:, channel, None], "independent").images for channel in range(5)], 1
-    ).chunk(2)  # the same geometry for each channel
+    )  # the same geometry for each channel
     settings = SALConfig(common_frame=True, window_size=2)
     method = SAL(MODEL, settings, corpus=None)
     batch = in_frames(maps[:, :1], "independent")
-    maps_in_frame, seen = method.aligned(torch.cat((first, second)), batch)
-    one, two = maps_in_frame.chunk(2)
+    maps_in_frame, seen = method.aligned(seen_maps, batch)
+    one, two = first(maps_in_frame), second(maps_in_frame)
     whole = method.aligned(torch.ones(8, 1, 32, 32), batch)[0].squeeze(1) > 0.999
     assert (seen | ~whole).all()
     assert (method.aligned(torch.ones(8, 1, 32, 32), batch)[0].squeeze(1)[seen] >= 0.24).all()
-    both = whole[:4] & whole[4:]
+    both = first(whole) & second(whole)
     same = F.cosine_similarity(one, two)[both]
-    astray = F.cosine_similarity(first, second)[both]
+    astray = F.cosine_similarity(first(seen_maps), second(seen_maps))[both]
     assert same.mean() > 0.98 > 0.6 > astray.mean()
 
 

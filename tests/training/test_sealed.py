@@ -18,13 +18,7 @@ import pytest
 import torch
 
 from salkernels.training import files
-from salkernels.training.checkpoint import (
-    LAST,
-    PREVIOUS,
-    RunError,
-    load_checkpoint,
-    save_checkpoint,
-)
+from salkernels.training.checkpoint import LAST, PREVIOUS, load_checkpoint, save_checkpoint
 from salkernels.training.data import cache as cache_module
 from salkernels.training.data.cache import NoCache, VolumeCache, open_cache
 from salkernels.training.data.datasets import DATASETS
@@ -32,6 +26,7 @@ from salkernels.training.data.digests import MEMORY, scan_digests
 from salkernels.training.data.nifti import DataError
 from salkernels.training.data.phantom import write_phantom
 from salkernels.training.data.preprocess import PreprocessConfig
+from salkernels.training.errors import RunError
 from salkernels.training.files import remove_temporaries, temporary_name, write_atomically
 from salkernels.training.models import (
     Encoder,

@@ -16,7 +16,7 @@ from salkernels.training.experiment.cells import folds_by_seed, plan
 from salkernels.training.experiment.experiment import ExperimentConfig
 from salkernels.training.experiment.plots import draw
 from salkernels.training.experiment.statistics import paired_difference, sign_flip
-from salkernels.training.experiment.summary import Results, Score, averaged, markdown
+from salkernels.training.experiment.summary import Results, Score, averaged, markdown, write
 from salkernels.training.experiment.tables import TABLES
 
 ARMS = tuple(TABLES["table1"].arm(name) for name in ("random", "pcl"))
@@ -100,6 +100,45 @@ def test_the_seed_is_the_unit():
     assert one.unit == "fold"
     assert one.difference("pcl", 2, "random").folds == 2
     assert "each arm was pre-trained once" in markdown(one, {"commands": ["c"], "conditions": "x"})
+
+
+def test_the_best_of_many_is_marked(tmp_path):
+    """With the p of as many tries; of a single arm there is no choice."""
+    made = results()
+    about = {"commands": ["c"], "conditions": "x"}
+    assert made.best_of(2) == ("", 0)
+    assert "best of" not in markdown(made, about)
+    more = [
+        replace(score, arm=arm, mean=score.mean + gain)
+        for arm, gain in (("gcl", -0.1), ("sal", 0.05))
+        for score in made.scores
+        if score.arm == "pcl"
+    ]
+    many = replace(made, arms=("random", "gcl", "pcl", "sal"), scores=(*made.scores, *more))
+    assert many.best_of(2) == ("sal", 3)
+    text = markdown(many, about)
+    marked = [line for line in text.splitlines() if "**best of" in line]
+    assert len(marked) == 1
+    assert marked[0].startswith("| SAL | +0.200 [")
+    assert marked[0].endswith(", p = 0.25; **best of 3** (p = 0.75) |")
+    assert "run again with fresh seeds" in text
+    write(many, tmp_path, "x", about)
+    found = json.loads((tmp_path / "x.json").read_text())["differences"]
+    assert {row["arm"]: row["best_of"] for row in found} == {"gcl": None, "pcl": None, "sal": 3}
+
+
+def test_what_is_nearest_has_a_table_of_its_own():
+    looks = {"nearest_same_scan": 0.9, "chance_nearest_same_scan": 0.47,
+             "nearest_distance": 0.12, "chance_nearest_distance": 0.33}  # fmt: skip
+    rows = [{"step": 1, "cosine_encoder": 0.1, **looks}]
+    text = markdown(
+        results(pretraining={"pcl": rows, "random": rows[:0]}),
+        {"commands": ["c"], "conditions": "x"},
+    )
+    assert "| PCL | 0.90 (0.47) | 0.12 (0.33) |" in text
+    assert text.count("Which slice is nearest") == 1
+    plain = results(pretraining={"pcl": [{"step": 1, "cosine_encoder": 0.1}]})
+    assert "nearest" not in markdown(plain, {"commands": ["c"], "conditions": "x"})
 
 
 def test_only_what_both_arms_have_is_compared_and_gaps_are_said(tmp_path):

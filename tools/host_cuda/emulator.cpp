@@ -232,7 +232,13 @@ void copy_commit() {
 void copy_wait(int newest) {
   auto& groups = block.current->groups;
   while (int(groups.size()) > newest) {
-    for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, 16);
+    for (const Copy& copy : groups.front()) {
+      if (copy.from == nullptr) {
+        std::memset(copy.to, 0, 16);
+      } else {
+        std::memcpy(copy.to, copy.from, 16);
+      }
+    }
     groups.pop_front();
   }
 }
@@ -322,22 +328,42 @@ void multiply_together(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uin
 
 }  // namespace
 
-void load_matrices(uint32_t (&to)[4], const uint32_t* row) {
-  struct Request {
-    uint32_t* to;
-    const uint32_t* row;
-  } own{to, row};
+namespace {
+
+struct Matrices {
+  uint32_t* to;
+  const uint32_t* row;
+};
+
+// take(rows of a matrix, lane): the word of it that a lane is given.
+template <class Word>
+void load_together(uint32_t (&to)[4], const uint32_t* row, const char* what, const Word& take) {
+  Matrices own{to, row};
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) {
-    std::fprintf(stderr, "emulator: ldmatrix is not aligned to 16 bytes\n");
+    std::fprintf(stderr, "emulator: %s is not aligned to 16 bytes\n", what);
     std::abort();
   }
-  ::emulator::warp_together(&own, "ldmatrix", 0, [](void* const* lanes) {
+  ::emulator::warp_together(&own, what, 0, [&](void* const* lanes) {
+    const auto* const* all = reinterpret_cast<const Matrices* const*>(lanes);
     for (int lane = 0; lane < 32; ++lane) {
-      for (int m = 0; m < 4; ++m) {
-        static_cast<Request*>(lanes[lane])->to[m] =
-            static_cast<Request*>(lanes[m * 8 + lane / 4])->row[lane % 4];
-      }
+      for (int m = 0; m < 4; ++m) all[lane]->to[m] = take(all + m * 8, lane);
     }
+  });
+}
+
+}  // namespace
+
+void load_matrices_at(uint32_t (&to)[4], const uint32_t* row) {
+  load_together(to, row, "ldmatrix",
+                [](const Matrices* const* rows, int i) { return rows[i / 4]->row[i % 4]; });
+}
+void load_matrices_across_at(uint32_t (&to)[4], const uint32_t* row) {
+  load_together(to, row, "ldmatrix.trans", [](const Matrices* const* rows, int i) {
+    const int first = i % 4 * 2, column = i / 4;
+    const auto value = [&](int r) {
+      return rows[r]->row[column / 2] >> (column % 2 * 16) & 0xffffu;
+    };
+    return value(first) | value(first + 1) << 16;
   });
 }
 

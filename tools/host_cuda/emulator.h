@@ -93,9 +93,30 @@ V exchange(V value, Argument argument, const char* what, int line, const Pick& p
     return same;                                                                          \
   })
 
+#define __shfl_down_sync(mask, offer, step)                                                 \
+  ::emulator::exchange((offer), int(step), "__shfl_down_sync", __LINE__, [](auto o, int i) { \
+    return o[i + o[i]->argument > 31 ? i : i + o[i]->argument]->value;                       \
+  })
+
+// Fibers take turns where they wait only, so nothing comes between.
+template <class V>
+V atomicAdd(V* at, V value) {
+  const V before = *at;
+  *at += value;
+  return before;
+}
+inline uint32_t atomicOr(uint32_t* at, uint32_t value) {
+  const uint32_t before = *at;
+  *at |= value;
+  return before;
+}
+
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
 struct alignas(8) float2 {
   float x, y;
 };
@@ -124,20 +145,31 @@ float widen(Half x);
 void narrow(float x, Half& to);
 void narrow(float x, BFloat16& to);
 
-inline void copy_async_16(void* shared, const void* global) {
-  ::emulator::copy_async(shared, global);
+struct SharedWords {
+  uint32_t* address;
+
+  SharedWords operator+(int words) const { return {address + words}; }
+};
+inline SharedWords shared_words(const void* from) {
+  return {static_cast<uint32_t*>(const_cast<void*>(from))};
+}
+template <int kWord = 0>
+void copy_async_16(SharedWords to, const void* global, bool there) {
+  ::emulator::copy_async(to.address + kWord, there ? global : nullptr);
 }
 inline void copy_async_commit() { ::emulator::copy_commit(); }
 inline void copy_async_wait(int newest) { ::emulator::copy_wait(newest < 3 ? newest : 3); }
 
-// Rounds to the 10 bits of mantissa that a tf32 has, half away from zero, as cvt.rna does.
-inline uint32_t to_tf32(float x) {
-  const uint32_t bits = float_to_bits(x);
-  if (!std::isfinite(x)) return bits;
-  return (bits + 0x1000) & 0xffffe000;
+void load_matrices_at(uint32_t (&to)[4], const uint32_t* row);
+void load_matrices_across_at(uint32_t (&to)[4], const uint32_t* row);
+template <int kWord = 0>
+void load_matrices(uint32_t (&to)[4], SharedWords row) {
+  load_matrices_at(to, row.address + kWord);
 }
-
-void load_matrices(uint32_t (&to)[4], const uint32_t* row);
+template <int kWord = 0>
+void load_matrices_across(uint32_t (&to)[4], SharedWords row) {
+  load_matrices_across_at(to, row.address + kWord);
+}
 void multiply_tf32(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 void multiply_bf16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 void multiply_f16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);

@@ -126,7 +126,6 @@ class HostKernels:
         eps: float,
     ) -> tuple[Tensor, Tensor | None]:
         """As `salkernels.reference.match_backward`."""
-        grad_sim = grad_sim.to(max_sim.dtype).contiguous()
         rest = (query, key, pairs, valid, max_sim, argmax, norm, window, eps)
         grads: tuple[Tensor, Tensor | None] = self._call("native_match_backward", grad_sim, *rest)
         return grads

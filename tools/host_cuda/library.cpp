@@ -69,7 +69,7 @@ namespace salkernels {
 namespace cuda {
 
 const char* launch_forward(Problem problem, void*) {
-  const Plan plan = plan_forward(problem);
+  const Plan plan = plan_forward(problem, settings.shared_limit);
   return run_plan(plan, problem);
 }
 
@@ -78,8 +78,13 @@ const char* launch_backward(Problem problem, void*) {
   return run_plan(plan, problem);
 }
 
-bool backward_needs_lists(const Problem& problem) {
-  return backward_gathers(problem, settings.shared_limit);
+const char* launch_norms(Problem problem, void*) {
+  const Plan plan = plan_norms(problem);
+  return run_plan(plan, problem);
+}
+
+bool backward_needs_terms(const Problem& problem) {
+  return backward_lists(problem, settings.shared_limit);
 }
 
 int driver_version() { return 0; }  // there is none
@@ -105,17 +110,21 @@ int emulator_pointers(const Problem* problem, Pointer* out) {
   for (const Maps& maps : p.maps) {
     all.add(maps.data, span(p, maps, maps.strides, features));
     all.add(maps.grad, span(p, maps, maps.grad_strides, features));
-    all.add(maps.norms, p.groups * maps.samples * plane * wide);
     all.add(maps.valid, (p.groups - 1) * maps.valid_stride + maps.samples * plane);
   }
   all.add(p.pairs, p.num_pairs * 8);
-  all.add(p.slots, p.table() * 4);
+  all.add(p.norm, p.nodes() * plane * wide);
+  all.add(p.query_begin, (p.groups * p.maps[0].samples + 1) * 4);
+  all.add(p.key_begin, (p.groups * p.maps[1].samples + 1) * 4);
+  all.add(p.by_key, p.num_pairs * 4);
+  all.add(p.by_key_query, p.num_pairs * 4);
+  all.add(p.term_end, p.nodes() * plane * 4);
+  all.add(p.along, p.nodes() * plane * wide);
+  all.add(p.terms, 2 * matches * 2 * wide);
   all.add(p.grad_sim, matches * wide);
   all.add(p.argmax, matches * (p.wide_index ? 4 : 1));
   all.add(p.max_sim, matches * wide);
   all.add(p.loss, p.num_pairs * wide);
-  all.add(p.chosen_end, matches * 4);
-  all.add(p.chosen_by, matches * 4);
   return all.count;
 }
 }

@@ -8,13 +8,17 @@ instructions and memory traffic.
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import os
 import shutil
+import subprocess
 from typing import Any
 
 from tools import ptxemu
 from tools.host_cuda import kernels as host
 from tools.host_cuda.kernels import ROOT, TAKE, HostKernels
 
+FILES = ("forward", "backward")
 LINE = 64  # bytes; torch aligns what it allocates to that, so no two tensors share one
 _I64 = ctypes.c_int64
 
@@ -32,15 +36,28 @@ def obstacle() -> str | None:
     return host.obstacle() or ptxemu.obstacle()
 
 
+def ptx(name: str) -> str:
+    """The PTX of a file in csrc/cuda; nvcc runs when a source or its version has changed."""
+    source = ROOT / "csrc" / "cuda" / f"{name}.cu"
+    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True)
+    digest = hashlib.sha256(version.stdout.encode())
+    for path in sorted([*source.parent.iterdir(), ROOT / "csrc" / "geometry.h"]):
+        digest.update(path.read_bytes())
+    target = ROOT / "build" / "ptx" / f"{name}-{digest.hexdigest()[:16]}.ptx"
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(ptxemu.nvcc_ptx(source, "sm_80"), encoding="utf-8")
+        partial.replace(target)
+    return target.read_text(encoding="utf-8")
+
+
 class CompiledKernels(HostKernels):
     """The PTX for sm_80; `stats` holds the counters of the launches since `clear`."""
 
     def __init__(self, allow_tf32: bool = False, modules: list[Any] | None = None) -> None:
         super().__init__(80, allow_tf32)
-        self.modules = modules or [  # those of another, or compiled anew
-            ptxemu.from_nvcc(str(ROOT / "csrc" / "cuda" / f"{name}.cu"), arch="sm_80")
-            for name in ("forward", "backward")
-        ]
+        self.modules = modules or [ptxemu.Module(ptx(name)) for name in FILES]
         self.stats: list[Any] = []
         self.failure: Exception | None = None
         self._take = TAKE(self._launch)

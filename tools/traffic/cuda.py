@@ -7,7 +7,8 @@ from functools import cache
 from benchmarks.cases import Case
 from tools.ptx import cuda_kernels
 
-from .table import EPS, Row, measure
+from .passes import EPS, Passes
+from .table import Row, measure
 
 PROVIDER = "cuda"
 
@@ -21,15 +22,18 @@ def kernels() -> cuda_kernels.CompiledKernels:
     return cuda_kernels.CompiledKernels()
 
 
-def run(case: Case) -> list[Row]:
-    """Forward and backward of a case, compared with the definition."""
+def passes() -> Passes:
+    """Both passes of the operator, on its PTX."""
     compiled = kernels()
-    return measure(
-        PROVIDER,
-        case,
+    return Passes(
         compiled.stats,
         lambda features, pairs, window: compiled.match(features, None, pairs, None, window, EPS),
         lambda grad_sim, features, pairs, window, outputs: compiled.match_backward(
             grad_sim, features, None, pairs, None, *outputs[1:], window, EPS
         )[0],
     )
+
+
+def run(case: Case) -> list[Row]:
+    """Forward and backward of a case, compared with the definition."""
+    return measure(PROVIDER, case, passes())

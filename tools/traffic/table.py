@@ -1,6 +1,4 @@
-"""Memory traffic of compiled kernels, counted by an emulator: the proof of speed without a GPU.
-
-    python -m tools.traffic cuda     # or triton, or peers; writes benchmarks/results/traffic*
+"""Memory traffic of compiled kernels, counted by an emulator, on small maps of many kinds.
 
 A provider is a module with `run(case) -> list[Row]`, one row for the forward and one for the
 backward, and `obstacle() -> str | None`. Rows of all providers have the same columns and stand side
@@ -10,30 +8,17 @@ has to come from device memory, what is "requested" beyond that is the caches' t
 
 from __future__ import annotations
 
-import argparse
-import csv
-import importlib
-import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.cases import LAYOUTS, Case
 from salkernels import reference
-from salkernels.reference import Outputs
 
-RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
-PROVIDERS = {
-    "cuda": "tools.traffic.cuda",
-    "triton": "tools.traffic.triton",
-    "peers": "tools.traffic.peers",
-}
+from .passes import EPS, Passes
+
 SECTOR = 32  # bytes
-EPS = 1e-12
 
 # The suites' windows and channels; maps of a few windows, since windows do not share work.
 CASES = (
@@ -111,18 +96,8 @@ def row_of(
     )
 
 
-def measure(
-    provider: str,
-    case: Case,
-    stats: list[Any],
-    forward: Callable[[Tensor, Tensor, tuple[int, int]], Outputs],
-    backward: Callable[[Tensor, Tensor, Tensor, tuple[int, int], Outputs], Tensor],
-) -> list[Row]:
-    """Forward and backward of a case, compared with the definition; `stats` fills as they run.
-
-    `forward(features, pairs, window)` gives the outputs of the operator;
-    `backward(grad_sim, features, pairs, window, outputs)` the gradient of the features.
-    """
+def measure(provider: str, case: Case, passes: Passes) -> list[Row]:
+    """Forward and backward of a case, compared with the definition."""
     generator = torch.Generator().manual_seed(0)
     shape = (case.samples, case.channels, case.height, case.width)
     features = torch.randn(shape, generator=generator).to(case.torch_dtype)
@@ -130,8 +105,9 @@ def measure(
     pairs, window = case.pairs.flatten().nonzero().squeeze(1), (case.window, case.window)
     size = features.numel() * features.element_size()
 
+    stats = passes.stats
     stats.clear()
-    outputs = forward(features, pairs, window)
+    outputs = passes.forward(features, pairs, window)
     expected = reference.match(features, None, pairs, None, window, EPS)
     error = max(float((outputs[i] - expected[i]).abs().max()) for i in (0, 1))
     written = sum(t.numel() * t.element_size() for t in outputs)
@@ -140,62 +116,9 @@ def measure(
     stats.clear()
     noise = torch.randn(outputs.max_sim.shape, generator=generator)
     grad_sim = torch.empty_like(outputs.max_sim).copy_(noise)  # as the maxima lie
-    actual = backward(grad_sim, features, pairs, window, outputs).double()
+    actual = passes.backward(grad_sim, features, pairs, window, outputs).double()
     call = (features, None, pairs, None, *expected[1:], window, EPS)
     wanted = reference.match_backward(grad_sim, *call)[0].double()
     error = float((actual - wanted).norm() / wanted.norm())
     rows.append(row_of(provider, case, "backward", stats, size, size, error))
     return rows
-
-
-def write_rows(provider: str, rows: list[Row], directory: Path = RESULTS) -> None:
-    """The provider's CSV, and the table of all providers that have one."""
-    directory.mkdir(parents=True, exist_ok=True)
-    names = [field.name for field in fields(Row)]
-    with (directory / f"traffic-{provider}.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-    (directory / "traffic.md").write_text(table(directory), encoding="utf-8")
-
-
-def table(directory: Path = RESULTS) -> str:
-    """All providers' rows as Markdown, those of one case and phase beneath each other."""
-    rows: list[dict[str, str]] = []
-    for path in sorted(directory.glob("traffic-*.csv")):
-        with path.open(encoding="utf-8") as file:
-            rows += csv.DictReader(file)
-    order = {case.key: i for i, case in enumerate(CASES)}
-    rows.sort(key=lambda row: (order.get(row["case"], 99), row["phase"] != "forward"))
-    columns = [field.name for field in fields(Row) if field.name != "kernels"]
-    head = [
-        "# Memory traffic of compiled kernels\n",
-        "Counted by an emulator that runs the compiled PTX (sm_80), not measured on a GPU; columns",
-        "are explained in `tools/traffic/table.py`, which wrote this.\n",
-        "| " + " | ".join(name.replace("_", " ") for name in columns) + " |",
-        "| "
-        + " | ".join(":--" if name in ("provider", "case", "phase") else "--:" for name in columns)
-        + " |",
-    ]
-    lines = ["| " + " | ".join(row[name] for name in columns) + " |" for row in rows]
-    return "\n".join([*head, *lines]) + "\n"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("provider", choices=sorted(PROVIDERS))
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    try:
-        module = importlib.import_module(PROVIDERS[arguments.provider])
-    except ModuleNotFoundError as error:
-        sys.exit(f"{arguments.provider}: {error}")
-    if (reason := module.obstacle()) is not None:
-        sys.exit(f"{arguments.provider}: {reason}")
-    rows: list[Row] = []
-    for case in CASES:
-        found = module.run(case)
-        rows += found
-        for row in found:
-            print(row, flush=True)
-    write_rows(arguments.provider, rows, arguments.results)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -69,9 +69,7 @@ class DatasetInfo:
     Attributes:
         name: what --dataset calls it.
         class_names: by label value, background first.
-        orientation: how slices are taken by default, see PreprocessConfig.
         above_max: what a label above the last class is, see nifti.read_labels.
-        clip: default intensity percentiles, low and high.
         finder: (root, cine) -> scans in a fixed order; use `find`.
         values: the values in label maps that stand for each class, background first; None where
             a class is its own value.
@@ -79,9 +77,7 @@ class DatasetInfo:
 
     name: str
     class_names: tuple[str, ...]
-    orientation: Literal["native", "RAS"]
     above_max: Literal["background", "error"]
-    clip: tuple[float, float]
     finder: Callable[[Path, bool], list[Scan]]
     values: Values | None = None
 
@@ -94,11 +90,6 @@ class DatasetInfo:
     def max_label(self) -> int:
         """The highest label value that is a class."""
         return len(self.class_names) - 1
-
-    def preprocess_defaults(self) -> dict[str, Any]:
-        """The dataset's own settings: PreprocessConfig(**info.preprocess_defaults())."""
-        low, high = self.clip
-        return {"orientation": self.orientation, "clip_low": low, "clip_high": high}
 
     def find(self, root: str | Path, cine: bool = False) -> list[Scan]:
         """Find the scans below `root`, sorted by name; with `cine` also unlabelled time frames.
@@ -374,17 +365,13 @@ DATASETS: dict[str, DatasetInfo] = {
     "acdc": DatasetInfo(
         name="acdc",
         class_names=("background", "RV", "myocardium", "LV"),
-        orientation="native",  # short-axis stacks are oblique: no anatomical axis fits them
         above_max="error",
-        clip=(0.5, 99.5),
         finder=find_acdc,
     ),
     "chd": DatasetInfo(
         name="chd",
         class_names=("background", "LV", "RV", "LA", "RA", "myocardium", "aorta", "PA"),
-        orientation="RAS",
         above_max="background",  # vessels of single patients carry labels above 7
-        clip=(1.0, 99.0),
         finder=find_chd,
     ),
 }

@@ -90,9 +90,7 @@ def read_manifest(data: str | Path) -> DatasetInfo:
     return DatasetInfo(
         name=_name(content, "name", str(path), default=MANIFEST),
         class_names=classes,
-        orientation="native",
         above_max="error" if above == "error" else "background",
-        clip=(0.5, 99.5),
         finder=partial(_found, scans),
         values=_values(content.get("values"), path, classes),
     )

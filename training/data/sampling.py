@@ -81,7 +81,9 @@ class TwoSubjects(Dataset[SliceBatch]):
         seed: int,
         pairs: int = 1,
         shard: Shard = ALONE,
+        read: bool = True,
     ) -> None:
+        """read: whether batches hold pixels; without, they only say which slices they are."""
         if len(subjects) < 2:
             raise DataError(
                 f"pre-training draws from two subjects at a time, got {len(subjects)}; add scans"
@@ -96,6 +98,7 @@ class TwoSubjects(Dataset[SliceBatch]):
         self.seed = seed
         self.pairs = pairs
         self.shard = shard
+        self.read = read
 
     def __getitem__(self, index: int) -> SliceBatch:
         step, number = self.shard.place(index)
@@ -111,7 +114,7 @@ class TwoSubjects(Dataset[SliceBatch]):
             chosen += [(scan, int(index)) for index in np.sort(drawn)]
         size = self.pairs * self.slices
         own = chosen[number * size : (number + 1) * size]
-        return _collect(self.cache, step, number * self.pairs, own)
+        return _collect(self.cache, step, number * self.pairs, own, self.read)
 
     def _subjects(self, rng: np.random.Generator) -> list[int]:
         """Two for each pair of the step, different ones for as long as there are enough."""
@@ -133,7 +136,9 @@ class LabelledSlices(Dataset[SliceBatch]):
         batch_size: int,
         seed: int,
         shard: Shard = ALONE,
+        read: bool = True,
     ) -> None:
+        """read: whether batches hold pixels; without, they only say which slices they are."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.cache = cache
@@ -149,6 +154,7 @@ class LabelledSlices(Dataset[SliceBatch]):
         self.batch_size = batch_size
         self.seed = seed
         self.shard = shard
+        self.read = read
 
     def __getitem__(self, index: int) -> SliceBatch:
         step, number = self.shard.place(index)
@@ -160,7 +166,7 @@ class LabelledSlices(Dataset[SliceBatch]):
             for epoch in orders
         }
         chosen = [self.pool[shuffled[p // len(self.pool)][p % len(self.pool)]] for p in positions]
-        return _collect(self.cache, step, number, chosen)
+        return _collect(self.cache, step, number, chosen, self.read)
 
 
 def batches(
@@ -201,14 +207,18 @@ class _Numbers(Sampler[int]):
 
 
 def _collect(
-    cache: VolumeCache, step: int, part: int, chosen: Sequence[tuple[int, int]]
+    cache: VolumeCache, step: int, part: int, chosen: Sequence[tuple[int, int]], read: bool
 ) -> SliceBatch:
     scans, indices = [scan for scan, _ in chosen], [index for _, index in chosen]
+    images, labels = np.empty((len(chosen), 0, 0), np.float32), np.empty(0, np.uint8)
+    if read:
+        images = np.stack([cache.image(s)[i] for s, i in chosen])
+        labels = np.stack([cache.label(s)[i] for s, i in chosen])
     return SliceBatch(
         step=step,
         part=part,
-        images=torch.from_numpy(np.stack([cache.image(s)[i] for s, i in chosen]))[:, None],
-        labels=torch.from_numpy(np.stack([cache.label(s)[i] for s, i in chosen])),
+        images=torch.from_numpy(images)[:, None],
+        labels=torch.from_numpy(labels),
         volume=torch.tensor(scans),
         slice_index=torch.tensor(indices),
         num_slices=torch.tensor([cache.num_slices(scan) for scan in scans]),

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import finetune, pretrain
-from ..checkpoint import RunError
 from ..config import LabelledConfig, PretrainConfig
 from ..data.cache import VolumeCache
+from ..errors import RunError
 from ..files import write_atomically
 from ..identity import OPTION, Identity, differences, read_identity
 from ..models import load_encoder

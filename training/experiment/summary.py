@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint import RunError
+from ..errors import RunError
 from ..files import write_atomically
 from ..probe import ENDPOINT
 from ..runlog import ENVIRONMENT, read_metrics
 from ..settings import damaged, read_record
+from ..tabular import csv_text, markdown_table
 from .cells import Cell
 from .statistics import Difference, Summary, paired_difference, summarised
 from .tables import ALL, Table
@@ -128,6 +127,15 @@ class Results:
         found = paired_difference([*units.values()])
         return found._replace(folds=len(gaps), seeds=len({seed for seed, _ in gaps}))
 
+    def best_of(self, labelled: int) -> tuple[str, int]:
+        """The arm furthest above the baseline, and of how many it is the best; "", 0 if of one.
+
+        It is flattered by that choice: with many arms one is ahead by chance.
+        """
+        found = {arm: self.difference(arm, labelled, self.table.baseline) for arm in self.arms}
+        gains = {arm: gain.mean for arm, gain in found.items() if gain}
+        return (max(gains, key=lambda arm: gains[arm]), len(gains)) if len(gains) > 1 else ("", 0)
+
 
 def collect(
     table: Table, cells: Sequence[Cell], audit: Callable[[Cell], Sequence[str]] | None = None
@@ -229,7 +237,13 @@ def write(results: Results, folder: Path, name: str, about: dict[str, Any]) -> N
             if (value := results.summary(arm, m))
         ],
         "differences": [
-            {"arm": arm, "baseline": results.table.baseline, "labelled": m, **gain._asdict()}
+            {
+                "arm": arm,
+                "baseline": results.table.baseline,
+                "labelled": m,
+                **gain._asdict(),
+                "best_of": results.best_of(m)[1] if arm == results.best_of(m)[0] else None,
+            }
             for arm in results.arms
             for m in results.labelled
             if (gain := results.difference(arm, m, results.table.baseline))
@@ -248,14 +262,12 @@ def write(results: Results, folder: Path, name: str, about: dict[str, Any]) -> N
 def as_csv(results: Results) -> str:
     """One line per scored run."""
     classes = list(results.scores[0].dice) if results.scores else []
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["arm", "labelled", "fold", "seed", "mean_dice", *classes, "labelled_subjects"])
+    rows = [["arm", "labelled", "fold", "seed", "mean_dice", *classes, "labelled_subjects"]]
     for score in results.scores:
         dice = [f"{score.dice[name]:.4f}" for name in classes]
-        which = [score.arm, score.labelled or "all", score.fold, score.seed]
-        writer.writerow([*which, f"{score.mean:.4f}", *dice, " ".join(score.subjects)])
-    return text.getvalue()
+        which = [score.arm, str(score.labelled or "all"), str(score.fold), str(score.seed)]
+        rows.append([*which, f"{score.mean:.4f}", *dice, " ".join(score.subjects)])
+    return csv_text(rows)
 
 
 def markdown(results: Results, about: dict[str, Any]) -> str:
@@ -287,6 +299,13 @@ def markdown(results: Results, about: dict[str, Any]) -> str:
             f"collapse to one line) of arbitrary pixels. Means of the last {LOOKS} looks."
             f"\n\n{_pretraining_table(results)}"
         )
+    if any("nearest_same_scan" in rows[-1] for rows in results.pretraining.values() if rows):
+        parts.append(
+            "## Which slice is nearest\n\nOf each slice in a batch the most similar other one, by "
+            "the encoder's pooled last map: how often it is of the same scan (chance in brackets), "
+            f"and how far away its relative position is. Means of the last {LOOKS} looks.\n\n"
+            f"{_nearest_table(results)}"
+        )
     return "\n\n".join(parts) + "\n"
 
 
@@ -294,16 +313,22 @@ def _explained(results: Results, baseline: str) -> str:
     """What the table of differences shows, and how far it can be believed."""
     paired = f"Dice on each fold less that of {baseline} on the same fold, same labelled subjects"
     p = "exact two-sided p of flipped signs"
+    best = ""
+    if any(results.best_of(m)[1] for m in results.labelled):
+        best = (
+            " The highest is marked as the best of n, with the p of n tries (Bonferroni): that "
+            "choice flatters its mean and interval, so it is to be run again with fresh seeds."
+        )
     if results.unit == "fold":
         return (
             f"{paired}: mean over folds [95 % interval, Student's t], {p}. Folds share their "
-            "training scans, and each arm was pre-trained once, so the true uncertainty is larger."
+            "training scans, and each arm was pre-trained once, so the true uncertainty is "
+            f"larger.{best}"
         )
     return (
         f"{paired} and the same seed, averaged over the folds of a seed: mean over "
         f"{len(results.seeds)} seeds of pre-training [95 % interval, Student's t], {p}. The seed "
-        "is the unit; an arm that was picked as the best of many is flattered all the same, and is "
-        "to be run again with fresh seeds."
+        f"is the unit.{best}"
     )
 
 
@@ -325,20 +350,30 @@ def _dice_table(results: Results) -> str:
                 *(f"{theirs[m][0]:.3f} ({theirs[m][1]:.2f})" if m in theirs else "" for m in paper),
             ]
         )
-    return _table(rows)
+    return markdown_table(rows)
 
 
 def _difference_table(results: Results) -> str:
     rows = [["", *map(_labelled, results.labelled)]]
+    best = {m: results.best_of(m) for m in results.labelled}
     for arm in results.arms:
-        found = [results.difference(arm, m, results.table.baseline) for m in results.labelled]
-        if any(found):
-            rows.append([results.table.arm(arm).label, *(_gap(d) if d else "" for d in found)])
-    return _table(rows)
+        found = {m: results.difference(arm, m, results.table.baseline) for m in results.labelled}
+        if any(found.values()):
+            cells = [
+                _gap(gap, best[m][1] if arm == best[m][0] else 0) if gap else ""
+                for m, gap in found.items()
+            ]
+            rows.append([results.table.arm(arm).label, *cells])
+    return markdown_table(rows)
 
 
-def _gap(found: Difference) -> str:
-    p = "" if math.isnan(found.p) else f", p = {found.p:.2g}"
+def _gap(found: Difference, best_of: int = 0) -> str:
+    """best_of: of how many arms this is the best; 0: it is not."""
+    known = not math.isnan(found.p)
+    p = f", p = {found.p:.2g}" if known else ""
+    if best_of:
+        tries = f" (p = {min(1.0, best_of * found.p):.2g})" if known else ""
+        p += f"; **best of {best_of}**{tries}"
     return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]{p}"
 
 
@@ -348,7 +383,7 @@ def _class_table(results: Results) -> str:
     for arm in results.arms:
         cells = [_summary(results, arm, m, c) for m in results.labelled for c in classes]
         rows.append([results.table.arm(arm).label, *cells])
-    return _table(rows)
+    return markdown_table(rows)
 
 
 def _pretraining_table(results: Results) -> str:
@@ -371,18 +406,26 @@ def _pretraining_table(results: Results) -> str:
             share = same / different if same is not None and different else None
             cells = ["" if x is None else f"{x:.3g}" for x in (*ends[:4], share, *ends[4:])]
             rows.append([results.table.arm(arm).label, *cells])
-    return _table(rows)
+    return markdown_table(rows)
+
+
+def _nearest_table(results: Results) -> str:
+    rows = [["", "of the same scan", "distance"]]
+    for arm, history in results.pretraining.items():
+        ends = [
+            (mean_of_end(history, name), mean_of_end(history, f"chance_{name}"))
+            for name in ("nearest_same_scan", "nearest_distance")
+        ]
+        cells = [f"{own:.2f} ({chance:.2f})" for own, chance in ends if own is not None and chance]
+        if len(cells) == len(ends):
+            rows.append([results.table.arm(arm).label, *cells])
+    return markdown_table(rows)
 
 
 def mean_of_end(history: Sequence[Mapping[str, float]], name: str) -> float | None:
     """Mean of the last looks that have this figure: each is of a single batch."""
     values = [row[name] for row in history if name in row][-LOOKS:]
     return float(np.mean(values)) if values else None
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
 
 
 def _summary(results: Results, arm: str, labelled: int, name: str = "") -> str:

@@ -1,29 +1,60 @@
-"""Pre-training methods, one file each, registered by name."""
+"""Pre-training methods: each is a file here, and its name in FILES."""
 
-from .base import Corpus, Method, Outcome, Views
-from .ccrop import CCrop, CCropConfig
+from __future__ import annotations
+
+import importlib
+import inspect
+from types import ModuleType
+
+from .base import Corpus, Method, Outcome, Run, Views, first, second, side_by_side
+from .ccrop import CCropConfig
 from .contrast import ContrastConfig
-from .gcl import GCL, GCLConfig
-from .pcl import PCL, PCLConfig
-from .pirl import PIRL, PIRLConfig
-from .random import Random
-from .rotation import Rotation
+from .gcl import GCLConfig
+from .pcl import PCLConfig
+from .pirl import PIRLConfig
 from .sal import SAL, SALConfig
-from .simclr import SimCLR
 
-# In the order of the tables. The field of a method's name in PretrainConfig is its settings.
+# The name of a file is that of its method: for `--method`, and of its settings.
+FILES = (
+    "random",
+    "rotation",
+    "pirl",
+    "simclr",
+    "gcl",
+    "pcl",
+    "ccrop",
+    "sal",
+)
+
+
+def method_in(module: ModuleType) -> type[Method]:
+    """The method that a file defines.
+
+    Raises:
+        TypeError: it defines none, or several, or one without a label.
+    """
+    found = [
+        kind
+        for kind in vars(module).values()
+        if inspect.isclass(kind)
+        and issubclass(kind, Method)
+        and kind.__module__ == module.__name__
+        and not inspect.isabstract(kind)
+    ]
+    if len(found) != 1:
+        names = ", ".join(kind.__name__ for kind in found) or "none"
+        raise TypeError(f"{module.__name__}: expected one subclass of Method, got {names}")
+    if not hasattr(found[0], "label"):
+        raise TypeError(f"{module.__name__}: expected {found[0].__name__}.label")
+    return found[0]
+
+
 METHODS: dict[str, type[Method]] = {
-    "random": Random,
-    "rotation": Rotation,
-    "pirl": PIRL,
-    "simclr": SimCLR,
-    "gcl": GCL,
-    "pcl": PCL,
-    "ccrop": CCrop,
-    "sal": SAL,
+    name: method_in(importlib.import_module(f".{name}", __name__)) for name in FILES
 }
 
 __all__ = [
+    "FILES",
     "METHODS",
     "SAL",
     "CCropConfig",
@@ -34,6 +65,11 @@ __all__ = [
     "Outcome",
     "PCLConfig",
     "PIRLConfig",
+    "Run",
     "SALConfig",
     "Views",
+    "first",
+    "method_in",
+    "second",
+    "side_by_side",
 ]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..augment import Geometry
-from ..models import Encoder
+from ..augment import AugmentConfig, Geometry
+from ..models import Encoder, UNetConfig
 
 COSINE_LIMIT = 0.9  # mean cosine of arbitrary features above which they count as collapsed
 RANK_LIMIT = 1.5  # effective rank below which they count as collapsed to one line
@@ -24,20 +24,59 @@ DRIFT, DRIFTED, LOOKS = 0.1, 0.5, 5
 
 
 class Views(NamedTuple):
-    """The 2n augmented samples of a step: the first view of n slices, then the second of each."""
+    """The 2n augmented samples of a batch of n slices: both views of each, one after the other.
+
+    Sample 2i is the first view of slice i, sample 2i + 1 the second (`first`, `second`). Slices lie
+    scan after scan, so that all samples of a scan lie together: the pairs of the alignment loss are
+    then blocks on the diagonal, which the kernels take as groups of their own.
+
+    All that tells which samples belong together is on the CPU, whichever device the images are on:
+    it can be looked at without waiting for a GPU.
+    """
 
     images: Tensor  # (2n, 1, H, W), on the training device
-    volume: Tensor  # (2n,) int64, the scan in the data set
+    volume: Tensor  # (2n,) int64, the scan in the data set; on the CPU, as the next three
     slice_index: Tensor  # (2n,) int64, the slice in its scan
     num_slices: Tensor  # (2n,) int64, V of that scan
     sample: Tensor  # (2n,) int64, the slice among all slices of the data set
     generator: torch.Generator  # of the step, for what the method draws itself
-    frame: Tensor | None = None  # (2n, 2, 3), how to undo each view's geometry: `augment.undo`
+    frame: Tensor | None = None  # (2n, 2, 3), on the device, undoes a view's geometry: `undo`
 
     @property
     def position(self) -> Tensor:
         """Relative position of each slice in its scan, in [0, 1): (2n,) float64."""
         return self.slice_index.double() / self.num_slices
+
+
+def first(x: Tensor) -> Tensor:
+    """Of samples (2n, ...) the first view of each slice: (n, ...)."""
+    return x[0::2]
+
+
+def second(x: Tensor) -> Tensor:
+    """Of samples (2n, ...) the second view of each slice: (n, ...)."""
+    return x[1::2]
+
+
+def side_by_side(x: Tensor) -> Tensor:
+    """All first views, then all second ones (2n, ...), in the order of `Views`."""
+    return x.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
+
+
+class Run(Protocol):
+    """What a method may ask of the run's configuration."""
+
+    @property
+    def crop(self) -> int:
+        """Side of the views in pixels."""
+
+    @property
+    def model(self) -> UNetConfig:
+        """Size of the encoder."""
+
+    @property
+    def augment(self) -> AugmentConfig:
+        """Strength of the augmentation."""
 
 
 class Corpus(Protocol):
@@ -74,10 +113,13 @@ class Outcome:
 class Method(nn.Module, ABC):
     """A pre-training method: an encoder, whatever heads it needs, and a loss.
 
-    Built as `Method(model, settings, corpus)`, where `settings` is the field of the configuration
-    that bears the method's name, or None for a method without settings.
+    Built as `Method(model, settings, corpus)`, where `settings` is a `Settings`, or None for a
+    method without settings.
 
     Class attributes:
+        label: how tables and figures call it.
+        Settings: a dataclass of what can be set, all with defaults. The configuration has it as a
+            field of the method's name, and the command line as flags `--name.setting`.
         geometry: how the method wants the views of a step to be transformed: each by itself, or
             the slices of one scan alike (`augment.geometry=auto` follows it).
         watched: a figure of `monitor` whose rows make up the history given to `warnings`.
@@ -87,6 +129,8 @@ class Method(nn.Module, ABC):
         pictured: what the picture of a batch shows (`pictures`).
     """
 
+    label: ClassVar[str]
+    Settings: ClassVar[type[Any] | None] = None
     geometry: ClassVar[Geometry] = "independent"
     watched: ClassVar[str] = "cosine_encoder"
     positional: ClassVar[bool] = False
@@ -98,6 +142,13 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def forward(self, views: Views) -> Outcome:
         """The loss of one batch."""
+
+    @classmethod
+    def check(cls, settings: Any, run: Run) -> None:
+        """Raises a ValueError where the method cannot be trained in such a run.
+
+        What settings alone tell belongs into their `__post_init__`.
+        """
 
     @property
     def leaves_parameters_out(self) -> bool:
@@ -163,11 +214,10 @@ def retrieval(outcome: Outcome, views: Views) -> dict[str, float]:
     maps = outcome.maps.get("encoder") if outcome.deepest is None else outcome.deepest
     if maps is None:
         return {}
-    pooled = F.normalize(maps.float().mean(dim=(2, 3)), dim=1)
-    # Some methods encode the first view of each slice only.
-    volume, position, sample = (
-        column[: len(pooled)] for column in (views.volume, views.position, views.sample)
-    )
+    pooled = F.normalize(maps.float().mean(dim=(2, 3)), dim=1).cpu()  # where the columns are
+    volume, position, sample = views.volume, views.position, views.sample
+    if len(pooled) < len(sample):  # some methods encode the first view of each slice only
+        volume, position, sample = first(volume), first(position), first(sample)
     other = sample[:, None] != sample
     if not bool(other.any(dim=1).all()):
         return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from .contrast import ContrastConfig
 from .simclr import SimCLR
 
 BATCH = 64  # slices per forward pass when the boxes are found
+TRIES = 32  # draws for each number, of which at least half are accepted
 
 
 @dataclass
@@ -53,6 +55,8 @@ class CCrop(SimCLR):
     the largest shift of the augmentation where that is more.
     """
 
+    label: ClassVar[str] = "CCrop"
+    Settings: ClassVar[type[Any]] = CCropConfig
     settings: CCropConfig
     boxes: Tensor
 
@@ -120,17 +124,14 @@ def symmetric_beta(like: Tensor, alpha: float, generator: torch.Generator) -> Te
     """Beta(α, α) of the shape of `like`, by Jöhnk's rejection (torch's own takes no generator).
 
     With u, v uniform, u^(1/α) / (u^(1/α) + v^(1/α)) is Beta(α, α) given that the sum is at most 1,
-    which it is in at least half of the draws for α ≤ 1.
+    which it is in at least half of the draws for α ≤ 1. All draws are made at once, as many as
+    leave none open but once in 2^TRIES: whether more are needed cannot be asked without waiting
+    for the device. What is left open becomes 1/2.
     """
-    result = torch.full_like(like, 0.5)
-    open_ = torch.ones_like(like, dtype=torch.bool)
-    while bool(open_.any()):
-        u, v = (
-            torch.rand(like.shape, device=like.device, generator=generator).pow(1 / alpha)
-            for _ in range(2)
-        )
-        total = u + v
-        accepted = open_ & (total <= 1) & (total > 0)
-        result = torch.where(accepted, u / total, result)
-        open_ = open_ & ~accepted
-    return result
+    shape = (2, TRIES, *like.shape)
+    u, v = torch.rand(shape, device=like.device, generator=generator).pow(1 / alpha)
+    total = u + v
+    accepted = (total <= 1) & (total > 0)
+    ratios = torch.where(accepted, u / total, 0.5)
+    chosen = accepted.byte().argmax(dim=0, keepdim=True)  # the first one
+    return ratios.gather(0, chosen).squeeze(0).to(like.dtype)

@@ -13,6 +13,7 @@ from salkernels import gp_loss
 
 from ..distributed import gather
 from ..models import Encoder, Projection, UNetConfig
+from ..transfer import to_device
 from .base import Corpus, Method, Outcome, Views
 
 
@@ -54,14 +55,17 @@ class Contrastive(Method):
     def forward(self, views: Views) -> Outcome:
         maps = self.encoder(views.images)
         embeddings = gather(self.projection(maps[-1]))
-        samples = gather(views.sample), gather(views.position)
+        samples = gather(views.sample), gather(views.position)  # on the CPU, as the positives
         loss = self.contrast(embeddings, *samples)
         chance = self.contrast(alike(embeddings), *samples)
         return Outcome(loss, {"loss": loss}, {"encoder": maps[-1].detach()}, {"loss": chance})
 
     def contrast(self, embeddings: Tensor, sample: Tensor, position: Tensor) -> Tensor:
-        """The loss of embeddings (S, D) of the samples of all processes."""
-        positives = self.positives(sample, position)
+        """The loss of embeddings (S, D) of the samples of all processes.
+
+        sample, position: (S,), on the CPU.
+        """
+        positives = to_device(self.positives(sample, position), embeddings.device)
         return gp_loss(embeddings, positives, self.settings.temperature)
 
     @abstractmethod

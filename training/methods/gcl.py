@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..transfer import to_device
 from .base import full_precision
 from .contrast import ContrastConfig, Contrastive
 
@@ -37,6 +38,8 @@ class GCL(Contrastive):
     Changed: scans are not aligned by hand beforehand, and a batch is two scans, not many.
     """
 
+    label: ClassVar[str] = "GCL"
+    Settings: ClassVar[type[Any]] = GCLConfig
     positional: ClassVar[bool] = True
     curves: ClassVar[tuple[str, dict[str, str]]] = ("contrast of partitions (GCL)", {"loss": ""})
     settings: GCLConfig
@@ -47,7 +50,7 @@ class GCL(Contrastive):
         return partition[:, None] == partition[None, :]
 
     def contrast(self, embeddings: Tensor, sample: Tensor, position: Tensor) -> Tensor:
-        same = self.positives(sample, position)
+        same = to_device(self.positives(sample, position), embeddings.device)
         return partition_loss(embeddings, same, self.settings.temperature)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -36,6 +36,8 @@ class PCL(Contrastive):
     projection is that of the SAL paper (Sec. 2.3).
     """
 
+    label: ClassVar[str] = "PCL"
+    Settings: ClassVar[type[Any]] = PCLConfig
     positional: ClassVar[bool] = True
     curves: ClassVar[tuple[str, dict[str, str]]] = ("positional loss (GP)", {"loss": ""})
     settings: PCLConfig

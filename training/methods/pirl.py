@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from ..distributed import gather
 from ..models import Encoder, Projection, UNetConfig
-from .base import Corpus, Method, Outcome, Views, full_precision
+from ..transfer import to_device
+from .base import Corpus, Method, Outcome, Run, Views, first, full_precision, second
 
 GRID = 3  # the jigsaw has 3 x 3 pieces
 
@@ -54,6 +55,8 @@ class PIRL(Method):
     slice and the second is cut into the jigsaw; pieces are as large as the encoder's stride allows.
     """
 
+    label: ClassVar[str] = "PIRL"
+    Settings: ClassVar[type[Any]] = PIRLConfig
     curves: ClassVar[tuple[str, dict[str, str]]] = (
         "noise-contrastive losses",
         {"loss": "total", "jigsaw": "jigsaw", "slice": "slice itself"},
@@ -75,9 +78,18 @@ class PIRL(Method):
         self.register_buffer("bank", bank)
         self.register_buffer("seen", corpus.samples, persistent=False)
 
+    @classmethod
+    def check(cls, settings: Any, run: Run) -> None:
+        piece_side(run.crop, run.model.stride)
+
     def forward(self, views: Views) -> Outcome:
-        whole, cut = views.images.chunk(2)
-        sample = views.sample[: len(whole)]
+        # Copies: every other image of a batch is no layout that convolutions like.
+        whole, cut = (
+            view(views.images).contiguous(memory_format=torch.channels_last)
+            for view in (first, second)
+        )
+        own_sample = first(views.sample).contiguous()
+        sample = to_device(own_sample, whole.device)
         maps = self.encoder(whole)
         f = F.normalize(self.slice_head(maps[-1]).float(), dim=1)
         g = F.normalize(self.jigsaw(cut, views.generator).float(), dim=1)
@@ -87,7 +99,7 @@ class PIRL(Method):
         jigsaw = nce(own, g, negatives, temperature).mean()
         identity = nce(own, f, negatives, temperature).mean()
         loss = weight * jigsaw + (1 - weight) * identity
-        self.remember(gather(sample), gather(f.detach()))
+        self.remember(gather(own_sample), gather(f.detach()))
         terms = {"loss": loss, "jigsaw": jigsaw, "slice": identity}
         # As if the bank held the same vector everywhere.
         same = self.bank[:1].expand(len(f), -1)
@@ -111,11 +123,12 @@ class PIRL(Method):
         return parts[rows, order]
 
     def pictures(self, views: Views) -> list[Tensor]:
-        whole, cut = views.images.chunk(2)
+        whole, cut = first(views.images), second(views.images)
         parts = F.pad(self.shuffled(cut, views.generator), (1, 1, 1, 1), value=float(cut.min()))
         n, _, channels, side, _ = parts.shape
         grid = parts.view(n, GRID, GRID, channels, side, side).permute(0, 3, 1, 4, 2, 5)
-        return [*whole, *grid.reshape(n, channels, GRID * side, GRID * side)]
+        shown = grid.reshape(n, channels, GRID * side, GRID * side)
+        return [picture for pair in zip(whole, shown, strict=True) for picture in pair]
 
     def draw(self, sample: Tensor, generator: torch.Generator) -> Tensor:
         """(n, N) entries of the bank that are not the sample's own, each with equal chance.
@@ -132,12 +145,15 @@ class PIRL(Method):
     def remember(self, sample: Tensor, features: Tensor) -> None:
         """Moves the bank's entries towards the features (Sec. 3.2 there: a running average).
 
+        sample: (n,), on the CPU. features: (n, D).
+
         A slice that a batch holds several times moves towards the mean of its features: written
         one by one, which of them stays would be chance.
         """
         keep = self.settings.momentum
-        entries = sample.unique()
-        holds = (entries[:, None] == sample[None, :]).float()
+        distinct = sample.unique()
+        holds = to_device((distinct[:, None] == sample[None, :]).float(), features.device)
+        entries = to_device(distinct, features.device)
         with full_precision(features.device):
             means = holds @ features / holds.sum(dim=1, keepdim=True)
         mixed = keep * self.bank[entries] + (1 - keep) * means

@@ -11,6 +11,7 @@ from .base import Corpus, Method, Outcome, Views
 class Random(Method):
     """The start that pre-training has to beat. It takes no step."""
 
+    label: ClassVar[str] = "Random"
     trains: ClassVar[bool] = False
 
     def __init__(self, model: UNetConfig, settings: None, corpus: Corpus | None) -> None:

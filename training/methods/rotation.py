@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..models import Encoder, Projection, UNetConfig
-from .base import Corpus, Method, Outcome, Views
+from .base import Corpus, Method, Outcome, Views, side_by_side
 
 TURNS = 4
 
@@ -22,6 +23,7 @@ class Rotation(Method):
     other methods. The views carry the augmentation of all methods (up to 30° of rotation).
     """
 
+    label: ClassVar[str] = "Rotation"
     curves: ClassVar[tuple[str, dict[str, str]]] = ("cross-entropy of the turns", {"loss": ""})
     pictured: ClassVar[str] = "two views each, as they were turned"
 
@@ -36,14 +38,15 @@ class Rotation(Method):
         logits = self.classifier(maps[-1])
         loss = F.cross_entropy(logits.float(), turns)
         right = (logits.argmax(dim=1) == turns).float().mean()
-        chance = loss.new_tensor(TURNS).log()
+        chance = loss.new_full((), math.log(TURNS))
         terms, kept = {"loss": loss, "accuracy": right}, {"encoder": maps[-1].detach()}
         return Outcome(loss, terms, kept, {"loss": chance})
 
     def draw(self, views: Views) -> Tensor:
         """Turns of the 2n views, (2n,) int64 from 0 to 3, each as often as the others."""
         count, device = len(views.images), views.images.device
-        return torch.randperm(count, device=device, generator=views.generator) % TURNS
+        drawn = torch.randperm(count, device=device, generator=views.generator) % TURNS
+        return side_by_side(drawn)
 
     def pictures(self, views: Views) -> list[Tensor]:
         return [*turn(views.images, self.draw(views))]

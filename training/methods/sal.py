@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,12 +23,14 @@ from salkernels import (
 from ..augment import Geometry, shown, undo
 from ..distributed import gather, share
 from ..models import Embedding, EmbeddingKind, Encoder, Projection, UNetConfig
+from ..transfer import to_device
 from .base import (
     COSINE_LIMIT,
     RANK_LIMIT,
     Corpus,
     Method,
     Outcome,
+    Run,
     Views,
     chances,
     drift,
@@ -141,6 +143,8 @@ class SALConfig:
 class SAL(Method):
     """Encoder, embedding E for LA at scale s, projection for GP at the deepest scale (Eq. 3)."""
 
+    label: ClassVar[str] = "SAL"
+    Settings: ClassVar[type[Any]] = SALConfig
     geometry: ClassVar[Geometry] = "shared"  # or a window no longer shows the same anatomy
     positional: ClassVar[bool] = True
     watched: ClassVar[str] = "la_control"
@@ -162,12 +166,33 @@ class SAL(Method):
         self.embedding = Embedding(settings.embedding, channels, settings.embedding_dim or channels)
         self.projection = Projection(model.channels[-1], settings.projection_dim)
 
+    @classmethod
+    def check(cls, settings: SALConfig, run: Run) -> None:
+        side = run.crop // 2 ** (settings.scale - 1)
+        if settings.common_frame and run.augment.elastic:
+            raise ValueError(
+                "sal.common_frame undoes affine transforms only, but augment.elastic is "
+                f"{run.augment.elastic}; set one of them to its default"
+            )
+        if settings.window_size > side:
+            raise ValueError(
+                f"sal.window_size {settings.window_size} is larger than the {side} x {side} map of "
+                f"scale {settings.scale} at crop {run.crop}"
+            )
+        if settings.roll and settings.window_size > side // 2:
+            raise ValueError(
+                f"sal.roll moves keys by {side // 2} pixels, half of the map of scale "
+                f"{settings.scale} at crop {run.crop}: windows of {settings.window_size} would "
+                f"still overlap with their own place; use a smaller sal.window_size"
+            )
+
     def forward(self, views: Views) -> Outcome:
         settings = self.settings
         maps = self.encoder(views.images)
         features = maps[settings.scale - 1]
         # GP contrasts the samples of all processes; a scan, and so a pair of LA, is on one of them.
-        positives = positional_positives(gather(views.position), settings.t)
+        positives = positional_positives(gather(views.position), settings.t)  # on the CPU
+        positives = to_device(positives, features.device)
         projected = gather(self.projection(maps[-1]))
         gp = gp_loss(projected, positives, settings.temperature)
         outcome = Outcome(gp, {"loss": gp, "gp": gp, "la": gp.new_zeros(())})
@@ -333,13 +358,15 @@ def alignment(
 ) -> Tensor:
     """LA over pairs (S, S) of features (S, C, H, W) at valid pixels (S, H, W); 0 without any.
 
+    The pairs are best on the CPU, as those of a batch are.
+
     stop_gradient: keys get no gradient. roll: keys are rolled by half a map.
     """
     if not (stop_gradient or roll):
         return wla_set_loss(features, pairs, window_size, valid=valid)
     # The operator on a set has one map, and one gradient, for both roles of a sample: gather the
     # pairs instead.
-    query, key = pairs.nonzero(as_tuple=True)
+    query, key = (to_device(place, features.device) for place in pairs.nonzero(as_tuple=True))
     keys, keys_valid = (features.detach() if stop_gradient else features), valid
     if roll:
         keys = rolled(keys)

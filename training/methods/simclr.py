@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .contrast import Contrastive
+from .contrast import ContrastConfig, Contrastive
 
 
 class SimCLR(Contrastive):
@@ -17,6 +17,8 @@ class SimCLR(Contrastive):
     crops as weak as those of all methods here).
     """
 
+    label: ClassVar[str] = "SimCLR"
+    Settings: ClassVar[type[Any]] = ContrastConfig
     curves: ClassVar[tuple[str, dict[str, str]]] = ("NT-Xent", {"loss": ""})
 
     def positives(self, sample: Tensor, position: Tensor) -> Tensor:

@@ -1,0 +1,135 @@
+"""Time on the GPU kernel by kernel: by torch's profiler, and in depth by Nsight Compute."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from torch.profiler import ProfilerActivity, profile
+
+import salkernels
+from benchmarks.cases import ACDC, PAPER, QUICK, Case
+
+from .record import Context
+
+ROOT = Path(__file__).resolve().parents[2]
+CALLS = 5
+MAIN_KERNELS = "regex:salkernels_(match|stream|gradient|gather)|match_kernel|gradient_kernel"
+REPORT, DETAILS = "kernels.ncu-rep", "kernels.csv"
+# Of the details of a kernel, those that say what bounds it.
+METRICS = {
+    "Duration": "duration",
+    "Memory Throughput": "memory",
+    "DRAM Throughput": "dram",
+    "L1/TEX Cache Throughput": "l1",
+    "L2 Cache Throughput": "l2",
+    "Compute (SM) Throughput": "compute",
+    "Issue Slots Busy": "issue",
+    "Registers Per Thread": "registers",
+    "Achieved Occupancy": "occupancy",
+}
+
+
+def cases(on_gpu: bool) -> list[Case]:
+    if not on_gpu:
+        return [QUICK]
+    half = replace(PAPER, dtype="bfloat16")
+    return [PAPER, half, replace(ACDC, order="scans"), replace(half, window=4)]
+
+
+def step_of(case: Case, backend: str, device: str) -> Callable[[], object]:
+    """Forward and backward."""
+    problem = case.problem(device)
+
+    def run() -> object:
+        loss = salkernels.wla_set_loss(
+            problem.features, problem.pairs, problem.window, backend=backend
+        )
+        return problem.gradient(loss)
+
+    return run
+
+
+def kernels(context: Context) -> None:
+    activity = ProfilerActivity.CUDA if context.on_gpu else ProfilerActivity.CPU
+    for case in cases(context.on_gpu):
+        for name in context.backends:
+            label = f"{case.key} {name}"
+            if label in context.finished:
+                continue
+            context.need(3, label)
+            with context.measuring(label, case=case.key, backend=name) as row:
+                run = step_of(case, name, context.device)
+                run()
+                context.synchronise()
+                with profile(activities=[activity]) as seen:
+                    for _ in range(CALLS):
+                        run()
+                    context.synchronise()
+                row["us"] = _by_kernel(seen, context.on_gpu)
+
+
+def _by_kernel(seen: profile, on_gpu: bool) -> dict[str, float]:
+    """Microseconds of a call by kernel, the ten longest, longest first."""
+    found = {}
+    for event in seen.key_averages():
+        total = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        if total > 0:
+            found[event.key[:60]] = total / CALLS
+    longest = sorted(found, key=lambda name: -found[name])[:10]
+    return {name: found[name] for name in longest}
+
+
+def ncu(context: Context) -> None:
+    """Nsight Compute on the main kernels; in a rehearsal what it would look at."""
+    target = [sys.executable, "-m", "tools.gpu", "step", "inspected", "--device", context.device]
+    target += ["--out", str(context.folder)]
+    if "inspected" in context.finished:
+        return
+    with context.measuring("inspected") as row:
+        if not context.on_gpu:
+            subprocess.run(target, cwd=ROOT, check=True)
+            return
+        if shutil.which("ncu") is None:
+            raise FileNotFoundError("ncu is not on the PATH; it comes with CUDA's toolkit")
+        report = context.folder / REPORT
+        words = ["ncu", "--clock-control", "none", "--set", "full", "--import-source", "no"]
+        words += ["-k", MAIN_KERNELS, "--launch-count", "10", "-f", "-o", str(report), *target]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+        print(done.stdout[-3000:], done.stderr[-3000:], flush=True)
+        if done.returncode or not report.exists():
+            said = (done.stdout + done.stderr).strip().splitlines()
+            raise RuntimeError(f"ncu ended with {done.returncode}: {' '.join(said[-3:])}")
+        details = context.folder / DETAILS
+        with details.open("w") as file:
+            words = ["ncu", "--import", str(report), "--page", "details", "--csv"]
+            subprocess.run(words, stdout=file, check=True)
+        row["kernels"] = read_details(details.read_text("utf-8"))
+
+
+def read_details(text: str) -> list[dict[str, str]]:
+    """Of ncu's table of details, one entry per launch: kernel, and what bounds it, with units."""
+    lines = text.splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
+    launches: dict[str, dict[str, str]] = {}
+    for line in csv.DictReader(lines[start:]):
+        launch = launches.setdefault(line["ID"], {"kernel": line["Kernel Name"].split("(")[0]})
+        name = METRICS.get(line["Metric Name"])
+        if name is not None:
+            launch.setdefault(name, f"{line['Metric Value']} {line['Metric Unit']}".strip())
+    return list(launches.values())
+
+
+def inspected(context: Context) -> None:
+    """What ncu looks at: one call of each backend in two dtypes."""
+    for dtype in ("float32", "bfloat16"):
+        for name in context.backends:
+            base = PAPER if context.on_gpu else QUICK
+            step_of(replace(base, dtype=dtype), name, context.device)()
+            context.synchronise()
+            print(f"{dtype} {name}", flush=True)
