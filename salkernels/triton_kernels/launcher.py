@@ -5,7 +5,7 @@ From the second call on a launch costs its arguments, and not Triton's own look-
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ class Launcher:
         self.options = {"num_warps": tile.warps, "num_stages": tile.stages}
         if torch.version.hip is None:
             self.options["maxnreg"] = MOST_REGISTERS
-        self.compiled: dict[Any, Any] = {}
+        self.compiled: dict[int, Any] = {}
 
     def __call__(self, *arguments: Any, programs: int = 0) -> None:
         programs = programs or self.programs
@@ -40,7 +40,7 @@ class Launcher:
                 "split the pairs over several calls"
             )
         # All that Triton would look at and that may differ between calls of one signature.
-        key = tuple(_aligned(arguments))
+        key = _aligned(arguments)
         compiled = self.compiled.get(key)
         if compiled is None:
             compiled = self.kernel[(programs,)](*arguments, **self.constants, **self.options)
@@ -50,13 +50,14 @@ class Launcher:
             compiled[(programs, 1, 1)](*arguments, *self.constants.values())
 
 
-def _aligned(arguments: tuple[Any, ...]) -> Iterator[bool]:
-    """Whether each tensor starts at a multiple of 16 bytes."""
+def _aligned(arguments: tuple[Any, ...], bits: int = 1) -> int:
+    """Whether each tensor starts at a multiple of 16 bytes, a bit for each."""
     for x in arguments:
         if isinstance(x, Tensor):
-            yield x.data_ptr() % 16 == 0
-        elif isinstance(x, tuple) and x and not isinstance(x, Strides):
-            yield from _aligned(x)
+            bits = 2 * bits + (x.data_ptr() % 16 == 0)
+        elif isinstance(x, tuple) and not isinstance(x[0], int):  # of numbers: strides, extents
+            bits = _aligned(x, bits)
+    return bits
 
 
 def planner(layout: Layout, ordered: bool | None = None) -> Callable[[Tensor | None, int], Plan]:
