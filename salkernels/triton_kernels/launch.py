@@ -20,6 +20,8 @@ from .launcher import SMALL, Launcher, list_of_pairs, maps_of, planner
 from .layout import Layout, Problem, Signature, ceil
 from .lists import BackwardByLists, addressable
 
+__all__ = ["Problem", "backward", "capability", "forward"]
+
 MOST_TILES = 2  # of a group, whose weights fit into the registers
 KEPT = 256  # signatures
 FORWARD = ("match", "stream_match", "norm")
@@ -33,18 +35,18 @@ class Forward:
         layout = Layout.of(signature)
         self.layout, self.sizes, form = layout, layout.extents(), layout.form()
         self.lines = signature.windows * layout.blocks
-        compiled = {"FORM": form, "CUT": layout.cut(), "PRODUCT": signature.product}
+        compiled: dict[str, Any] = {"FORM": form, "CUT": layout.cut(), "PRODUCT": signature.product}
         self.loss = Launcher(match.loss_kernel, SMALL, PAIRS=16, LINES=64)
         if layout.streamed:
             self.stream = Launcher(match.stream_match_kernel, layout.tile, **compiled)
             tile = signature.tiles[2]
-            even = signature.query[2] % tile.block == 0
+            filled = signature.query[2] % tile.block == 0
             self.norms = Launcher(
                 match.norm_kernel,
                 tile,
                 signature.query[0] * signature.nodes * ceil(signature.map_pixels, tile.rows),
                 FORM=form,
-                CUT=Cut(1, tile.rows, tile.block, even),
+                CUT=Cut(1, tile.rows, tile.block, filled),
             )
             return
         programs = layout.groups_of_tiles * layout.tiles * signature.windows
@@ -63,6 +65,7 @@ class Forward:
         valid = None if problem.valid is None else problem.valid.contiguous().view(torch.uint8)
         pairs, eps, sizes = problem.num_pairs, problem.smallest_norm, self.sizes
         partial = loss.new_empty((self.lines, pairs))
+        given: tuple[Any, ...]
         if self.layout.streamed:
             self.norms(maps, valid, found.norm, sizes)
             programs = pairs * self.lines

@@ -140,7 +140,7 @@ def _reach(signature: Signature, bits: int) -> Reach:
     pixels = signature.window_pixels
     room = ceil(signature.nodes * pixels, ROWS) * ROWS
     partners = max(signature.query[1], signature.keys)
-    return Reach(*steps, room, ceil(pixels * bits, WORD), partners)
+    return Reach(*(*steps, room, ceil(pixels * bits, WORD), partners))
 
 
 def _unit(shape: torch.Size, strides: Strides) -> int:
