@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from benchmarks.cases import QUICK
-from benchmarks.providers import Provider, gram, providers
+from benchmarks.provider import Provider
+from benchmarks.providers import gram, providers
 from salkernels import backends, reference
 from tools.gpu import __main__ as command
 from tools.gpu import checks, conductor, kernels, record, smoke, timing, warm

@@ -7,7 +7,8 @@ import csv
 import pytest
 
 from benchmarks.measure import Settings
-from benchmarks.providers import Provider, gram, providers
+from benchmarks.provider import Provider
+from benchmarks.providers import gram, providers
 from benchmarks.training import EXTRA, QUICK_SHAPE, Step, measure_training
 from salkernels import backends
 
