@@ -1,5 +1,5 @@
-// Forward where the window of a sample fits a tile: products of a tile of query rows with one of key
-// rows, and the best of each window.
+// Forward where the window of a sample fits a tile: products of a tile of query rows with one of
+// key rows, and the best of each window.
 //
 // A tile holds all samples of one window or of several, or, where there are too many, some samples.
 // In the set form a tile above the diagonal serves both directions of its pairs, and one on the
@@ -109,7 +109,9 @@ struct UnitRun {
 __device__ inline bool find_in_tile(const Work& work, bool set_form, int query, int key,
                                     TilePair& at) {
   const auto member = [](const Side& side, int sample) { return sample - int(side.first_sample); };
-  const auto in = [](const Side& side, int member) { return unsigned(member) < unsigned(side.samples); };
+  const auto in = [](const Side& side, int member) {
+    return unsigned(member) < unsigned(side.samples);
+  };
   int row = member(work.sides[0], query), column = member(work.sides[1], key);
   bool found = in(work.sides[0], row) && in(work.sides[1], column);
   // On the diagonal products are made above it only, off it they serve both directions.
@@ -185,8 +187,8 @@ __device__ inline void fill_batch(const Problem& p, MatchShared& shared, const U
   __syncthreads();
 }
 
-// The blocks of products that pairs need, and which samples do. Whether the batch that is left holds
-// all pairs of all units, so that it need not be filled again.
+// The blocks of products that pairs need, and which samples do. Whether the batch that is left
+// holds all pairs of all units, so that it need not be filled again.
 __device__ inline bool mark_pairs(const Problem& p, MatchShared& shared) {
   const Work& work = shared.work;
   const int pixels = work.sides[0].pixels, units = work.sides[0].units;
@@ -229,7 +231,8 @@ __device__ inline const unsigned char* find_row(const Problem& p, const MatchSha
   const Maps& maps = p.maps[which];
   if (r >= side.rows()) return nullptr;
   const int member = r / side.pixels, pixel = r % side.pixels, u = side.unit(member);
-  if (!side.exists(shared.units, member) || (shared.used[which][member / 32] >> member % 32 & 1) == 0) {
+  const bool used = (shared.used[which][member / 32] >> member % 32 & 1) != 0;
+  if (!used || !side.exists(shared.units, member)) {
     return nullptr;
   }
   const int64_t sample = side.sample(member);

@@ -139,9 +139,9 @@ inline int64_t rows_shared_bytes(const Problem& p, int64_t words) {
   return rows_table_bytes(nodes, pixels) + nodes * pixels * words * (straight ? 4 : 8);
 }
 
-// How lists of terms are made and used: a slice of the rows of a window in shared memory, the widest
-// that leaves room for a second block, or the widest of all; none (0), and partners are gathered
-// from memory.
+// How lists of terms are made and used: a slice of the rows of a window in shared memory, the
+// widest that leaves room for a second block, or the widest of all; none (0), and partners are
+// gathered from memory.
 inline void list_tiling(Problem& p, int64_t shared_limit) {
   Tiling t{};
   const int64_t pixels = p.window_pixels(), wide = p.dtype == kFloat64 ? 8 : 4;

@@ -1,18 +1,18 @@
-// Products of a tile: up to 128 query rows times up to 128 key rows, channel chunk by channel chunk.
+// Products of a tile: up to 128 query rows times up to 128 key rows, chunk by chunk of channels.
 //
-// The tile falls into 8 x 8 blocks of 16 x 16 products. Those that some pair needs are numbered, and
-// warp w takes the blocks w, w + 8, w + 16, ..., so that all have about as many, however few pairs
-// there are; in the set form nothing below the diagonal is needed:
+// The tile falls into 8 x 8 blocks of 16 x 16 products. Those that some pair needs are numbered,
+// and warp w takes the blocks w, w + 8, w + 16, ..., so that all have about as many, however few
+// pairs there are; in the set form nothing below the diagonal is needed:
 //
 //                 columns by 16
 //        rows     0 . . 1 . .        0, 1, ...: needed, by which warp
 //        by 16      2 . 3 . .        . : skipped
 //                     4 . 5 6
 //
-// A chunk is 128 bytes of channels of each row. It lands in a ring of stages by asynchronous copies;
-// then each thread looks at the pieces of its rows once, for what all warps would otherwise do over
-// and over: squares for the norms, and for fp32 the split in two tf32 (the upper part stays in
-// place, the lower goes to a stage of its own):
+// A chunk is 128 bytes of channels of each row. It lands in a ring of stages by asynchronous
+// copies; then each thread looks at the pieces of its rows once, for what all warps would
+// otherwise do over and over: squares for the norms, and for fp32 the split in two tf32 (the
+// upper part stays in place, the lower goes to a stage of its own):
 //
 //   stage 0 | stage 1 | ... | lower parts         each (query rows, then key rows) x 36 words
 #pragma once
@@ -57,7 +57,8 @@ __host__ __device__ constexpr int64_t product_words(int64_t stages, bool one_sid
 
 constexpr int kBlocks = kTile / 16;  // of a side of the tile
 
-// Which blocks are needed, and in which order warps take them. A block is 8 (row / 16) + column / 16.
+// Which blocks are needed, and in which order warps take them.
+// A block is 8 (row / 16) + column / 16.
 struct BlockList {
   uint32_t needed[2];
   uint8_t blocks[kBlocks * kBlocks];
@@ -275,7 +276,7 @@ constexpr float kAbsent = -1;
 // Cosines from the sums of products, to shared memory in the place of the stages; -INFINITY where
 // either row takes no part: a query pixel that does not finds no match either.
 //
-//   a lane has of a group of 8 columns: rows lane / 4 and that + 8, columns 2 (lane % 4) and that + 1
+//   a lane has of a group of 8 columns: rows lane / 4 and 8 below, columns 2 (lane % 4) and next
 template <int kShare>
 __device__ inline void store_cosines(const Sums<kShare>& sums, const BlockList& list,
                                      const float* row_scale, const float* column_scale,

@@ -18,9 +18,9 @@ from against_reference import (
     some_pairs,
     valid_pixels,
 )
-from benchmarks.cuda_emulation import HostKernels
 
 from salkernels.backends import triton
+from tools.host_cuda.kernels import HostKernels
 
 KINDS = [SHAPES[i] for i in (1, 2, 4, 7, 8)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
