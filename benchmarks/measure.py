@@ -20,7 +20,8 @@ from .cases import Case, Problem
 from .clock import HostQueue, Mark, Queue, Round, Stopwatch, queue_for, replay_seconds
 from .isolate import describe_error, proc_kib
 from .machine import Rates, measure_rates, synchronise
-from .providers import Provider, providers
+from .provider import Provider
+from .providers import providers
 
 UNKNOWN = verify.Errors(float("nan"), float("nan"))
 MODES = ("forward", "both")  # "backward" is timed inside "both", not by subtraction

@@ -23,7 +23,8 @@ import salkernels
 from .cases import Problem
 from .machine import describe, synchronise
 from .measure import Settings
-from .providers import Run, providers
+from .provider import Run
+from .providers import providers
 from .report import MACHINE, Results, Row, number
 from .verify import BOUNDS
 

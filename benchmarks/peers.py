@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .cases import Problem
-from .providers import Provider, to_windows, widen
+from .provider import Provider, to_windows, widen
 
 
 def gathered(problem: Problem, normalise: bool) -> tuple[Tensor, Tensor]:

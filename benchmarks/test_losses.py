@@ -20,7 +20,8 @@ from . import verify
 from .cases import SUITES, Case, Problem
 from .machine import synchronise
 from .measure import run_once
-from .providers import Provider, names_for, providers
+from .provider import Provider
+from .providers import names_for, providers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDS = 5

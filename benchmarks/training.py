@@ -23,7 +23,8 @@ from salkernels import backends, slice_pairs
 from .cases import THRESHOLD, Problem
 from .machine import describe, synchronise
 from .measure import Settings, run_once
-from .providers import Provider, providers
+from .provider import Provider
+from .providers import providers
 from .report import MACHINE, Results, Row, number
 from .verify import BOUNDS
 
@@ -92,8 +93,11 @@ class Step:
         self.calls = 0
         self.alike: Problem | None = None
 
-        def align(features: Tensor, valid: Tensor | None, pairs: Tensor) -> Tensor:
+        def align(
+            features: Tensor, valid: Tensor | None, pairs: Tensor, negatives: Tensor | None = None
+        ) -> Tensor:
             assert valid is None, "views with one geometry are compared in every pixel"
+            assert negatives is None, "the paper's LA is no contrast"
             assert provider is not None
             self.calls += 1
             if self.alike is None:  # views, and so pairs, are those of the first step

@@ -196,8 +196,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> match(const Tensor& query, std::optio
   return {loss, max_sim, argmax, empty(query, {0}, wide)};
 }
 
-// A gradient larger than the last-level caches of most machines is in none of them when somebody reads
-// it, so writing it through them would only fetch each line first: a third of the backward's traffic.
+// A gradient larger than the last-level caches of most machines is in none of them when somebody
+// reads it, so writing it through them would only fetch each line first: a third of the traffic.
 constexpr int64_t kCachedBytes = 32 << 20;
 
 bool beyond_caches(const Tensor& query, const std::optional<Tensor>& key) {

@@ -23,7 +23,7 @@ python=${PYTHON:-}
 if [ -f .gpu/pack.txt ]; then
   echo "using .gpu: $(head -1 .gpu/pack.txt)"
   built=$(sed -n 's/^csrc //p' .gpu/pack.txt)
-  now=$(find csrc -type f -print0 | sort -z | xargs -0 cat | sha256sum | cut -c1-16)
+  now=$(find csrc -type f -print0 | LC_ALL=C sort -z | xargs -0 cat | sha256sum | cut -c1-16)
   [ "$built" = "$now" ] || echo "warning: csrc has changed since scripts/gpu_pack.sh: run it again" >&2
   work=${TMPDIR:-/tmp}/salkernels-gpu-$(id -u)
   mkdir -p "$work/triton"

@@ -28,6 +28,8 @@ echo "libraries for compute capability $architectures"
 # In a copy: the libraries of this machine stay as they are.
 mkdir "$work/source"
 cp -r csrc buildtools salkernels training pyproject.toml setup.py README.md LICENSE "$work/source"
+commit=$(git rev-parse --short=10 HEAD 2>/dev/null || echo unknown commit)
+built=$(cd "$work/source" && find csrc -type f -print0 | LC_ALL=C sort -z | xargs -0 cat | sha256sum | cut -c1-16)
 rm -f "$work"/source/salkernels/_C_* "$work"/source/salkernels/_build_info.json
 (cd "$work/source" && TORCH_CUDA_ARCH_LIST=$architectures SALKERNELS_BUILD_CUDA=1 SALKERNELS_BUILD_CPU=1 \
   "$python" setup.py -q build_ext --inplace >"$work/build.txt" 2>&1) || { cat "$work/build.txt" >&2; exit 1; }
@@ -51,8 +53,8 @@ if [ "${WARM_SECONDS:-1800}" != 0 ]; then
 fi
 
 {
-  echo "$(git rev-parse --short=10 HEAD 2>/dev/null || echo unknown commit), $(date -u +%F), compute capability $architectures, Python $target"
-  echo "csrc $(find csrc -type f -print0 | sort -z | xargs -0 cat | sha256sum | cut -c1-16)"
+  echo "$commit, $(date -u +%F), compute capability $architectures, Python $target"
+  echo "csrc $built"
   "$python" -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__)'
 } >.gpu/pack.txt
 cat .gpu/pack.txt

@@ -158,8 +158,8 @@ struct Call {
   static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 };
 
-// Whether several calls at once, of several threads each, all equal the call of one thread; it writes
-// through the caches, they around them if `around`.
+// Whether several calls at once, of several threads each, all equal the call of one thread, which
+// writes through the caches; they go around them if `around`.
 bool agrees(const Kernels& kernels, const Case& c, DType dtype, bool channels_last, bool around) {
   const std::vector<char> features =
       random_features(c.samples * c.channels * c.height * c.width, dtype);

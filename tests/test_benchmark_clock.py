@@ -11,7 +11,8 @@ from benchmarks import measure, report, rows, runner
 from benchmarks.cases import ACDC, Case
 from benchmarks.clock import LONGEST_LEAD, HostQueue, Stopwatch, replay_seconds
 from benchmarks.measure import Job, Settings, Times, Trial, save_truth, time_jobs, timed, try_job
-from benchmarks.providers import EAGER, Provider, backend_provider, providers
+from benchmarks.provider import Provider
+from benchmarks.providers import EAGER, backend_provider, providers
 from salkernels._pair_list import PairList
 
 SMALL = Case(8, 16, 8, 8)

@@ -15,7 +15,8 @@ from benchmarks.cases import DESK, PAPER, QUICK, SUITES, Case, sample_pairs
 from benchmarks.isolate import ChildFailed, OutOfTime, stream
 from benchmarks.machine import Rates
 from benchmarks.measure import Job, Settings, Trial, rounds_for, run_once, try_job
-from benchmarks.providers import Provider, providers
+from benchmarks.provider import Provider
+from benchmarks.providers import providers
 from benchmarks.report import COLUMNS, Results, markdown, read
 from benchmarks.runner import Options, plan, run
 from salkernels import backends, wla_set_loss

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from benchmarks.cases import QUICK
-from benchmarks.providers import Provider, gram, providers
+from benchmarks.provider import Provider
+from benchmarks.providers import gram, providers
 from salkernels import backends, reference
 from tools.gpu import __main__ as command
 from tools.gpu import checks, conductor, kernels, record, smoke, timing, warm
@@ -517,6 +518,11 @@ def test_what_is_compiled_beforehand_is_what_is_launched():
     assert listed.query.shape[:2] == (2, 32)
     assert room.query.shape[:2] == (1, 64)
     assert room.pairs.shape == (64 * 64,)
+
+
+def test_kernels_that_were_not_compiled_in_time_are_told():
+    lines = list(warm.compiled([("form", warm.AROUND)] * 3, 90, seconds=0.0))
+    assert lines == [(f"out of time before 3 calls, such as form {warm.AROUND.key}", True)]
 
 
 @pytest.mark.slow

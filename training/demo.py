@@ -41,7 +41,8 @@ def demo(
         command=command,
         preset="phantom",
     )
-    pretraining, finetuning = (with_settings(c, common) for c in (pretraining, finetuning))
+    pretraining = with_settings(pretraining, common)
+    finetuning = with_settings(finetuning, common)
     table = experiment(config, pretraining, finetuning)
     _compare(out, finetuning)
     minutes = (time.monotonic() - began) / 60

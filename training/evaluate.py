@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import sys
@@ -29,6 +27,7 @@ from .data.text import printable
 from .device import Device
 from .files import write_atomically
 from .models import UNet
+from .tabular import csv_text
 
 MAX_FILE_NAME = 255  # bytes, on every common file system
 ALL = "all"  # in place of the names of subjects
@@ -124,11 +123,9 @@ def write_scores(out: Path, scores: Scores, about: dict[str, Any]) -> None:
     mean = None if np.isnan(scores.mean) else scores.mean
     result = {**about, "mean_dice": mean, "dice": dice}
     write_atomically(out / "results.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
-    table = io.StringIO()
-    writer = csv.DictWriter(table, ["subject", "frame", "role", *scores.class_names])
-    writer.writeheader()
-    writer.writerows(scores.rows)
-    write_atomically(out / "dice.csv", table.getvalue())
+    columns = ["subject", "frame", "role", *scores.class_names]
+    rows = [columns, *([row[column] for column in columns] for row in scores.rows)]
+    write_atomically(out / "dice.csv", csv_text(rows))
 
 
 def subjects_to_score(

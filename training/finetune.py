@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ from .inputs import open_dataset, tell
 from .locks import sole_use
 from .models import UNet, load_encoder, load_unet, save_unet
 from .models.weights import ENCODER, MODEL, weights_file
-from .resident import Resident, resident, without_loaders
+from .resident import resident, without_loaders
 from .runlog import RunLog
 from .steps import Task
 from .transfer import to_device
@@ -49,32 +49,117 @@ def finetune(config: FinetuneConfig) -> Scores:
     """Runs fine-tuning and evaluation in `config.out`."""
     device = Device.of(config)
     cache = open_dataset(config)
-    fold, labelled = split(config, cache)
-    require_labels(cache, [*labelled, *fold.test])
-    require_classes(cache, labelled)
-    require_classes(cache, fold.test)
-    model, pretraining = initial_model(config)
-    if pretraining is not None:
-        require_scale_of_encoder(cache, pretraining.get("spacing"), str(config.encoder))
-    believed = identity(config, cache, pretraining)
+    start = Start.of(config, cache)
     with sole_use(config.out):
-        log = RunLog(config, "finetune", device.describe(), believed)
+        run = Finetuning(config, device, cache, start)
         tell(config.out, notices(cache))
-        device.to(model)
+        run.fit()
+        return run.finish()
+
+
+@dataclass
+class Start:
+    """What every use of labels starts from, once it is known to be good.
+
+    model: with random weights, or with the pre-trained encoder.
+    pretraining: how that was trained; None without one.
+    believed: what the run believes in.
+    """
+
+    fold: Fold
+    labelled: tuple[str, ...]
+    model: UNet
+    pretraining: dict[str, Any] | None
+    believed: Identity
+
+    @classmethod
+    def of(cls, config: LabelledConfig, cache: VolumeCache) -> Start:
+        """Raises DataError or RunError where labels, classes, scale or encoder do not do."""
+        fold, labelled = split(config, cache)
+        require_labels(cache, [*labelled, *fold.test])
+        require_classes(cache, labelled)
+        require_classes(cache, fold.test)
+        model, pretraining = initial_model(config)
+        if pretraining is not None:
+            require_scale_of_encoder(cache, pretraining.get("spacing"), str(config.encoder))
+        return cls(fold, labelled, model, pretraining, identity(config, cache, pretraining))
+
+
+class Finetuning:
+    """One run of fine-tuning."""
+
+    def __init__(
+        self, config: FinetuneConfig, device: Device, cache: VolumeCache, start: Start
+    ) -> None:
+        self.config, self.device, self.cache, self.start = config, device, cache, start
+        self.log = RunLog(config, "finetune", device.describe(), start.believed)
+        self.model = start.model
+        device.to(self.model)
         if config.compile:
-            model.compile()  # in place: the keys of the weights stay
-        _train(config, model, cache, fold, labelled, device, log)
+            self.model.compile()  # in place: the keys of the weights stay
+        self.store = resident(cache, config, device.device, labels=True)
+        self.criterion = segmentation_loss()
+        self.best = BestOnTest(self.model, cache, start.fold, device.exact(), config)
+
+    def fit(self) -> None:
+        """All steps; the model then has the weights that are to be kept."""
+        config, read = self.config, self.store is None
+        own = Shard(accumulate=config.optim.accumulate)
+        labelled, size = self.start.labelled, config.batch_size
+        selects = config.select == "best-on-test"
+        fit(
+            self.model,
+            [
+                {"params": list(self.model.encoder.parameters()), "scale": config.encoder_lr},
+                {"params": list(self.model.decoder.parameters())},
+            ],
+            Task(self.prepare, self.loss),
+            LabelledSlices(self.cache, labelled, size, config.seed, own, read),
+            without_loaders(config, self.store),
+            self.log,
+            self.device,
+            Look(self.best.due, self.best.look) if selects else None,
+        )
+        self.log.close()
+        if selects:
+            self.best.restore()
+
+    def prepare(self, batch: SliceBatch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Augmented slices and their labels."""
+        if self.store is not None:
+            batch = self.store.fill(batch)
+        images, labels, _ = augment(
+            to_device(batch.images, self.device.device),
+            self.config.crop,
+            self.config.augment,
+            generator,
+            labels=to_device(batch.labels, self.device.device),
+        )
+        assert labels is not None  # they went in
+        return images, labels
+
+    def loss(self, given: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The segmentation loss."""
+        images, labels = given
+        with self.device.autocast():
+            logits = self.model(images.contiguous(memory_format=torch.channels_last))
+        loss: Tensor = self.criterion(logits.float(), labels[:, None].long())
+        return loss, {"loss": loss}
+
+    def finish(self) -> Scores:
+        """Writes the model, its Dice on the held-out subjects, and the figures."""
+        config, start = self.config, self.start
         about = {
-            **about_model(config, cache, fold, labelled),
-            "pretraining": pretraining and for_results(pretraining),
-            "identity": log.identity.plain(),
+            **about_model(config, self.cache, start.fold, start.labelled),
+            "pretraining": start.pretraining and for_results(start.pretraining),
+            "identity": self.log.identity.plain(),
         }
-        save_unet(config.out / MODEL, model, about)
-        exact = device.exact()
-        scores = evaluate(model, cache, fold.test, exact, progress=True)
+        save_unet(config.out / MODEL, self.model, about)
+        exact = self.device.exact()
+        scores = evaluate(self.model, self.cache, start.fold.test, exact, progress=True)
         write_scores(config.out, scores, for_results(about))
-        finetuning_figures(config.out, model, cache, fold.test, exact)
-    return scores
+        finetuning_figures(config.out, self.model, self.cache, start.fold.test, exact)
+        return scores
 
 
 def identity(
@@ -100,69 +185,6 @@ def identity(
     marks = (*(inherited.mismatches if inherited else ()), *seen)
     encoder = encoder_identity(path, pretraining)
     return replace(believed, encoder=encoder, mismatches=tuple(dict.fromkeys(marks)))
-
-
-def _train(
-    config: FinetuneConfig,
-    model: UNet,
-    cache: VolumeCache,
-    fold: Fold,
-    labelled: tuple[str, ...],
-    device: Device,
-    log: RunLog,
-) -> None:
-    """All steps; the model then has the weights that are to be kept."""
-    own = Shard(accumulate=config.optim.accumulate)
-    store = resident(cache, config, device.device, labels=True)
-    read = store is None
-    best = None
-    if config.select == "best-on-test":
-        best = BestOnTest(model, cache, fold, device.exact(), config)
-    fit(
-        model,
-        [
-            {"params": list(model.encoder.parameters()), "scale": config.encoder_lr},
-            {"params": list(model.decoder.parameters())},
-        ],
-        task_of(config, model, device, store),
-        LabelledSlices(cache, labelled, config.batch_size, config.seed, own, read),
-        without_loaders(config, store),
-        log,
-        device,
-        Look(best.due, best.look) if best else None,
-    )
-    log.close()
-    if best:
-        best.restore()
-
-
-def task_of(
-    config: FinetuneConfig, model: UNet, device: Device, store: Resident | None = None
-) -> Task[tuple[Tensor, Tensor]]:
-    """Augmented slices in, the segmentation loss out."""
-    criterion = segmentation_loss()
-
-    def prepare(batch: SliceBatch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        if store is not None:
-            batch = store.fill(batch)
-        images, labels, _ = augment(
-            to_device(batch.images, device.device),
-            config.crop,
-            config.augment,
-            generator,
-            labels=to_device(batch.labels, device.device),
-        )
-        assert labels is not None  # they went in
-        return images, labels
-
-    def loss_of(given: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        images, labels = given
-        with device.autocast():
-            logits = model(images.contiguous(memory_format=torch.channels_last))
-        loss = criterion(logits.float(), labels[:, None].long())
-        return loss, {"loss": loss}
-
-    return Task(prepare, loss_of)
 
 
 def segmentation_loss() -> torch.nn.Module:

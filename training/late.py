@@ -113,24 +113,20 @@ class Ledger:
         if queued is None:
             return
         losses, norm, terms = queued.values()
-        fault = _fault(queued, losses, norm)
-        told = [float(fault is not None), *terms.values(), 1.0]
-        any_fault, *sums, processes = total(told) if together else told
-        if fault is not None:
-            raise fault
-        if any_fault:
+        bad = [
+            pair for pair in zip(losses, queued.batches, strict=True) if not math.isfinite(pair[0])
+        ]
+        told = [float(len(bad)), *terms.values(), 1.0]
+        any_bad, *sums, processes = total(told) if together else told
+        if bad:
+            raise _not_finite("loss", bad[0][0], queued.step, [bad[0][1]])
+        if any_bad:
             raise RunError(f"the loss of another process is not finite at step {queued.step}")
+        # After the losses: the norm is that of all processes, whoever's batch is to blame.
+        if not math.isfinite(norm) and not queued.skips:
+            raise _not_finite("gradient's norm", norm, queued.step, queued.batches)
         means = (value / processes for value in sums)
         self.meter.add(dict(zip(terms, means, strict=True)))
-
-
-def _fault(queued: Queued, losses: Sequence[float], norm: float) -> RunError | None:
-    for number, batch in zip(losses, queued.batches, strict=True):
-        if not math.isfinite(number):
-            return _not_finite("loss", number, queued.step, [batch])
-    if not math.isfinite(norm) and not queued.skips:
-        return _not_finite("gradient's norm", norm, queued.step, queued.batches)
-    return None
 
 
 def _not_finite(what: str, number: float, step: int, batches: Sequence[SliceBatch]) -> RunError:

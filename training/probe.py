@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import ProbeConfig
-from .data.cache import VolumeCache, require_labels
-from .data.review import notices, require_classes, require_scale_of_encoder
+from .data.cache import VolumeCache
+from .data.review import notices
 from .device import Device
 from .evaluate import BATCH, Scores, evaluate, write_scores
-from .finetune import about_labelled, identity, initial_model, split
+from .finetune import Start, about_labelled
 from .identity import for_results
 from .inputs import open_dataset, tell
 from .locks import sole_use
@@ -33,20 +33,14 @@ def probe(config: ProbeConfig) -> Scores:
     """Fits and scores a probe in `config.out`."""
     device = Device.of(config).exact()
     cache = open_dataset(config)
-    fold, labelled = split(config, cache)
-    require_labels(cache, [*labelled, *fold.test])
-    require_classes(cache, labelled)
-    require_classes(cache, fold.test)
-    model, pretraining = initial_model(config)
-    if pretraining is not None:
-        require_scale_of_encoder(cache, pretraining.get("spacing"), str(config.encoder))
-    believed = identity(config, cache, pretraining)
+    start = Start.of(config, cache)
+    fold, labelled, encoder = start.fold, start.labelled, start.model.encoder
     with sole_use(config.out):
-        log = RunLog(config, "probe", device.describe(), believed)
+        log = RunLog(config, "probe", device.describe(), start.believed)
         tell(config.out, notices(cache))
-        device.to(model.encoder)
+        device.to(encoder)
         fitted = fit_probe(
-            model.encoder, cache, labelled, device, ridge=config.ridge, balance=config.balance
+            encoder, cache, labelled, device, ridge=config.ridge, balance=config.balance
         )
         scores = evaluate(fitted, cache, fold.test, device, progress=False)
         about = {
@@ -54,7 +48,7 @@ def probe(config: ProbeConfig) -> Scores:
             "endpoint": ENDPOINT,
             "ridge": config.ridge,
             "balance": config.balance,
-            "pretraining": pretraining and for_results(pretraining),
+            "pretraining": start.pretraining and for_results(start.pretraining),
             "identity": log.identity.plain(),
         }
         write_scores(config.out, scores, for_results(about))
@@ -97,7 +91,7 @@ def fit_probe(
     scans = [i for s in subjects for i in cache.of_subject(s) if cache.volumes[i].labelled]
     encoder.eval()
     moments = Moments(sum(encoder.config.channels), cache.info.num_classes, device.device)
-    with torch.inference_mode():
+    with torch.inference_mode(), device.autocast():
         for scan in scans:
             images = torch.tensor(cache.image(scan))[:, None]
             labels = torch.tensor(cache.label(scan))

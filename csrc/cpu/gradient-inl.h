@@ -164,8 +164,8 @@ struct GradientScratch {
 
 // Packs some windows of a tile, the first of which is number `first`, and writes their gradients.
 //
-// Channels-last, they go straight to the map. Else a window's take the place of the window before it,
-// which nothing needs any more, and then all go to the map together:
+// Channels-last, they go straight to the map. Else a window's take the place of the window before
+// it, which nothing needs any more, and then all go to the map together:
 //
 //      pack:   [ free | window 0 | window 1 | window 2 ]
 //                  <---- gradients of 0

@@ -14,8 +14,8 @@ constexpr int64_t kForwardStride = 2 * kBlock;      // query pixels are padded t
 constexpr int64_t kReverseStride = kBlock + 16;
 
 // Query rows times key rows of a register block. What bounds it is the number of registers: one for
-// each sum, one for each row of the shorter side, and one that the longer side passes through. Of 16
-// that leaves 12 sums, of 32 it leaves 16; and 8 are needed to hide a product's latency.
+// each sum, one for each row of the shorter side, and one that the longer side passes through. Of
+// 16 that leaves 12 sums; of 32 we take 16. At least 8 are needed to hide a product's latency.
 //
 //              k0   k1   k2             4 x 3 = 12 sums
 //      q0 ->  +--+ +--+ +--+            3 key registers, held
@@ -82,7 +82,7 @@ static inline void dot_block(const T* const* query, const T* const* key, int64_t
 //          max  |  |  |  |   best key of each         max  |  |  |  |   best query of each
 //               v  v  v  v   query                         v  v  v  v   key
 //
-// One product of two rows serves both, since sim is symmetric: (q, k) reads the one, (k, q) the other.
+// One product of two rows serves both, since sim is symmetric: (q, k) reads one, (k, q) the other.
 template <class T>
 struct SimBlock {
   T* forward;  // [key pixel][query pixel of each key sample]

@@ -40,25 +40,25 @@ static inline int64_t block_start(int64_t done, int64_t columns, int64_t lanes) 
   return done + lanes > columns && columns >= lanes ? columns - lanes : done;
 }
 
-// Calls use(r, i, pixels, c) for each block of W pixels by W channels of a patch that is transposed in
-// registers: a cache line of channels after the other, so that a packed line is written at once.
+// Calls use(r, i, pixels, c) for each block of W pixels by W channels of a patch: a block is
+// transposed in registers, by shuffles between pairs of them.
 //
 //      map, one channel a row               packed, one pixel a row
-//        c    p p p p p p p p p ...           p    c c c c c c c c | c c c c c c c c
-//        c+1  p p p p p p p p p ...    ->     p+1  c c c c c c c c | c c c c c c c c
-//        ...  W pixels a block, all           ...   one block      |  the next one,
-//             of the strip in a row                                |  to the same line
+//        c    p p p p | p p p p | ...         p    c c c c | next channels
+//        c+1  p p p p | p p p p |      ->     p+1  c c c c |
+//        ...  a block | next one,             ...  a block |
+//                       of the same lines
+//
+// Blocks follow each other along the strip: so each line of the map is read once. To finish packed
+// lines instead, two blocks of channels at a time, took 8 % longer: twice as many planes are open.
 template <class T, class Use>
 static inline void for_each_block(const Patch& patch, const Use& use) {
   constexpr int W = kLanes<T>;
-  for (int64_t first = 0; first < patch.channels; first += kLine<T>) {
+  for (int64_t c = 0; c < patch.channels; c += W) {
     for (int64_t r = 0; r < patch.rows; ++r) {
       for (int64_t done = 0; done < patch.columns; done += W) {
         const int64_t i = block_start(done, patch.columns, W);
-        const int64_t pixels = least(W, patch.columns - i);
-        for (int64_t c = first; c < least(first + kLine<T>, patch.channels); c += W) {
-          use(r, i, pixels, c);
-        }
+        use(r, i, least(W, patch.columns - i), c);
       }
     }
   }
@@ -110,7 +110,7 @@ static void pack_patch(const Node& node, const Patch& patch, int64_t width, T* o
     const In* from = map + c * s.channel + r * s.row + i * s.column;
     Vec<T> block[W];
     if (channels == W && pixels == W && s.column == 1) {
-      const int64_t step = s.channel, next = kLine<T> * step;
+      const int64_t step = s.channel, next = W * step;
       SALKERNELS_UNROLL
       for (int k = 0; k < W; ++k) {
         __builtin_prefetch(from + k * step + next);
@@ -254,8 +254,8 @@ static void for_pixel_runs(const Window& window, int64_t first, int64_t count, c
 }
 
 // What makes a unit vector of a row: x / max(norm, eps). A row whose squares have no finite sum
-// becomes NaN: x / inf would be 0, without a word. `poison` is 0, but NaN for such a row: its gradient
-// is NaN wherever a pair touches it.
+// becomes NaN: x / inf would be 0, without a word. `poison` is 0, but NaN for such a row: its
+// gradient is NaN wherever a pair touches it.
 template <class T>
 struct UnitScale {
   T norm, poison, divisor, factor;

@@ -68,8 +68,8 @@ constexpr int64_t kTileBytes = 2400 << 10;
 // Channels-last a pixel is read whole in any case, and a tile need only be large enough to be worth
 // its set-up: it, the next one on its way and the matches then share the second level.
 constexpr int64_t kChannelsLastTileBytes = 128 << 10;
-// The backward takes channels-last windows one by one, and cuts tiles by its matches instead: runs of
-// pixels that fill a cache line of each pair's planes, and no more than this of matches.
+// The backward takes channels-last windows one by one, and cuts tiles by its matches instead: runs
+// of pixels that fill a cache line of each pair's planes, and no more than this of matches.
 constexpr int64_t kRunPixels = 16, kMatchBytes = 256 << 10;
 // A window larger than this is streamed; so is a large one if there are too few to share out.
 constexpr int64_t kWindowBytes = 5 << 19;

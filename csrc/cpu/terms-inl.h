@@ -26,7 +26,7 @@ static inline Match<T> match_at(const Problem& problem, int64_t at, const Window
   return {m == m ? gradient : m, m, int32_t(l < 0 ? 0 : least(l, window.pixels() - 1))};
 }
 
-// Calls use(p, pixel of the match, m, ∂L/∂m) for each pixel of a window of one pair that has a match.
+// Calls use(p, pixel of the match, m, ∂L/∂m) for each pixel of a window of a pair that has a match.
 template <class T, class I, class Use>
 static inline void for_matches_as(const Problem& problem, int64_t pair, const Window& window,
                                   const Use& use) {

@@ -1,13 +1,13 @@
 // Scratch memory, the extent of a tile, and its features as packed rows.
 //
-//      a strip of the map (window rows x W)            a tile, packed:
-//      +----+----+----+----+----+--+                     window 0: [sample 0: p p p p | sample 1 | ...]
-//      |  w0  w1 | w2 | w3 | w4 |  |        ->           window 1: [sample 0: p p p p | sample 1 | ...]
-//      +----+----+----+----+----+--+                       ...      one row of C channels for each p
-//       a tile: a run of windows     narrow last one
+//      a strip of the map (window rows x W)          a tile, packed:
+//      +----+----+----+----+----+--+                   window 0: [sample 0: p p p p | sample 1 | ...
+//      | w0 | w1 | w2 | w3 | w4 |  |        ->         window 1: [sample 0: p p p p | sample 1 | ...
+//      +----+----+----+----+----+--+                     ...     one row of C channels for each p
+//       a tile: a run of windows  narrow last one
 //
-// Everything that a pair needs is in one window of the pack, whatever the number of pairs; and what is
-// read of the map at once is as wide as the run.
+// Everything that a pair needs is in one window of the pack, whatever the number of pairs; and what
+// is read of the map at once is as wide as the run.
 
 #ifndef SALKERNELS_ISA  // read by itself: see there
 #include "editor-inl.h"

@@ -106,6 +106,7 @@ def compiled():
     return traffic_cuda.kernels()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["channels_last", "nchw"])
 @pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_NAMES)
 def test_ptx_of_every_way_to_tile(shape, layout, compiled):
@@ -113,6 +114,7 @@ def test_ptx_of_every_way_to_tile(shape, layout, compiled):
     compare(compiled, query, key, some_pairs(query, key, left_over=1), None, window)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["some", "windows", "samples"])
 @pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_NAMES)
 def test_ptx_where_pixels_take_no_part(shape, kind, compiled):
@@ -121,6 +123,7 @@ def test_ptx_where_pixels_take_no_part(shape, kind, compiled):
     compare(compiled, query, key, some_pairs(query, key, left_over=1), valid, window)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("shape", [SHAPES[i] for i in (1, 2, 7)], ids=str)

@@ -93,13 +93,13 @@ def one_process(config, out: Path, **changes):
     return alone.out
 
 
-def require_same(one: Path, two: Path) -> None:
-    """Metrics and weights agree to rounding."""
+def require_same(one: Path, two: Path, loss: float = LOSS) -> None:
+    """Metrics and weights agree to rounding; loss: relative tolerance of the terms."""
     first, second = read_metrics(one), read_metrics(two)
     assert [row["step"] for row in first] == [row["step"] for row in second]
     for a, b in zip(first, second, strict=True):
         for name in {"loss", "gp", "la", "slice", "jigsaw", "accuracy"} & a.keys():
-            assert a[name] == pytest.approx(b[name], rel=LOSS), (name, a["step"])
+            assert a[name] == pytest.approx(b[name], rel=loss), (name, a["step"])
     expected, got = load_checkpoint(one)["module"], load_checkpoint(two)["module"]
     assert expected.keys() == got.keys()
     for name, value in expected.items():
@@ -137,7 +137,9 @@ def test_accumulation_on_two_processes(pairs_of_runs, tmp_path):
 
 def test_synchronised_batch_norm_is_that_of_one_large_batch(pairs_of_runs, tmp_path):
     config = pairs_of_runs["synchronised"]
-    require_same(one_process(config, tmp_path / "one", pairs=2), config.out)
+    # In the second step LA differs by 1.3e-5 already: the norms sum in another order, and a match
+    # in a window that is nearly a tie falls to another pixel.
+    require_same(one_process(config, tmp_path / "one", pairs=2), config.out, loss=1e-4)
 
 
 def test_without_alignment_some_weights_get_no_gradient(pairs_of_runs, tmp_path):

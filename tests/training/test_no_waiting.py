@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from no_waiting import Waited, no_waiting
 
 from salkernels.training import engine, finetune, late
 from salkernels.training.augment import AugmentConfig
@@ -15,7 +16,6 @@ from salkernels.training.methods import METHODS, SALConfig
 from salkernels.training.models import UNetConfig
 from salkernels.training.pretrain import pretrain
 from salkernels.training.transfer import to_device
-from tests.training.no_waiting import Waited, no_waiting
 
 TRAINED = [name for name, kind in METHODS.items() if kind.trains]
 STRONG = AugmentConfig(elastic=0.02, flip=0.5)  # every branch of the augmentation

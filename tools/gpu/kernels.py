@@ -19,7 +19,7 @@ from .record import Context
 
 ROOT = Path(__file__).resolve().parents[2]
 CALLS = 5
-MAIN_KERNELS = "regex:salkernels_(match|gradient)|match_kernel|gradient_kernel"
+MAIN_KERNELS = "regex:salkernels_(match|stream|gradient|gather)|match_kernel|gradient_kernel"
 REPORT, DETAILS = "kernels.ncu-rep", "kernels.csv"
 # Of the details of a kernel, those that say what bounds it.
 METRICS = {

@@ -27,7 +27,8 @@ from benchmarks.measure import (
     replayed,
     trial,
 )
-from benchmarks.providers import Provider, Run, aligned, gram, providers, to_windows
+from benchmarks.provider import Provider, Run, to_windows
+from benchmarks.providers import aligned, gram, providers
 
 from .record import Context, OutOfTime, Row
 

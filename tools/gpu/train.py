@@ -11,7 +11,8 @@ import torch
 
 import salkernels
 from benchmarks.measure import Settings
-from benchmarks.providers import Provider, providers
+from benchmarks.provider import Provider
+from benchmarks.providers import providers
 
 from .record import Context
 from .timing import variants

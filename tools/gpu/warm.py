@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from concurrent import futures
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -161,7 +162,7 @@ def compiled(jobs: list[Work], capability: int, seconds: float) -> Iterator[tupl
                 yield f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}", False
             else:
                 yield f"{time.monotonic() - begin:5.0f} s {name}: {count} kernels", True
-    except TimeoutError:
+    except futures.TimeoutError:  # which is the built-in one from Python 3.11 on
         yield f"out of time before {len(names)} calls, such as {next(iter(names.values()))}", True
     finally:
         for process in list((pool._processes or {}).values()):

@@ -24,9 +24,9 @@ from ..files import write_atomically
 from ..locks import in_use, sole_use
 from ..runlog import to_plain
 from ..startup import without_current_folder
-from . import child
 from .cells import Cell
 
+CHILD = Path(__file__).with_name("child.py")  # a program of its own, not a module of this one
 LAST_LINES = 15  # of a failed run's log, in the error message
 
 
@@ -133,7 +133,7 @@ def _start(cell: Cell, out: Path) -> subprocess.Popen[bytes]:
         "path": without_current_folder(sys.path),
         "packages": {p.__name__: str(p.__file__) for p in (salkernels, salkernels.training)},
     }
-    command = [sys.executable, "-I", child.__file__, json.dumps(places), cell.command]
+    command = [sys.executable, "-I", str(CHILD), json.dumps(places), cell.command]
     with log.open("ab") as file:
         return subprocess.Popen(
             [*command, "--config", str(settings)],

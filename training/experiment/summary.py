@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +16,7 @@ from ..files import write_atomically
 from ..probe import ENDPOINT
 from ..runlog import ENVIRONMENT, read_metrics
 from ..settings import damaged, read_record
+from ..tabular import csv_text, markdown_table
 from .cells import Cell
 from .statistics import Difference, Summary, paired_difference, summarised
 from .tables import ALL, Table
@@ -263,14 +262,12 @@ def write(results: Results, folder: Path, name: str, about: dict[str, Any]) -> N
 def as_csv(results: Results) -> str:
     """One line per scored run."""
     classes = list(results.scores[0].dice) if results.scores else []
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["arm", "labelled", "fold", "seed", "mean_dice", *classes, "labelled_subjects"])
+    rows = [["arm", "labelled", "fold", "seed", "mean_dice", *classes, "labelled_subjects"]]
     for score in results.scores:
         dice = [f"{score.dice[name]:.4f}" for name in classes]
-        which = [score.arm, score.labelled or "all", score.fold, score.seed]
-        writer.writerow([*which, f"{score.mean:.4f}", *dice, " ".join(score.subjects)])
-    return text.getvalue()
+        which = [score.arm, str(score.labelled or "all"), str(score.fold), str(score.seed)]
+        rows.append([*which, f"{score.mean:.4f}", *dice, " ".join(score.subjects)])
+    return csv_text(rows)
 
 
 def markdown(results: Results, about: dict[str, Any]) -> str:
@@ -353,7 +350,7 @@ def _dice_table(results: Results) -> str:
                 *(f"{theirs[m][0]:.3f} ({theirs[m][1]:.2f})" if m in theirs else "" for m in paper),
             ]
         )
-    return _table(rows)
+    return markdown_table(rows)
 
 
 def _difference_table(results: Results) -> str:
@@ -367,7 +364,7 @@ def _difference_table(results: Results) -> str:
                 for m, gap in found.items()
             ]
             rows.append([results.table.arm(arm).label, *cells])
-    return _table(rows)
+    return markdown_table(rows)
 
 
 def _gap(found: Difference, best_of: int = 0) -> str:
@@ -386,7 +383,7 @@ def _class_table(results: Results) -> str:
     for arm in results.arms:
         cells = [_summary(results, arm, m, c) for m in results.labelled for c in classes]
         rows.append([results.table.arm(arm).label, *cells])
-    return _table(rows)
+    return markdown_table(rows)
 
 
 def _pretraining_table(results: Results) -> str:
@@ -409,7 +406,7 @@ def _pretraining_table(results: Results) -> str:
             share = same / different if same is not None and different else None
             cells = ["" if x is None else f"{x:.3g}" for x in (*ends[:4], share, *ends[4:])]
             rows.append([results.table.arm(arm).label, *cells])
-    return _table(rows)
+    return markdown_table(rows)
 
 
 def _nearest_table(results: Results) -> str:
@@ -422,18 +419,13 @@ def _nearest_table(results: Results) -> str:
         cells = [f"{own:.2f} ({chance:.2f})" for own, chance in ends if own is not None and chance]
         if len(cells) == len(ends):
             rows.append([results.table.arm(arm).label, *cells])
-    return _table(rows)
+    return markdown_table(rows)
 
 
 def mean_of_end(history: Sequence[Mapping[str, float]], name: str) -> float | None:
     """Mean of the last looks that have this figure: each is of a single batch."""
     values = [row[name] for row in history if name in row][-LOOKS:]
     return float(np.mean(values)) if values else None
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
 
 
 def _summary(results: Results, arm: str, labelled: int, name: str = "") -> str:
