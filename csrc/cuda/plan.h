@@ -22,10 +22,10 @@ namespace cuda {
   X(norms_fp64, 1, norms<double>(p))                         \
   X(norms_bf16, 1, norms<BFloat16>(p))                       \
   X(norms_fp16, 1, norms<Half>(p))                           \
-  X(stream_fp32, 2, stream<Fp32>(p))                         \
-  X(stream_tf32, 2, stream<Tf32>(p))                         \
-  X(stream_bf16, 2, stream<Bf16>(p))                         \
-  X(stream_fp16, 2, stream<Fp16>(p))                         \
+  X(stream_fp32, 1, stream<Fp32>(p))                         \
+  X(stream_tf32, 1, stream<Tf32>(p))                         \
+  X(stream_bf16, 1, stream<Bf16>(p))                         \
+  X(stream_fp16, 1, stream<Fp16>(p))                         \
   X(reduce_losses_f32, 1, reduce_losses<float>(p))           \
   X(reduce_losses_f64, 1, reduce_losses<double>(p))
 

@@ -205,7 +205,7 @@ struct TileRows {
 
 // Sums of products of all channels, and, if kNorms, the squares of the rows that this thread looks
 // at; with `by_diagonal` these are not asked for, being products themselves.
-template <class Mode, bool kNorms, int kShare>
+template <class Mode, bool kNorms, bool kWhole, int kShare>
 __device__ __forceinline__ void multiply_tile(const Problem& p, const TileRows& tile,
                                               const BlockList& list, bool by_diagonal,
                                               uint32_t* buffer, Sums<kShare>& sums,
@@ -216,13 +216,15 @@ __device__ __forceinline__ void multiply_tile(const Problem& p, const TileRows& 
   const int stages = int(p.tiling.stages), words = (tile.one_side ? 1 : 2) * kTileWords;
   const int channels = int(p.channels), chunks = (channels + kChannels - 1) / kChannels;
   const int rows[2] = {tile.rows[0], tile.one_side ? 0 : tile.rows[1]};
-  int row_words[kShare], column_words[kShare];
+  // Where this lane reads of each block: rows in the lower half, columns in the upper one, since
+  // registers are short. If kWhole, warp w has the blocks of rows 16 w in the order of columns.
+  const int first_column = lane_of_columns() + (tile.one_side ? 0 : kTileWords);
+  uint32_t places[kShare];
 #pragma unroll
-  for (int i = 0; i < kShare; ++i) {
+  for (int i = 0; i < kShare && !kWhole; ++i) {
     const WarpBlock block = WarpBlock::of(list, i);
-    row_words[i] = block.row * kStagePitch + lane_of_rows();
-    column_words[i] = block.column * kStagePitch + lane_of_columns() +
-                      (tile.one_side ? 0 : kTileWords);
+    places[i] = uint32_t(block.row * kStagePitch + lane_of_rows()) |
+                uint32_t(block.column * kStagePitch + first_column) << 16;
   }
 
   const auto stage = [&](int chunk, int place) {
@@ -262,7 +264,14 @@ __device__ __forceinline__ void multiply_tile(const Problem& p, const TileRows& 
     const SharedWords at = shared_words(staged);
 #pragma unroll
     for (int i = 0; i < kShare; ++i) {
-      multiply_block<Mode>(sums.at[i], at + row_words[i], at + column_words[i], lower);
+      if constexpr (kWhole) {
+        const int row = threadIdx.x / 32 * 16 * kStagePitch + lane_of_rows();
+        multiply_block<Mode>(sums.at[i], at + row, at + (first_column + i * 16 * kStagePitch),
+                             lower);
+      } else {
+        multiply_block<Mode>(sums.at[i], at + int(places[i] & 0xffff), at + int(places[i] >> 16),
+                             lower);
+      }
     }
     place = place + 1 == stages ? 0 : place + 1;
     next = next + 1 == stages ? 0 : next + 1;
