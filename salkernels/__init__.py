@@ -5,9 +5,9 @@ import sys as _sys
 
 
 def _leave_current_folder() -> None:
-    """Under `python -m salkernels...` imports nothing from the current folder, which is anyone's.
+    """Keeps `python -m salkernels...` from importing files of the current folder, whoever owns it.
 
-    Python puts it first on the path, and stands as "-m" in argv while it looks for the module.
+    Python puts that folder first on the path; while it looks for the module, argv[0] is "-m".
     """
     argv = getattr(_sys, "argv", None) or [""]
     word = _sys.orig_argv[-len(argv)].partition(".")[0] if argv[0] == "-m" else ""

@@ -1,6 +1,6 @@
-"""Distributed tensors: pairs are sharded over samples, which is exact; sets are refused in words.
+"""Distributed tensors: pairs are sharded over samples, which is exact; sets raise an error.
 
-Nothing of torch.distributed is imported before a tensor of a type of its own is seen.
+torch.distributed is imported only when a tensor of another type than torch.Tensor is passed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def prepare(query: Tensor, key: Tensor | None, pairs: Tensor | None, valid: Tensor | None) -> None:
-    """Makes the operators known to DTensor, if the features are one."""
+    """Registers the operators with DTensor if the features are one."""
     if not _is_distributed(query):
         return
     if key is None or pairs is not None:
@@ -39,7 +39,7 @@ def _is_distributed(tensor: Tensor) -> bool:
 
 @cache
 def _register_sharding() -> None:
-    """Groups of the operator are computed by themselves: each device takes its own."""
+    """Groups of the operator are independent: each device computes its own."""
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.experimental import register_sharding
 

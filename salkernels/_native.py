@@ -1,7 +1,7 @@
-"""Loads the compiled libraries, and keeps the true cause where one cannot be loaded.
+"""Loads the compiled libraries and keeps the real cause if one cannot be loaded.
 
-The libraries hold no Python symbol and use PyTorch's stable ABI only: `torch.ops.load_library` is
-all they need, whichever Python and whichever later torch is running.
+The libraries contain no Python symbols and use only PyTorch's stable ABI, so that
+`torch.ops.load_library` loads them under any Python and any later torch.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ def load(name: str) -> str | None:
     try:
         torch.ops.load_library(str(path))
     except Exception as error:  # whatever it is, it is the answer to "why not?"
-        # load_library wraps the loader's own words, which name the missing symbol or file.
+        # load_library wraps the loader's message, which names the missing symbol or file.
         return f"{path.name} cannot be loaded: {error.__cause__ or error}"
     return None
 
 
 def number(name: str, function: str) -> int:
-    """What `salkernels_<function>()` of a loaded library says.
+    """The number that `salkernels_<function>()` of a loaded library returns.
 
-    Not an operator: modes that look at every operator (fake tensors) would answer in its place.
+    It is not an operator, because modes that intercept every operator (fake tensors) would answer
+    in its place.
     """
     return int(getattr(ctypes.CDLL(str(_path(name))), f"salkernels_{function}")())
 

@@ -27,7 +27,7 @@ class PairList(NamedTuple):
     def of(cls, table: Tensor, device: torch.device) -> PairList:
         """The pairs of a table (S, S) of bool, for features on a device.
 
-        Room for as many as there are, if counting them costs nothing; else for all.
+        With room for exactly as many as there are if counting them is free, else for all of them.
         """
         flat = table.reshape(-1)
         if values_visible(table):
@@ -37,8 +37,8 @@ class PairList(NamedTuple):
 
     @classmethod
     def exactly(cls, places: Tensor, samples: int, device: torch.device) -> PairList:
-        """Pairs of `samples` samples by their places in the table, ascending, none left over."""
-        # On a CPU the kernel finds the scans by itself, and from a GPU the places cannot be read.
+        """Pairs of `samples` samples by their places in the table, ascending; no room is spare."""
+        # On a CPU the kernel finds the scans itself; on a GPU the places cannot be read here.
         groups = 1
         if places.is_cpu and device.type != "cpu":
             groups = count_blocks(places, samples)
@@ -87,5 +87,5 @@ def regroup(places: Tensor, samples: int, groups: int) -> Tensor:
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Asynchronous to a GPU only: from one, values could be read before they arrive."""
+    """Asynchronous only towards a GPU: coming from one, values could be read before they arrive."""
     return x if x.device == device else x.to(device, non_blocking=x.is_cpu)

@@ -1,7 +1,7 @@
-"""Every private name of torch that the package uses, each with what happens where it is missing.
+"""Every private name of torch that the package uses, each with what happens if it is missing.
 
-`tests/test_torch_private.py` fails when a torch no longer has one; users of that torch lose what
-stands beside it, and nothing else.
+`tests/test_torch_private.py` fails when a version of torch no longer has one; users of that version
+lose only the feature described next to it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _is_batched: Callable[[torch.Tensor], bool] | None = getattr(
 
 
 def transforms_active() -> bool:
-    """Whether a transform of torch.func is at work. Without it, errors there are torch's own."""
+    """Whether a transform of torch.func is active. Without the name, errors are torch's own."""
     return _transforms is not None and _transforms()
 
 
 def nobody_looks(tensor: torch.Tensor) -> bool:
     """Whether no mode and no transform of torch sees the operators that are called on a tensor.
 
-    Without one of the names that is not known: calls take the long way through the dispatcher.
+    If one of the names is missing this is unknown, and calls go through the dispatcher.
     """
     if _count_modes is None or _transforms is None or _is_batched is None:
         return False
@@ -38,10 +38,10 @@ def nobody_looks(tensor: torch.Tensor) -> bool:
 
 
 def constant_for_dynamo(function: Function) -> Function:
-    """Marks a function that torch.compile is to call, and whose result is a constant of the graph.
+    """Marks a function that torch.compile calls and whose result is a constant of the graph.
 
-    As `torch.compiler.assume_constant_result` does, which loads the compiler. Without it, the
-    function is traced, and a graph breaks there.
+    `torch.compiler.assume_constant_result` does the same, but loads the compiler. Without the name,
+    the function is traced and the graph breaks there.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

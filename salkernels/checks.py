@@ -1,8 +1,8 @@
-"""Argument checks of the public functions: each failure is one sentence that says
-what was expected, what was got and what to do.
+"""Argument checks of the public functions. Each error says in one sentence what was expected, what
+was passed and what to do.
 
-Values of tensors are looked at only where that costs no device synchronisation and does not
-break a `torch.compile` graph: on CPU tensors, in eager mode.
+Values of tensors are read only where that needs no device synchronisation and does not break a
+`torch.compile` graph: on CPU tensors in eager mode.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-# Asked once, since dynamo of torch 2.10 and 2.11 cannot trace the question.
+# Evaluated once, since dynamo of torch 2.10 and 2.11 cannot trace the call.
 AUTOCAST_DEVICES = frozenset(
     device
     for device in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla")
@@ -23,7 +23,7 @@ AUTOCAST_DEVICES = frozenset(
 )
 FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WindowSize = int | Sequence[int]
-# Which pixels of two maps take part: of both alike, or of each; None is every pixel.
+# Which pixels of two maps take part: one mask for both, or one for each; None means every pixel.
 Valid = Tensor | tuple[Tensor | None, Tensor | None] | None
 
 

@@ -50,17 +50,18 @@ def wla_loss(
 
     Each pixel p of `x` is matched with the most similar pixel of `y` in the same window; windows
     tile the plane and are smaller at the edge where they do not divide it. The gradient goes to the
-    matched pixels only; among equals the first one, row by row, is the match. Equal as computed,
-    that is: on constant regions rounding may set products of identical vectors apart.
+    matched pixels only. If several are equally similar, the first one, row by row, is the match.
+    This goes by the computed values: in constant regions, rounding may make products of identical
+    vectors differ.
 
     Args:
         x: (B, C, H, W) feature maps, not yet normalised; any strides; fp16, bf16, fp32 or fp64.
         y: (B, C, H, W) maps of the partner slices.
         window_size: ω, in pixels of the feature map: an integer or (rows, columns).
-        valid: (B, H, W) bool for both maps, or a pair of those, one for each, None being every
-            pixel. A pixel that is not valid is no query and no key, and gets no gradient, whatever
-            it holds. The mean of a pair is then over the valid pixels of `x` that have a valid one
-            of `y` in their window; a pair without any counts 0 and has no weight.
+        valid: (B, H, W) bool for both maps, or a pair of masks, one for each map, where None means
+            every pixel. A pixel that is not valid is neither query nor key and gets no gradient,
+            whatever its value. The mean of a pair is then over the valid pixels of `x` that have a
+            valid pixel of `y` in their window; a pair without any has loss 0 and no weight.
         reduction: "mean" over the pairs, or "none".
         eps: lower bound of a vector's norm; a vector at or below it gets no gradient.
         backend: name from `salkernels.backends()`, or None to take the first that can run.
@@ -100,7 +101,7 @@ def la_loss(
 ) -> Tensor:
     """Local alignment loss without windows: every pixel may match any other (paper, Eq. 1).
 
-    The same as `wla_loss` with one window over the whole map; arguments and errors as there.
+    The same as `wla_loss` with one window over the whole map, with the same arguments and errors.
     """
     x = check_features("x", x)
     window = (x.shape[2], x.shape[3])
@@ -126,11 +127,12 @@ def wla_set_loss(
     Args:
         features: (S, C, H, W) feature maps of the samples, not yet normalised.
         pairs: (S, S), row i the query and column j the key: bool, or weights >= 0; see
-            `slice_pairs`. Best on the CPU, also where the features are on a GPU: then the pairs
-            are counted without waiting for it, take no more memory than they need, and are cut
-            into groups where samples lie scan after scan, which is many times faster. Weights on
-            a GPU are not checked, since that would synchronise. Weights that require a gradient
-            get it, those of 0 too: all S² losses are computed then, and a NaN in one counts.
+            `slice_pairs`. Best kept on the CPU, even if the features are on a GPU: the pairs are
+            then counted without waiting for the GPU, take no more memory than they need, and are
+            split into groups if the samples of each scan are adjacent, which is many times faster.
+            Weights on a GPU are not checked, since that would synchronise. Weights that require a
+            gradient get one, also where they are 0: all S² losses are then computed, and a NaN in
+            any of them reaches the result.
         window_size: ω, as in `wla_loss`.
         valid: (S, H, W) bool, as in `wla_loss`: which pixels of each sample take part.
         reduction: "mean" weighted by `pairs`, or "none".
@@ -161,7 +163,7 @@ def wla_set_loss(
         return chosen.spread(loss, len(features))
     if not weighted and chosen.exact and taking_part is None:
         return loss.sum() / max(1, loss.shape[0])
-    # Shares are taken in the weights' own precision: a small weight must not vanish in fp32.
+    # Shares are computed in the weights' own precision: a small weight must not vanish in fp32.
     shares = to_device(chosen.pick(pairs), loss.device)
     shares = shares.to(torch.promote_types(shares.dtype, loss.dtype))
     if taking_part is not None:
@@ -195,7 +197,7 @@ def gp_loss(embeddings: Tensor, positives: Tensor, temperature: float = 0.1) -> 
     embeddings = check_embeddings(embeddings)
     positives = check_mask("positives", positives, len(embeddings), "embeddings")
     temperature = check_finite_number("temperature", temperature, above=0.0)
-    # fp32 at least, whatever the input and the autocast state: exp(cos/τ) overflows in half.
+    # At least fp32, whatever the input and the autocast state: exp(cos/τ) overflows in half.
     with without_autocast(embeddings.device.type):
         wide = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
         norm = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
@@ -212,7 +214,7 @@ def gp_loss(embeddings: Tensor, positives: Tensor, temperature: float = 0.1) -> 
 
 
 class SALTerms(NamedTuple):
-    """The SAL loss and the two terms it is made of."""
+    """The SAL loss and its two terms."""
 
     loss: Tensor
     gp: Tensor
@@ -244,8 +246,8 @@ def sal_loss(
         num_slices: (S,) integers, the number of slices of that scan.
         window_size: ω of the LA term.
         valid: (S, H, W) bool, pixels of the maps that take part in LA; as in `wla_loss`.
-        lambda_: λ >= 0; 0 leaves LA out, which is the loss of PCL. `features` then still gets a
-            gradient, of zeros, so that λ may start at 0 under DistributedDataParallel.
+        lambda_: λ >= 0; with 0 LA is left out, which gives the loss of PCL. `features` still gets a
+            gradient of zeros, so that λ may start at 0 under DistributedDataParallel.
         t: threshold of both terms, a fraction of the scan.
         temperature: τ of the GP term.
         eps: as in `wla_loss`.
@@ -273,7 +275,7 @@ def sal_loss(
 def explain(
     x: Tensor, window_size: WindowSize, y: Tensor | None = None
 ) -> tuple[BackendStatus, ...]:
-    """Every backend in the order of preference for this input, and why one cannot run it.
+    """Every backend in the order of preference for this input, with the reason if it cannot run.
 
     Args:
         x: (B, C, H, W) feature maps, as given to a loss.

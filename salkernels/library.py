@@ -1,9 +1,9 @@
-"""What torch needs to know of the operators: shapes, derivatives and autocast.
+"""What torch needs to know about the operators: shapes, derivatives and autocast.
 
 `salkernels::match` is opaque to `torch.compile`, and dispatches by the name of a backend, so that a
 new backend needs no new rule. Its backward is an operator of its own, and takes one number for each
-pair and pixel: ∂L/∂max_sim. Whatever is made of the maxima is torch's to differentiate; the loss
-that the forward sums on its way is the only penalty known here, in one place.
+pair and pixel: ∂L/∂max_sim. torch differentiates all that follows the maxima; the loss that the
+forward sums is the only penalty that is known here, in one place.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _close() -> None:
     _closed = True
 
 
-# torch takes the operators down while Python ends; a call after that would end in a crash.
+# torch removes the operators while Python shuts down; a later call would crash.
 atexit.register(_close)
 
 
@@ -109,10 +109,10 @@ def _match_backward_fake(
 def penalty_gradient(grad_loss: Tensor, max_sim: Tensor) -> Tensor:
     """∂L/∂max_sim (P, H, W) of the loss (P,) that the forward sums: |1 − max_sim|, over H·W.
 
-    NaN in `max_sim` needs no care: the backward gives it to both rows of such a match.
+    NaN in `max_sim` needs no special case: the backward passes it to both rows of such a match.
     """
     scale = grad_loss / -(max_sim.shape[1] * max_sim.shape[2])
-    # Not in place: of a batch of gradients each has a scale of its own.
+    # Not in place: each gradient of a batch has a scale of its own.
     return torch.sign(1 - max_sim) * scale[:, None, None]
 
 
@@ -154,7 +154,7 @@ def _keep_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _differentiate_backward(
     ctx: Any, tangent_query: Tensor | None, tangent_key: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """The backward is linear in grad_sim, and that derivative it has; in the features it has none.
+    """The backward is linear in grad_sim and differentiable in it, but not in the features.
 
     Each number of grad_sim moves the gradients along those of its maximum.
     """
@@ -174,7 +174,7 @@ NO_SECOND_DERIVATIVE = (
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """Zeros that stand for the dependence of a gradient on the features: it cannot be followed."""
+    """Zeros in place of the dependence of a gradient on the features, which has no derivative."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ class _NoSecondDerivative(torch.autograd.Function):
 def _once_differentiable_backward(
     grad_sim: Tensor, query: Tensor, key: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    """The backward where its result is to be differentiated: in grad_sim alone that works."""
+    """The backward for a result that will be differentiated, which works in grad_sim only."""
     fixed = None if key is None else key.detach()
     grad_query, grad_key = _match_backward_operator(grad_sim, query.detach(), fixed, *rest)
     if key is not None:
@@ -200,7 +200,7 @@ def _once_differentiable_backward(
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
-    """Switches autocast off; some device types (meta) have none to switch."""
+    """Switches autocast off; some device types (meta) have no autocast."""
     if device not in AUTOCAST_DEVICES:
         return nullcontext()
     return torch.autocast(device, enabled=False)
@@ -261,10 +261,10 @@ if schema.FIRST and "_registered" not in globals():  # as in schema.py
 
 
 def unobserved(tensor: Tensor) -> bool:
-    """Whether nothing stands between the operator and its implementation.
+    """Whether no mode or transform intercepts the operator.
 
-    Then the way through the dispatcher can be spared, which takes longer than a small call itself:
-    with it, forward and backward of 2 x 16 x 6 x 6 take twice as long (`benchmarks overhead`).
+    The dispatcher can then be bypassed, which takes longer than a small call itself: with it,
+    forward and backward of 2 x 16 x 6 x 6 take twice as long (`benchmarks overhead`).
     """
     return (
         type(tensor) is Tensor
@@ -295,7 +295,7 @@ def match(
     eps: float,
     backend: str,
 ) -> Outputs:
-    """`salkernels::match`, by the shortest way that does the same."""
+    """`salkernels::match`, without the dispatcher where that gives the same result."""
     if torch.compiler.is_compiling() or not unobserved(query):
         found = _match_operator(query, key, pairs, valid, window, eps, backend)
     else:

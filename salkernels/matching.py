@@ -1,6 +1,6 @@
-"""The matches: which pixel is most like which, differentiable in how alike they are.
+"""The matches: which pixel is most similar to which, differentiable in the similarity.
 
-Every loss is made of these. Letters: B pairs, S samples, P pairs of a set, C channels, H and W the
+Every loss is built on these. Letters: B pairs, S samples, P pairs of a set, C channels, H and W the
 feature map.
 """
 
@@ -37,7 +37,7 @@ EPS = 1e-12
 
 
 class Matches(NamedTuple):
-    """What matched what, for each pixel of each pair."""
+    """The match of each pixel of each pair."""
 
     max_sim: Tensor  # cosine similarity with the match
     argmax: Tensor  # where the match lies in its window; see `match_pixels`
@@ -52,10 +52,10 @@ def align(
     eps: float = EPS,
     backend: str | None = None,
 ) -> Matches:
-    """What matched what: for each pixel of `x` its best match in the same window of `y`.
+    """The best match of each pixel of `x` in the same window of `y`.
 
-    `max_sim` carries gradient: any function of it is a loss. `wla_loss` is the mean of
-    `1 - max_sim`.
+    `max_sim` is differentiable, so any function of it can be a loss. `wla_loss` is the mean of
+    `|1 - max_sim|`.
 
     Args:
         x: (B, C, H, W) feature maps.
@@ -67,9 +67,9 @@ def align(
 
     Returns:
         `Matches(max_sim, argmax)`. `max_sim` (B, H, W), the cosine similarity with the match,
-        fp32 or fp64; `argmax` (B, H, W) int64, the offset of the match in its window, from which
-        `match_pixels` makes rows and columns. A pixel that takes no part, since it is not valid
-        or no valid pixel is in its window, has `max_sim` 1, without gradient, and `argmax` −1.
+        fp32 or fp64; `argmax` (B, H, W) int64, the offset of the match in its window, which
+        `match_pixels` converts to rows and columns. A pixel that takes no part, because it is not
+        valid or has no valid pixel in its window, has `max_sim` 1 without gradient and `argmax` −1.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `wla_loss`.
@@ -88,24 +88,24 @@ def align_set(
     eps: float = EPS,
     backend: str | None = None,
 ) -> Matches:
-    """What matched what, for many pairs from one set of samples, each feature read once.
+    """The matches of many pairs from one set of samples; each feature is read once.
 
     Args:
         features: (S, C, H, W) feature maps of the samples.
-        pairs: (S, S) bool, row i the query and column j the key. On a GPU they are counted, which
-            waits for it; on the CPU that costs nothing, see `wla_set_loss`.
+        pairs: (S, S) bool, row i the query and column j the key. They are counted, which waits for
+            the GPU if they are on one and costs nothing on the CPU; see `wla_set_loss`.
         window_size: ω, as in `wla_loss`.
         valid: (S, H, W) bool, as in `wla_set_loss`.
         eps: as in `wla_loss`.
         backend: as in `wla_loss`.
 
     Returns:
-        `Matches(max_sim, argmax)`, (P, H, W) each, as of `align`: one row for each pair, in the
+        `Matches(max_sim, argmax)`, (P, H, W) each, as from `align`: one row for each pair, in the
         order of `pairs.nonzero()`.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as `wla_set_loss`; TypeError for weights, which are
-            for the caller to apply.
+        ValueError, TypeError, RuntimeError: as `wla_set_loss`; TypeError for weights, which the
+            caller applies.
     """
     features = check_features("features", features)
     pairs = check_pairs(pairs, features.shape[0])
@@ -132,8 +132,8 @@ def match_pixels(argmax: Tensor, window_size: WindowSize) -> tuple[Tensor, Tenso
         takes no part.
 
     Raises:
-        ValueError: `argmax` has less than two axes, or the window does not fit the map.
-        TypeError: `argmax` is no tensor of integers.
+        ValueError: `argmax` has fewer than two axes, or the window does not fit the map.
+        TypeError: `argmax` is not a tensor of integers.
     """
     check_integers("argmax", check_tensor("argmax", argmax))
     if argmax.dim() < 2:
@@ -163,7 +163,7 @@ def match_pairwise(
     """Pairs as groups of one query and one key."""
     eps = check_eps(eps)
     name = backends.select(backend, x, y, window)
-    # Views whose gradients are views: indexing would copy into zeros on the way back.
+    # Views, whose gradients are views: indexing would copy into zeros in the backward.
     return _match(x.unsqueeze(1), y.unsqueeze(1), None, valid, window, eps, name)
 
 
@@ -213,9 +213,9 @@ def _match(
     eps: float,
     backend: str,
 ) -> Outputs:
-    """The operator, and an error where it would be differentiated in a way that it is not made for.
+    """The operator, with an error if it is differentiated in a way that it does not support.
 
-    Forward mode would otherwise give zero tangents without a word.
+    Forward mode would otherwise return zero tangents silently.
     """
     prepare(query, key, pairs, valid)
     for tensor in (query, key):

@@ -1,4 +1,4 @@
-"""The losses as modules: they hold settings and call `salkernels.functional`, no arithmetic."""
+"""The losses as modules, which hold settings and call `salkernels.functional`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Which samples form a pair: positives of the local alignment loss and of the positional one.
 
-A distance of exactly t is not near. Which distances those are is decided in integers, with t as the
-fraction that was meant (0.35 is 7/20): in floating point 3/10 − 2/10 is less than 0.1.
+A distance of exactly t is not near. Distances are compared in integers, with t as the fraction that
+was meant (0.35 is 7/20): in floating point 3/10 − 2/10 is less than 0.1.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from .checks import (
     values_visible,
 )
 
-# Of t as a fraction: 0.123456 is exact, 1/3 is found, and products with two numbers of slices up to
-# a million stay in 64 bits.
+# The largest denominator of t as a fraction: 0.123456 is exact, 1/3 is found, and products with two
+# numbers of slices up to a million fit into 64 bits.
 LARGEST_DENOMINATOR = 1_000_000
 
 
@@ -81,7 +81,7 @@ def positional_positives(position: Tensor, t: float) -> Tensor:
 
 
 def near_positions(index: Tensor, num_slices: Tensor, t: float) -> Tensor:
-    """`positional_positives` of slices index / num_slices (S,), decided in integers."""
+    """`positional_positives` of the slices index / num_slices (S,), computed in integers."""
     index, num_slices = check_columns(index=index, num_slices=num_slices)
     crossed = index[:, None] * num_slices[None, :]  # i · W, over V · W
     near = _less((crossed - crossed.T).abs(), t, num_slices[:, None] * num_slices[None, :])

@@ -8,8 +8,8 @@ r"""The definition of the operator, in plain torch, and the fallback on every de
 A query pixel that is not valid, or has no valid key pixel in its window, takes no part: its
 max_sim is 1, so that no penalty of 1 − max_sim counts it, and its argmax is `no_match`.
 
-A vector whose squared norm is no finite number (NaN, Inf, or beyond the range of the accumulation
-type) is NaN as a unit vector, and NaN reaches every match that it is part of.
+If the squared norm of a vector is not finite (NaN, Inf, or beyond the range of the accumulation
+type), its unit vector is NaN, and NaN reaches every match that it is part of.
 
 It works window by window, never pair by pair: the features of one window of all samples form a
 small matrix whose Gram product holds every pair at once, so no feature map is gathered once per
@@ -32,7 +32,7 @@ BYTE_PIXELS = 255  # of the largest window whose offsets are bytes; 255 itself i
 
 
 class Outputs(NamedTuple):
-    """What the forward gives: the loss of each pair, and its matches, kept for the backward."""
+    """The results of the forward: the loss of each pair, and its matches, kept for the backward."""
 
     loss: Tensor  # (P,)
     max_sim: Tensor  # (P, H, W)
@@ -70,8 +70,8 @@ def match(
 ) -> Outputs:
     """Loss (P,), max_sim and argmax (P, H, W) of each pair.
 
-    `pairs` holds, in ascending order, where each pair stands in (G, N, M), row-major; −1 marks room
-    that is left over, whose matches take no part. `argmax` is the offset of the match in its
+    `pairs` holds the index of each pair in (G, N, M), row-major and ascending; −1 marks unused
+    entries, whose matches take no part. `argmax` is the offset of the match in its
     window, row · (columns of the nominal window) + column.
     """
     samples, height, width = query.shape[1], *query.shape[3:]
@@ -111,7 +111,7 @@ def match(
             found.argmax.dtype
         )
 
-    # Summed by torch, pairwise: a plain fp32 sum over a large map would lose digits.
+    # torch sums pairwise; a plain fp32 sum over a large map would lose digits.
     torch.sum((1 - found.max_sim).abs_(), dim=(1, 2), out=found.loss).div_(height * width)
     return found
 
@@ -132,8 +132,8 @@ def match_backward(
 
     With g = ∂L/∂max_sim, V of a row is the sum of g times the partner's unit vector over both its
     roles: as a query (its match) and as a key (the queries that chose it). Then
-    ∂x = (V − (x̂·V) x̂) / ‖x‖, and 0 where ‖x‖ ≤ eps. A pixel without a match is no term of any sum,
-    whatever its g; where max_sim is NaN, so is the term.
+    ∂x = (V − (x̂·V) x̂) / ‖x‖, and 0 where ‖x‖ ≤ eps. A pixel without a match is in no sum, whatever
+    its g; where max_sim is NaN, the term is NaN.
     """
     samples = query.shape[1]
     check_not_empty(query)
@@ -195,7 +195,7 @@ def match_tangent(
 ) -> Tensor:
     """How max_sim (P, H, W) changes where the features move along tangents; the matches stay.
 
-    The transpose of `match_backward`. Pair by pair: it is a derivative that is seldom asked for.
+    The transpose of `match_backward`. It goes pair by pair, since this derivative is rarely needed.
     """
     keys = query if key is None else key
     places = torch.arange(count_pairs(query, key, pairs)) if pairs is None else pairs.cpu()
@@ -254,7 +254,7 @@ def count_pairs(query: Tensor, key: Tensor | None, pairs: Tensor | None) -> int:
 
 
 def check_not_empty(query: Tensor) -> None:
-    """Whether a pixel has channels and a map has pixels: a mean over none is no number."""
+    """Requires at least one channel and one pixel: a mean over none is undefined."""
     if 0 in query.shape[2:]:
         raise ValueError(
             f"features need at least one channel and one pixel, "
@@ -336,7 +336,7 @@ def unit_windows(x: Tensor, tile: Tile, eps: float) -> tuple[Tensor, Tensor]:
     windows = to_windows(part, tile)  # (G, S, C, T, L)
     windows = windows.permute(0, 3, 1, 4, 2).contiguous()
     norm = windows.square().sum(dim=-1, keepdim=True).sqrt()
-    # Beyond the range of the squares x / ‖x‖ would be 0, without a word.
+    # Beyond the range of the squares, x / ‖x‖ would silently be 0.
     norm = torch.where(norm.isinf(), torch.nan, norm)
     unit = windows / norm.clamp_min(eps)
     # "not above" is written as "at most": a NaN norm must give NaN, not 0.
@@ -404,7 +404,7 @@ def _selection(weight: Tensor, match: Tensor, slots: Tensor, chunk: Chunk, pixel
 def through_norm(total: Tensor, unit: Tensor, inv_norm: Tensor) -> Tensor:
     """Gradient of x from that of x / ‖x‖: the part along x̂ drops out.
 
-    A pixel that no pair touches has V = 0 and no gradient, be its features NaN.
+    A pixel that no pair uses has V = 0 and gets no gradient, even if its features are NaN.
     """
     grad = (total - (unit * total).sum(dim=-1, keepdim=True) * unit) * inv_norm
     return torch.where((total == 0).all(dim=-1, keepdim=True), 0, grad)

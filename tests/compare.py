@@ -2,21 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from tolerances import TOLERANCES, UNCLEAR_WINDOWS, Tolerance
 from torch import Tensor
-
-import salkernels
-
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-
-
-def skip_unless_runs(backend: str, x: Tensor, y: Tensor | None, window: tuple[int, int]) -> None:
-    """Skips with the backend's own reason if it cannot run this input."""
-    status = {s.name: s for s in salkernels.explain(x, window, y)}[backend]
-    if not status.available:
-        pytest.skip(f"{backend}: {status.reason}")
 
 
 def is_interpreted(backend: str, device: torch.device) -> bool:

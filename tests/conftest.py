@@ -1,4 +1,4 @@
-"""Fixtures of all tests: backends with their own skip reasons, devices, poisoned memory, seeds."""
+"""Fixtures of all tests: backends, devices, poisoned memory, seeds; and which tests run here."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ if not torch.cuda.is_available():
     # Triton decides when kernels are defined: before anything imports salkernels.
     os.environ["TRITON_INTERPRET"] = "1"
 
-from compare import DEVICES
+import targets
 from hypothesis import settings
 
-from salkernels.backends import BACKENDS
 from salkernels.backends import triton as triton_backend
 
 # Derandomised: a red run is the same run for everyone, and hypothesis keeps no database.
@@ -50,23 +49,31 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    targets.select(config, items, targets.here())
     if not config.getoption("--nightly"):
-        skip = pytest.mark.skip(reason="takes minutes or gigabytes; run with --nightly")
-        for item in items:
-            if item.get_closest_marker("nightly"):
-                item.add_marker(skip)
+        reason = "takes minutes or gigabytes; run with --nightly"
+        targets.leave_out(
+            config,
+            items,
+            lambda item: (reason, "nightly") if item.get_closest_marker("nightly") else None,
+        )
 
 
-@pytest.fixture(params=list(BACKENDS))
+def pytest_terminal_summary(terminalreporter, config):
+    left_out = config.stash.get(targets.LEFT_OUT, None)
+    if left_out is not None and left_out.counts:
+        terminalreporter.section("not run here")
+        for line in left_out.lines():
+            terminalreporter.line(line)
+
+
+@pytest.fixture(params=list(targets.DEVICES_OF))
 def backend(request):
-    """The name of every backend in turn; one that cannot run here skips and says why."""
-    reason = BACKENDS[request.param].status()
-    if reason is not None:
-        pytest.skip(reason)
+    """The name of every backend in turn: see `targets` for those that run here."""
     return request.param
 
 
-@pytest.fixture(params=DEVICES)
+@pytest.fixture(params=targets.DEVICES)
 def device(request):
     return torch.device(request.param)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from targets import runs_on
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import salkernels
@@ -127,7 +128,7 @@ def test_inputs_that_it_does_not_take(gpu):
     assert "the features are on meta" in cuda.why_not(integers, None, (2, 2))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@runs_on("cuda", "cuda")
 def test_a_call_can_be_captured_in_a_cuda_graph():
     features = torch.randn(6, 32, 8, 8, device="cuda").to(memory_format=torch.channels_last)
     features.requires_grad_()

@@ -8,12 +8,14 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import EPS, F64, MASKS
-from compare import assert_gradient, skip_unless_runs, tolerance_for
+from compare import assert_gradient, tolerance_for
+from targets import of_dtype
 from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
 import salkernels
 
+pytestmark = of_dtype(F64)
 # Full gradcheck moves one number at a time; fast mode a random mixture of all of them at once.
 WINDOWS = [((2, 2), False), ((1, 1), True), ((3, 2), True), ((3, 3), True)]
 
@@ -25,7 +27,6 @@ def maps(*shape, device="cpu", dtype=F64):
 @pytest.mark.parametrize(("window", "fast"), WINDOWS)
 def test_gradcheck_pairwise(window, fast, backend, device):
     x, y = maps(2, 2, 3, 3, device=device), maps(2, 2, 3, 3, device=device)
-    skip_unless_runs(backend, x, y, window)
 
     def losses(x, y):
         settings = {"backend": backend}
@@ -39,7 +40,6 @@ def test_gradcheck_pairwise(window, fast, backend, device):
 
 def test_gradcheck_la(backend, device):
     x, y = maps(2, 2, 3, 3, device=device), maps(2, 2, 3, 3, device=device)
-    skip_unless_runs(backend, x, y, (3, 3))
     gradcheck(lambda x, y: salkernels.la_loss(x, y, backend=backend), (x, y))
 
 
@@ -49,7 +49,6 @@ def test_gradcheck_set(window, fast, mask, backend, device):
     # Not the diagonal: there the loss is at a kink, |1 - m| at m = 1, and rounding picks a side.
     pairs = (MASKS[mask](3) & MASKS["others"](3)).to(device)
     features = maps(3, 2, 3, 3, device=device)
-    skip_unless_runs(backend, features, None, window)
     gradcheck(
         lambda f: salkernels.wla_set_loss(f, pairs, window, backend=backend),
         (features,),
@@ -59,7 +58,6 @@ def test_gradcheck_set(window, fast, mask, backend, device):
 
 def test_gradcheck_set_of_features_and_weights(backend, device):
     features = maps(3, 2, 2, 3, device=device)
-    skip_unless_runs(backend, features, None, (2, 2))
     weights = torch.rand(3, 3, dtype=F64, device=device) + 0.1
     weights = weights.fill_diagonal_(0.5).requires_grad_()
     off_diagonal = ~torch.eye(3, dtype=torch.bool, device=device)
@@ -81,8 +79,6 @@ PENALTIES = {
 @pytest.mark.parametrize(("window", "fast"), WINDOWS)
 def test_gradcheck_of_penalties_on_the_maxima(window, fast, penalty, backend, device):
     x, y = maps(3, 2, 3, 3, device=device), maps(3, 2, 3, 3, device=device)
-    skip_unless_runs(backend, x, y, window)
-    skip_unless_runs(backend, x, None, window)
     pairs = MASKS["holes"](3).to(device)
     valid = torch.rand(3, 3, 3, device=device) < 0.8
 
@@ -116,7 +112,6 @@ def test_gradcheck_sal():
 
 def test_upstream_gradient_scales_each_pair(backend, device):
     x, y = maps(4, 3, 4, 5, device=device), maps(4, 3, 4, 5, device=device)
-    skip_unless_runs(backend, x, y, (2, 2))
     loss = salkernels.wla_loss(x, y, 2, reduction="none", backend=backend)
     ones = torch.autograd.grad(loss, (x, y), torch.ones_like(loss), retain_graph=True)
     weights = torch.tensor([3.0, 0.0, -2.0, 1e-3], device=device, dtype=F64)
@@ -125,9 +120,9 @@ def test_upstream_gradient_scales_each_pair(backend, device):
         assert_gradient(actual, one * weights.view(-1, 1, 1, 1), tolerance_for(F64))
 
 
+@of_dtype(torch.float32)
 def test_backward_twice_gives_the_same_and_accumulates(backend, device):
     features = maps(4, 3, 4, 5, device=device, dtype=torch.float32)
-    skip_unless_runs(backend, features, None, (2, 2))
     pairs = MASKS["others"](4).to(device)
     loss = salkernels.wla_set_loss(features, pairs, 2, backend=backend)
     loss.backward(retain_graph=True)
@@ -140,7 +135,6 @@ def test_backward_twice_gives_the_same_and_accumulates(backend, device):
 
 def test_only_one_side_needs_a_gradient(backend, device):
     x, y = maps(2, 3, 4, 5, device=device), maps(2, 3, 4, 5, device=device)
-    skip_unless_runs(backend, x, y, (2, 2))
     both = torch.autograd.grad(salkernels.wla_loss(x, y, 2, backend=backend), (x, y))
     only_x = torch.autograd.grad(salkernels.wla_loss(x, y.detach(), 2, backend=backend), x)
     only_y = torch.autograd.grad(salkernels.wla_loss(x.detach(), y, 2, backend=backend), y)
@@ -151,7 +145,6 @@ def test_only_one_side_needs_a_gradient(backend, device):
 
 def test_one_tensor_on_both_sides_gets_the_sum(backend, device):
     x = maps(3, 3, 4, 5, device=device)
-    skip_unless_runs(backend, x, x, (2, 2))
     (grad,) = torch.autograd.grad(salkernels.wla_loss(x, x.roll(1, 0), 2, backend=backend), x)
     ring = torch.eye(3, dtype=torch.bool, device=device).roll(-1, 1)  # i queries i - 1
     (expected,) = torch.autograd.grad(salkernels.wla_set_loss(x, ring, 2, backend=backend), x)
@@ -160,7 +153,6 @@ def test_one_tensor_on_both_sides_gets_the_sum(backend, device):
 
 def test_without_grad_mode_no_graph_is_kept(backend, device):
     x = maps(2, 3, 4, 5, device=device)
-    skip_unless_runs(backend, x, x, (2, 2))
     expected = salkernels.wla_loss(x, x.flip(0), 2, backend=backend)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
@@ -171,7 +163,6 @@ def test_without_grad_mode_no_graph_is_kept(backend, device):
 
 def test_inputs_are_not_changed(backend, device):
     x, y = maps(2, 3, 4, 5, device=device), maps(2, 3, 4, 5, device=device)
-    skip_unless_runs(backend, x, y, (2, 2))
     before = x.detach().clone(), y.detach().clone()
     salkernels.wla_loss(x, y, 2, backend=backend).backward()
     assert torch.equal(x, before[0])
@@ -181,7 +172,6 @@ def test_inputs_are_not_changed(backend, device):
 @pytest.mark.parametrize("changed", ["features", "valid"])
 def test_an_input_edited_before_backward_is_an_error(changed, backend, device):
     features, pairs = maps(3, 3, 4, 5, device=device), MASKS["others"](3).to(device)
-    skip_unless_runs(backend, features, None, (2, 2))
     hidden, valid = features * 1, torch.ones(3, 4, 5, dtype=torch.bool, device=device)
     loss = salkernels.wla_set_loss(hidden, pairs, 2, valid=valid, backend=backend)
     with torch.no_grad():
@@ -192,7 +182,6 @@ def test_an_input_edited_before_backward_is_an_error(changed, backend, device):
 
 def test_pairs_edited_after_the_call_change_nothing(backend, device):
     features, pairs = maps(3, 3, 4, 5, device=device), MASKS["others"](3).to(device)
-    skip_unless_runs(backend, features, None, (2, 2))
     expected = torch.autograd.grad(
         salkernels.wla_set_loss(features, pairs, 2, backend=backend), features
     )
@@ -203,7 +192,6 @@ def test_pairs_edited_after_the_call_change_nothing(backend, device):
 
 def test_saved_tensors_that_come_back_in_other_strides(backend, device):
     x, y = maps(2, 3, 4, 5, device=device), maps(2, 3, 4, 5, device=device)
-    skip_unless_runs(backend, x, y, (2, 2))
     valid = torch.rand(2, 4, 5, device=device) < 0.8
 
     def gradients():
@@ -222,7 +210,6 @@ def test_saved_tensors_that_come_back_in_other_strides(backend, device):
 
 def test_activation_checkpointing(backend, device):
     x, y = maps(2, 3, 4, 5, device=device), maps(2, 3, 4, 5, device=device)
-    skip_unless_runs(backend, x, y, (2, 2))
 
     def loss(x, y):
         return salkernels.wla_loss(x, y, 2, backend=backend)
@@ -234,7 +221,6 @@ def test_activation_checkpointing(backend, device):
 
 def test_second_derivative_is_an_error(backend, device):
     x, y = maps(2, 3, 4, 5, device=device), maps(2, 3, 4, 5, device=device)
-    skip_unless_runs(backend, x, y, (2, 2))
     loss = salkernels.wla_loss(x, y, 2, eps=EPS, backend=backend)
     (grad,) = torch.autograd.grad(loss, x, create_graph=True)
     (plain,) = torch.autograd.grad(salkernels.wla_loss(x, y, 2, backend=backend), x)

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from cases import F32, F64, MASKS, lay_out
-from compare import is_interpreted, skip_unless_runs
+from targets import of_dtype, slow_in_the_interpreter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.library import opcheck
@@ -49,17 +49,20 @@ OPERATOR = {
 IN_THE_INTERPRETER = ("set, channels_last", "groups, other keys", "no sample")
 
 
-def operator_input(backend, device, name):
-    """The arguments of a variant, or a skip."""
-    if is_interpreted(backend, device) and name not in IN_THE_INTERPRETER:
-        pytest.skip("slow in the interpreter")
-    return variant_input(backend, device, **OPERATOR[name])
+def marks_of(name):
+    """Which targets a variant is meant for."""
+    marks = [] if name in IN_THE_INTERPRETER else [slow_in_the_interpreter]
+    return [*marks, of_dtype(OPERATOR[name].get("dtype", F32))]
+
+
+every_variant = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=marks_of(name)) for name in OPERATOR]
+)
 
 
 def variant_input(backend, device, *, mask=None, groups=False, valid=False, window=(2, 3), **how):
     """Arguments of `match`: B pairs, one set, or two groups of 4 queries and 3 keys."""
     x, y = maps(device=device, **how), maps(device=device, **how)
-    skip_unless_runs(backend, x, None if mask is not None and not groups else y, window)
     if groups:
         query, key = torch.stack((x, y)), torch.stack((y[:3], x[:3]))
         mask = torch.stack((mask, ~mask))
@@ -77,15 +80,15 @@ def variant_input(backend, device, *, mask=None, groups=False, valid=False, wind
     return query, key, pairs, valid, window, 1e-12, backend
 
 
-@pytest.mark.parametrize("name", OPERATOR)
+@every_variant
 def test_opcheck_forward(name, backend, device):
-    opcheck(match, operator_input(backend, device, name))
+    opcheck(match, variant_input(backend, device, **OPERATOR[name]))
 
 
-@pytest.mark.parametrize("name", OPERATOR)
+@every_variant
 def test_opcheck_backward(name, backend, device):
     """Without tensors that require a gradient: the second derivative is an error by design."""
-    query, key, *rest = operator_input(backend, device, name)
+    query, key, *rest = variant_input(backend, device, **OPERATOR[name])
     query, key = query.detach(), None if key is None else key.detach()
     _, *kept = match(query, key, *rest)
     args = (torch.randn_like(kept[0]), query, key, *rest[:2], *kept, *rest[2:])
@@ -95,8 +98,8 @@ def test_opcheck_backward(name, backend, device):
 @pytest.mark.parametrize("name", OPERATOR)
 def test_opcheck_of_the_negatives(name):
     """As `match`, of which it takes the arguments; the operator is one for every backend."""
-    query, key, pairs, valid, window, eps, _ = operator_input(
-        "reference", torch.device("cpu"), name
+    query, key, pairs, valid, window, eps, _ = variant_input(
+        "reference", torch.device("cpu"), **OPERATOR[name]
     )
     settings = (window, 0.1, eps, "reference")
     opcheck(torch.ops.salkernels.window_lse, (query, key, pairs, valid, *settings))

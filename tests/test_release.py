@@ -74,13 +74,60 @@ def test_settings_of_services_are_yaml(path):
             assert {"runs-on", "steps"} <= job.keys(), name
 
 
-def test_workflows_name_files_and_targets_that_exist():
-    text = read(".github/workflows/ci.yml")
+WORKFLOWS = {path.stem: path for path in (ROOT / ".github" / "workflows").glob("*.yml")}
+
+
+def workflow(name: str) -> dict:
+    """Its content; YAML 1.1 reads the key `on` as True."""
+    content = yaml.safe_load(WORKFLOWS[name].read_text(encoding="utf-8"))
+    return {"on" if key is True else key: value for key, value in content.items()}
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_workflows_name_files_and_targets_that_exist(name):
+    text = WORKFLOWS[name].read_text(encoding="utf-8")
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
     for target in re.findall(r"make (\w+)", text):
         assert re.search(rf"^{target}:", read("Makefile"), re.MULTILINE), target
-    for path in re.findall(r"pytest (\S+)", text):
+    for path in re.findall(r"-m pytest (\S+)", text):
         assert (ROOT / path).is_dir(), path
+    assert all("timeout-minutes" in job for job in workflow(name)["jobs"].values())
+
+
+def test_changes_are_tested_on_the_oldest_and_the_newest():
+    jobs = workflow("ci")["jobs"]
+    assert set(jobs["test"]["needs"]) == {"lint", "types"}
+    rows = jobs["test"]["strategy"]["matrix"]["include"]
+    classifiers = re.findall(r"Python :: (3\.\d+)", read("pyproject.toml"))
+    oldest = re.search(r'"torch>=([\d.]+)"', read("pyproject.toml"))[1]
+    pythons = [row["python"] for row in rows]
+    assert {classifiers[0], classifiers[-1]} <= set(pythons)
+    assert any(
+        row["python"] == classifiers[0] and row["torch"] == f"torch=={oldest}.*" for row in rows
+    )
+    assert any(row["command"] == ".ci/run" for row in rows)
+    assert any(row["os"].startswith("macos") for row in rows)
+
+
+def test_long_tests_run_every_night():
+    nightly = workflow("nightly")
+    assert nightly["on"]["schedule"]
+    failing = [name for name, job in nightly["jobs"].items() if job.get("continue-on-error")]
+    assert failing == ["torch-nightly"]
+    commands = [step.get("run", "") for job in nightly["jobs"].values() for step in job["steps"]]
+    assert any("--hypothesis-profile=nightly" in command for command in commands)
+    assert any("--nightly" in command for command in commands)
+
+
+def test_only_a_tag_publishes_and_without_a_password():
+    jobs = workflow("wheels")["jobs"]
+    publish = jobs["publish"]
+    assert "github.ref_type == 'tag'" in publish["if"]
+    assert set(publish["needs"]) == jobs.keys() - {"publish"}
+    assert publish["permissions"] == {"id-token": "write"}
+    assert not any("secrets." in path.read_text(encoding="utf-8") for path in WORKFLOWS.values())
+    others = [workflow(name)["permissions"] for name in WORKFLOWS]
+    assert all(permissions == {"contents": "read"} for permissions in others)
 
 
 def test_the_release_check_is_a_program_without_syntax_errors():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from cases import F64, MASKS
-from compare import skip_unless_runs
+from targets import of_dtype, runs_on
 
 import salkernels
 
@@ -72,7 +72,6 @@ def test_sal_loss_takes_the_same_threshold_for_both_terms():
 
 def test_a_weight_of_zero_that_is_learnt_gets_its_gradient(backend, device):
     features = maps(3, 4, 4, 4, device=device)
-    skip_unless_runs(backend, features, None, (2, 2))
     weights = torch.tensor([[0, 1.0, 0], [0.5, 0, 0], [0, 0, 2.0]], device=device)
     losses = salkernels.wla_set_loss(
         features, torch.ones(3, 3, dtype=torch.bool, device=device), 2, reduction="none"
@@ -93,7 +92,6 @@ def test_a_weight_of_zero_that_is_learnt_gets_its_gradient(backend, device):
 def test_squares_beyond_fp32_are_nan_and_not_zero(window, dtype, backend, device):
     """‖x‖² overflows from 1.8e19 on: the loss was 1 with no gradient on some backends."""
     features = maps(4, 8, 17, 18, device=device, dtype=dtype)
-    skip_unless_runs(backend, features, None, window)
     with torch.no_grad():
         features[1, :, 3, 4] = 3e19
     pairs = MASKS["one"](4).to(device)
@@ -136,19 +134,17 @@ def test_extents_that_no_memory_holds_are_refused(shape, window):
         salkernels.wla_loss(x, x, window)
 
 
+@runs_on("cpu", "cpu")
 def test_the_operator_itself_refuses_them():
-    if salkernels.backends.cpu.status() is not None:
-        pytest.skip("the C++ kernel is not built")
     for shape in ((1, 1, 2**62, 1, 1), (2**40, 1, 1, 1, 1), (1, 2**20, 1, 1, 1)):
         x = torch.zeros(1, 1, 1, 1, 1).expand(shape)
         with pytest.raises(RuntimeError, match=r"fewer than 2\^31 samples, pairs"):
             torch.ops.salkernels.match(x, x, None, None, [1, 1], 1e-12, "cpu")
 
 
+@runs_on("cpu", "cpu")
 def test_results_that_do_not_fit_are_an_error_that_names_no_other_machine():
     """Messages of the library named the folder in which it was built."""
-    if salkernels.backends.cpu.status() is not None:
-        pytest.skip("the C++ kernel is not built")
     x = torch.zeros(1, 1, 1, 1).expand(2**15, 1, 2**15, 2**15)
     with pytest.raises(RuntimeError, match=r"no room for a result of 3\.5") as caught:
         salkernels.wla_loss(x, x, 1, backend="cpu")
@@ -216,7 +212,6 @@ def test_unsigned_columns(dtype):
 
 def test_batched_gradients_and_vectorised_jacobians(backend, device):
     x = maps(3, 4, 4, 5, device=device)
-    skip_unless_runs(backend, x, x, (2, 2))
 
     def losses(x):
         return salkernels.wla_loss(x, x.flip(0), 2, reduction="none", backend=backend)
@@ -232,7 +227,6 @@ def test_batched_gradients_and_vectorised_jacobians(backend, device):
 def test_a_derivative_through_the_upstream_gradient(backend, device):
     """GradNorm: weights of losses by the norms of their gradients. Linear, so it can be had."""
     x = maps(3, 4, 4, 5, device=device)
-    skip_unless_runs(backend, x, x, (2, 2))
     weights = torch.rand(3, device=device).requires_grad_()
 
     def norm(weights):
@@ -248,9 +242,9 @@ def test_a_derivative_through_the_upstream_gradient(backend, device):
         assert actual[i].item() == pytest.approx(slope.item(), rel=1e-2)
 
 
+@of_dtype(F64)
 def test_gradcheck_of_the_derivative_through_the_upstream_gradient(backend, device):
     x, y = maps(2, 3, 4, 5, device=device, dtype=F64), maps(2, 3, 4, 5, device=device, dtype=F64)
-    skip_unless_runs(backend, x, y, (2, 2))
     valid = torch.rand(2, 4, 5, device=device) < 0.8
     pairs = MASKS["all"](2).to(device)
 

@@ -13,6 +13,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from cases import F32, F64
+from targets import runs_on
 
 import salkernels
 from salkernels.backends import select
@@ -183,7 +184,7 @@ runpy.run_module("salkernels", run_name="__main__")
     assert "not the real one" in done.stdout
 
 
-@pytest.mark.skipif(not backend.INTERPRETED, reason="Triton is not in interpreter mode")
+@runs_on("triton", "cpu")
 @pytest.mark.parametrize(
     ("triton", "numpy", "runs_there"),
     [("3.6.0", "2.4.0", False), ("3.6.2", "2.5.1", False), ("3.6.0", "2.3.5", True),
@@ -219,7 +220,7 @@ assert salkernels.wla_loss(x, x, 2) == 1  # and without a name another one runs
     assert "GPU" in done.stdout or "built for CPUs only" in done.stdout
 
 
-@pytest.mark.skipif(not backend.INTERPRETED, reason="Triton is not in interpreter mode")
+@runs_on("triton", "cpu")
 def test_the_interpreter_runs_by_name_only():
     x = torch.randn(1, 2, 3, 4)
     assert {s.name: s for s in salkernels.explain(x, 2)}["triton"].available

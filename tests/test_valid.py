@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import F64, MASKS
-from compare import skip_unless_runs
 
 import salkernels
 
@@ -39,7 +38,6 @@ def cosine_loss(x, y, valid_x, valid_y, window):
 @pytest.mark.parametrize("form", ["both", "pair", "only x", "only y"])
 def test_pairwise(form, backend, device):
     x, y = maps(4, 8, 6, 7, device=device), maps(4, 8, 6, 7, device=device)
-    skip_unless_runs(backend, x, y, (2, 2))
     everything = torch.ones(4, 6, 7, dtype=torch.bool, device=device)
     masks = [some(4, 6, 7, device=device), some(4, 6, 7, device=device)]
     masks[1][2] = False  # pair 2 has no key
@@ -68,7 +66,6 @@ def test_pairwise(form, backend, device):
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_pair_without_a_pixel_carries_no_weight(weighted, backend, device):
     features = maps(4, 8, 6, 6, device=device)
-    skip_unless_runs(backend, features, None, (3, 3))
     valid = torch.ones(4, 6, 6, dtype=torch.bool, device=device)
     valid[1] = False
     valid[2, :, 3:] = valid[3, :, :3] = False  # 2 and 3 never meet
@@ -87,7 +84,6 @@ def test_a_pair_without_a_pixel_carries_no_weight(weighted, backend, device):
 
 def test_nobody_takes_part(backend, device):
     features = maps(3, 8, 4, 4, device=device)
-    skip_unless_runs(backend, features, None, (2, 2))
     valid = torch.zeros(3, 4, 4, dtype=torch.bool, device=device)
     pairs = MASKS["others"](3).to(device)
     loss = salkernels.wla_set_loss(features, pairs, 2, valid=valid, backend=backend)
@@ -98,7 +94,6 @@ def test_nobody_takes_part(backend, device):
 
 def test_all_valid_is_as_without(backend, device):
     features = maps(4, 8, 6, 7, device=device)
-    skip_unless_runs(backend, features, None, (2, 2))
     pairs = MASKS["others"](4).to(device)
     valid = torch.ones(4, 6, 7, dtype=torch.bool, device=device)
     losses = [
@@ -112,7 +107,6 @@ def test_all_valid_is_as_without(backend, device):
 @pytest.mark.parametrize("bad", [NAN, float("inf"), 1e30])
 def test_what_an_invalid_pixel_holds_reaches_nobody(bad, backend, device):
     features = maps(4, 8, 6, 6, device=device)
-    skip_unless_runs(backend, features, None, (2, 2))
     valid, pairs = some(4, 6, 6, device=device), MASKS["others"](4).to(device)
     spoilt = features.detach().masked_fill(~valid[:, None], bad).requires_grad_()
     results = []
@@ -129,7 +123,6 @@ def test_what_an_invalid_pixel_holds_reaches_nobody(bad, backend, device):
 def test_any_mask_on_its_way_to_a_bool_counts(backend, device):
     """A view of bytes may hold other values than 0 and 1."""
     features = maps(3, 8, 6, 6, device=device)
-    skip_unless_runs(backend, features, None, (2, 2))
     valid, pairs = some(3, 6, 6, device=device), MASKS["others"](3).to(device)
     odd = (valid.byte() * 2).view(torch.bool)
     strided = torch.stack([valid, ~valid], dim=-1)[..., 0]

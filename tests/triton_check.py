@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import F32, lay_out
+from targets import runs_on
+from tolerances import TOLERANCES
 
 from salkernels import reference
 from salkernels.backends import triton as backend
@@ -13,9 +15,7 @@ from salkernels.triton_kernels.config import Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-12
-runs = pytest.mark.skipif(backend.status() is not None, reason=str(backend.status()))
-# Of a gradient as a vector, relative: sums in fp32, then the rounding of the dtype.
-GRADIENT = {F32: 5e-6, torch.bfloat16: 4e-3, torch.float16: 4e-4}
+runs = runs_on("triton", DEVICE)
 
 
 def compare(query, key, pairs, window, valid=None, grad_sim=None, dtype=torch.float64):
@@ -23,8 +23,9 @@ def compare(query, key, pairs, window, valid=None, grad_sim=None, dtype=torch.fl
     found = backend.match(query, key, pairs, valid, window, EPS)
     wide = [None if x is None else x.to(dtype) for x in (query, key)]
     expected = reference.match(*wide, pairs, valid, window, EPS)
-    close(found.loss, expected.loss.double(), 1e-6)
-    close(found.max_sim, expected.max_sim.double(), 2e-6)
+    tolerance = TOLERANCES[query.dtype]
+    close(found.loss, expected.loss.double(), tolerance.value)
+    close(found.max_sim, expected.max_sim.double(), tolerance.similarity)
     assert torch.equal(found.argmax, expected.argmax)
     if grad_sim is None:
         grad_sim = torch.randn(found.max_sim.shape, device=query.device)
@@ -40,7 +41,7 @@ def compare(query, key, pairs, window, valid=None, grad_sim=None, dtype=torch.fl
         assert torch.equal(ours.isnan(), theirs.isnan())
         ours, theirs = ours.double().nan_to_num(), theirs.double().nan_to_num()
         error = (ours - theirs).norm()
-        assert error <= GRADIENT[query.dtype] * theirs.norm(), float(error / theirs.norm())
+        assert error <= tolerance.relative_l2 * theirs.norm(), float(error / theirs.norm())
     return found, grads
 
 

@@ -3,18 +3,41 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 
 import pytest
+import targets
 import torch
 
 from tools.host_cuda import kernels
+from tools.ptx import cuda_kernels
+
+# What a fixture needs that a machine may lack: asked once, and told once.
+OBSTACLES = {
+    "host_kernels": kernels.obstacle,
+    "compiled": cuda_kernels.obstacle,
+    "resources": lambda: None if shutil.which("nvcc") else "nvcc is not on the PATH",
+}
+
+
+def pytest_collection_modifyitems(config, items):
+    found = {fixture: ask() for fixture, ask in OBSTACLES.items()}
+    targets.leave_out(
+        config,
+        items,
+        lambda item: next(
+            (
+                (found[fixture], "CUDA kernels without a GPU")
+                for fixture in getattr(item, "fixturenames", ())
+                if found.get(fixture) is not None
+            ),
+            None,
+        ),
+    )
 
 
 @pytest.fixture(scope="session")
 def host_kernels():
-    reason = kernels.obstacle()
-    if reason is not None:
-        pytest.skip(f"the CUDA kernels cannot be compiled for the host: {reason}")
     return kernels.HostKernels()
 
 

@@ -7,11 +7,12 @@ from types import ModuleType
 import pytest
 import torch
 from against_reference import SHAPES, VALID, compare, features, some_pairs, valid_pixels
+from targets import runs_on
 
 from salkernels.backends import cuda
 from salkernels.reference import Outputs
 
-on_a_gpu = pytest.mark.skipif(cuda.status() is not None, reason=str(cuda.status()))
+on_a_gpu = runs_on("cuda", "cuda")
 LAYOUTS = ("channels_last", "nchw")
 PAPER = (1, 32, 0, 384, 44, 44, (2, 2))  # its work shape, of which an emulator has enough for days
 

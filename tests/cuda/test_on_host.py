@@ -1,8 +1,8 @@
 """The CUDA kernels as host code: all that the tests of a backend ask, and what only a kernel has.
 
 `SALKERNELS_EMULATOR_SANITIZE=1` takes the build with the sanitizers, under which the last test
-runs this file and test_pixels.py once more; `SALKERNELS_EMULATOR_ORDER` permutes the threads of a
-block.
+runs this file, test_pixels.py and sanitized_table.py; `SALKERNELS_EMULATOR_ORDER` permutes the
+threads of a block.
 """
 
 from __future__ import annotations
@@ -20,14 +20,12 @@ from against_reference import (
     EPS,
     SHAPE_NAMES,
     SHAPES,
-    TOLERANCES,
     compare,
     features,
     maps,
     relative,
     some_pairs,
 )
-from cases import CASES
 from test_dtypes import (
     test_dtypes_of_what_comes_out,
     test_half_precision_is_fp32_math_on_the_same_values,
@@ -96,17 +94,14 @@ __all__ = [
     "test_what_an_invalid_pixel_holds_reaches_nobody",
 ]
 
-SANITIZED = os.environ.get("SALKERNELS_EMULATOR_SANITIZE") == "1"
+pytestmark = pytest.mark.usefixtures("host_kernels")  # which says what is missing
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "nchw"])
 @pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_NAMES)
 def test_every_way_to_tile(shape, layout, host_kernels):
     query, key, window = features(shape, layout=layout)
-    if query.shape[1] > 100:
-        if SANITIZED:
-            pytest.skip("takes ten seconds under the sanitizers, which see nothing new in it")
-    else:
+    if query.shape[1] <= 100:
         compare(host_kernels, query, key, None, None, window)
     compare(host_kernels, query, key, some_pairs(query, key), None, window)
 
@@ -226,34 +221,7 @@ def test_values_out_of_range_reach_what_they_touch_and_nothing_else(
     torch.testing.assert_close(actual, expected, equal_nan=True, rtol=rtol, atol=1e-6)
 
 
-@pytest.mark.skipif(not SANITIZED, reason="test_pairwise and test_set say more, but take longer")
-@pytest.mark.parametrize("form", ["pairwise", "set"])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_table(case, form, host_kernels):
-    x, y = case.features().detach(), case.features(stream=1).detach()
-    if form == "set":
-        pairs = case.pairs().flatten().nonzero().squeeze(1)
-        arguments = (x[None], None, pairs, None, case.window, case.eps)
-    else:
-        arguments = (x[:, None], y[:, None], None, None, case.window, case.eps)
-    actual, expected = (k.match(*arguments) for k in (host_kernels, reference))
-    value = max(TOLERANCES[case.dtype] * 0.1, 1e-12)
-    for name in ("loss", "max_sim"):
-        ours, theirs = (getattr(x, name) for x in (actual, expected))
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=min(value, 1e-6))
-    grad_sim = torch.randn_like(actual.max_sim)
-    saved = (grad_sim, *arguments[:4], *expected[1:], *arguments[4:])
-    for ours, theirs in zip(
-        host_kernels.match_backward(*saved), reference.match_backward(*saved), strict=True
-    ):
-        if ours is not None:
-            torch.testing.assert_close(
-                ours, theirs, rtol=TOLERANCES[case.dtype], atol=10 * TOLERANCES[case.dtype]
-            )
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(SANITIZED, reason="these are the tests that it runs")
 def test_under_the_address_and_undefined_behaviour_sanitizers(host_kernels):
     """In a process of its own, whose first library is the sanitizer's; threads in another order."""
     kernels.build(sanitize=True)
@@ -275,7 +243,10 @@ def test_under_the_address_and_undefined_behaviour_sanitizers(host_kernels):
     }
     chosen = "test_table or (every_way and not nchw) or (out_of_range and float32) or foreign"
     chosen += " or take_no_part or left_over or nothing or twice"
-    files = [__file__, str(Path(__file__).with_name("test_pixels.py"))]
+    # More samples than rows of a tile take ten seconds there, and show nothing new.
+    chosen = f"({chosen}) and not (every_way and pixel)"
+    here = Path(__file__)
+    files = [__file__, *(str(here.with_name(n)) for n in ("test_pixels.py", "sanitized_table.py"))]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     run = subprocess.run(
         [*command, "-k", chosen], env=environment, capture_output=True, text=True, check=False

@@ -100,5 +100,6 @@ def test_every_flag_in_the_pages_exists(capsys):
     known = set(re.findall(r"--[a-z][\w.]*", capsys.readouterr().out))
     assert len(known) > 60
     known |= {"--nproc", "--max"}  # torchrun's: --nproc-per-node, --max-restarts
+    known |= set(re.findall(r'add\("(--[a-z]\w*)"', (ROOT / "benchmarks/__main__.py").read_text()))
     for page in (DOCS / "training").glob("*.md"):
         assert set(re.findall(r"(?<![\w-])--[a-z][\w.]*\b", page.read_text())) <= known, page.name

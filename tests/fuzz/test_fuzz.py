@@ -10,12 +10,10 @@ The CPU kernel has three instruction sets: SALKERNELS_CPU_ISA=avx2 or baseline r
 
 from __future__ import annotations
 
-import pytest
 from fuzz_check import COMPARED, check
 from fuzz_inputs import inputs
 from hypothesis import HealthCheck, given, settings
-
-from salkernels.backends import BACKENDS, triton
+from targets import runs_on
 
 COMPARABLE = 0.5  # share of pixels whose gradients must have been compared, at least
 # Inputs are large structures: hypothesis finds that slow, and too much to keep.
@@ -24,8 +22,6 @@ CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 def explore(backend: str, share: float, device: str = "cpu", **kind) -> None:
     """`share`: of the profile's number of inputs."""
-    if (reason := BACKENDS[backend].status()) is not None:
-        pytest.skip(f"{backend}: {reason}")
     number = max(1, round(share * settings.default.max_examples))
 
     @settings(max_examples=number, suppress_health_check=CHECKS)
@@ -41,6 +37,7 @@ def explore(backend: str, share: float, device: str = "cpu", **kind) -> None:
     )
 
 
+@runs_on("cpu", "cpu")
 def test_cpu():
     explore("cpu", 10, dtypes=("fp32", "fp32", "fp64", "bf16", "fp16"))
 
@@ -49,12 +46,16 @@ def test_reference():
     explore("reference", 2, dtypes=("fp32", "bf16", "fp16"))
 
 
+@runs_on("cuda", "cuda")
 def test_cuda():
     explore("cuda", 10, "cuda", dtypes=("fp32", "fp32", "fp64", "bf16", "fp16"))
 
 
+@runs_on("triton", "cpu")
+def test_triton_in_its_interpreter():
+    explore("triton", 0.2, dtypes=("fp32", "bf16", "fp16"), small=True)
+
+
+@runs_on("triton", "cuda")
 def test_triton():
-    if triton.INTERPRETED:
-        explore("triton", 0.2, dtypes=("fp32", "bf16", "fp16"), small=True)
-    else:
-        explore("triton", 2, "cuda", dtypes=("fp32", "bf16", "fp16"))
+    explore("triton", 2, "cuda", dtypes=("fp32", "bf16", "fp16"))

@@ -1,6 +1,7 @@
 """Going back: labels on the canvas to labels of the stored volume."""
 
 import json
+from dataclasses import asdict
 
 import nibabel as nib
 import numpy as np
@@ -34,7 +35,7 @@ def scores(labels, classes=4):
 def round_trip(labels, codes, pixel, config):
     image = volume(labels.shape, codes, pixel)
     done = preprocess(image, labels, config, num_classes=4)
-    geometry = Geometry.from_dict(json.loads(json.dumps(done.geometry.to_dict())))
+    geometry = Geometry.from_dict(json.loads(json.dumps(asdict(done.geometry))))
     assert geometry == done.geometry
     restored = geometry.restore(scores(done.labels))
     assert restored.dtype == np.uint8

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tolerances import TRAINING_LOSS, TRAINING_WEIGHT
 
 from salkernels.training import cli, pretrain
 from salkernels.training.checkpoint import PREVIOUS, load_checkpoint
@@ -24,9 +25,6 @@ from salkernels.training.runlog import read_metrics, to_plain
 WORKER = Path(__file__).with_name("distributed_worker.py")
 METHODS = ("rotation", "pirl", "simclr", "gcl", "pcl", "ccrop", "sal")
 POSITIONAL = ("simclr", "gcl", "pcl", "sal")  # draw nothing themselves
-# Sums in another order: 3e-5 was seen after four steps, in biases of norms. Weights move by 1e-2,
-# and a gradient that is missing or counted twice shows in the second loss.
-LOSS, WEIGHT = 1e-5, 1e-4
 INSTANCE = UNetConfig(width=4, depth=4, norm="instance")
 
 
@@ -93,7 +91,7 @@ def one_process(config, out: Path, **changes):
     return alone.out
 
 
-def require_same(one: Path, two: Path, loss: float = LOSS) -> None:
+def require_same(one: Path, two: Path, loss: float = TRAINING_LOSS) -> None:
     """Metrics and weights agree to rounding; loss: relative tolerance of the terms."""
     first, second = read_metrics(one), read_metrics(two)
     assert [row["step"] for row in first] == [row["step"] for row in second]
@@ -104,7 +102,7 @@ def require_same(one: Path, two: Path, loss: float = LOSS) -> None:
     assert expected.keys() == got.keys()
     for name, value in expected.items():
         error = (got[name].double() - value.double()).abs().max().item()
-        assert error <= WEIGHT, f"{name}: {error}"
+        assert error <= TRAINING_WEIGHT, f"{name}: {error}"
 
 
 @pytest.fixture(autouse=True)

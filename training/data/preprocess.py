@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import nibabel as nib
@@ -180,13 +180,9 @@ class Geometry:
         """Labels (Z, H, W) of native size to those of the stored volume (X, Y, Z)."""
         return np.ascontiguousarray(self.from_slices(slices))
 
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Geometry:
-        """From to_dict, also after JSON made lists of the tuples."""
+        """From `dataclasses.asdict`, also after JSON made lists of the tuples."""
         pairs = ((k, tuple(v) if isinstance(v, list) else v) for k, v in values.items())
         return cls(**dict[str, Any](pairs))
 
