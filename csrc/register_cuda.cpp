@@ -2,7 +2,8 @@
 // file: kernels are behind cuda/launch.h. Nothing waits for the device, and memory is torch's, so
 // that a CUDA graph can hold a call. The schemas stand in salkernels/schema.py.
 //
-// The tests build it a second time, with the kernels as host code: see tools/host_cuda/registration.h.
+// The tests build it a second time, with the kernels as host code: see
+// tools/host_cuda/registration.h.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
@@ -101,7 +102,7 @@ void check_counts(const Problem& problem) {
                   "there must be fewer than 2^31 pairs");
 }
 
-// (H, W, count) in memory, seen as (count, H, W): pixel by pixel with what it is kept for innermost,
+// (H, W, count) in memory, seen as (count, H, W): pixel by pixel with what it belongs to innermost,
 // as the Triton backend lays out its outputs. Uninitialised.
 Tensor planes(const Tensor& like, int64_t count, ScalarType dtype) {
   const auto sizes = like.sizes();
@@ -148,7 +149,9 @@ void check_kept(const Problem& problem, const Tensor& query, Sizes window, const
     check_planes(*x, query, problem.num_pairs,
                  "max_sim, argmax and grad_sim must be (pairs, H, W)");
   }
-  if (norm.numel() > 0) check_planes(norm, query, problem.nodes(), "norm must be empty or (samples, H, W)");
+  if (norm.numel() > 0) {
+    check_planes(norm, query, problem.nodes(), "norm must be empty or (samples, H, W)");
+  }
   STD_TORCH_CHECK(argmax.scalar_type() == salkernels::index_type(window),
                   "argmax must be uint8 for windows of at most 255 pixels, else int32");
   STD_TORCH_CHECK(max_sim.scalar_type() == accumulate_type(query),
@@ -202,8 +205,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> match(const Tensor& query, std::optio
   return {loss, max_sim, argmax, norm};
 }
 
-// Memory of a backward that is nobody's but its own, in one piece: torch's allocator frees it in the
-// order of the stream, and one call takes less time than eight.
+// Memory of a backward that is nobody's but its own, in one piece: torch's allocator frees it in
+// the order of the stream, and one call takes less time than eight.
 class Scratch {
  public:
   template <class T>

@@ -168,8 +168,8 @@ struct alignas(16) Piece {
 };
 
 // A float as the sum of two tf32, in three instructions: the upper part is rounded to 11 bits by an
-// addition (half away from zero), and what it leaves is exact in fp32. Of that the tensor core takes
-// the upper 11 bits by itself, so what is lost is below 2^-22 of x:
+// addition (half away from zero), and what it leaves is exact in fp32. Of that the tensor core
+// takes the upper 11 bits by itself, so what is lost is below 2^-22 of x:
 //
 //   x     1.mmmmmmmmmm mmmmmmmmmmmmm     24 bits
 //   high  1.mmmmmmmmmm                   11 bits, |x - high| <= 2^-11 |x|

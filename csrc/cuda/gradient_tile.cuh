@@ -6,7 +6,7 @@
 //      row  [ w . . | . . . | . . w | ... ]      matches: no two lanes meet, so the order is fixed
 //
 // W is fp32. Each warp takes 16 rows of it to registers, as two 16-bit parts that together hold 16
-// bits of each weight (22 in fp16, whose rows are scaled by a power of two), and then multiplies all
+// bits of each weight (22 in fp16, whose rows are scaled by a power of two), and multiplies all
 // channels: features go through shared memory once, chunk by chunk, and what comes out is written
 // to where they were, then to memory. Memory of W is free for stages as soon as it is in registers.
 #pragma once
@@ -71,7 +71,7 @@ __device__ inline void find_rows(const Problem& p, GradientShared& shared) {
       p.norm)[norm_index(p, unit.group, node, plane_index(p, unit, pixel))];
   shared.self[r] = unit_scale(norm, float(p.eps));  // times x̂·V, as soon as that is known
   shared.inverse[r] = gradient_scale(norm, float(p.eps));
-  // Those that are lost are left out: a NaN times zero would reach rows that have no pair with them.
+  // Those that are lost are left out: a NaN times zero would reach rows without a pair with them.
   if (!is_finite(norm) || norm == 0) return;
   shared.start[r] = static_cast<const unsigned char*>(maps.data) +
                     map_offset(maps.strides, unit, sample, pixel) * element;

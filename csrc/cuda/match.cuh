@@ -1,5 +1,5 @@
-// Forward where the window of a sample fits a tile: products of a tile of query rows with one of key
-// rows, and the best of each window.
+// Forward where the window of a sample fits a tile: products of a tile of query rows with one of
+// key rows, and the best of each window.
 //
 // A tile holds all samples of one window or of several, or, where there are too many, some samples.
 // In the set form a tile above the diagonal serves both directions of its pairs, and one on the
@@ -26,8 +26,13 @@ struct Work {
 // the row's, or, `across`, the column's.
 struct TilePair {
   int32_t slot;
-  uint8_t row, column, across, unused;
+  uint32_t where;  // row, column and across, a byte each
+
+  __device__ int row() const { return int(where & 0xff); }
+  __device__ int column() const { return int(where >> 8 & 0xff); }
+  __device__ bool across() const { return where >> 16 != 0; }
 };
+constexpr uint32_t kNowhere = ~0u;
 
 constexpr int kBatch = 2 * kThreads;  // pairs
 
@@ -105,11 +110,12 @@ struct UnitRun {
   }
 };
 
-// Where a pair stands in the tile; false if it does not.
-__device__ inline bool find_in_tile(const Work& work, bool set_form, int query, int key,
-                                    TilePair& at) {
+// Where a pair stands in the tile, as TilePair has it; kNowhere if it does not.
+__device__ inline uint32_t find_in_tile(const Work& work, bool set_form, int query, int key) {
   const auto member = [](const Side& side, int sample) { return sample - int(side.first_sample); };
-  const auto in = [](const Side& side, int member) { return unsigned(member) < unsigned(side.samples); };
+  const auto in = [](const Side& side, int member) {
+    return unsigned(member) < unsigned(side.samples);
+  };
   int row = member(work.sides[0], query), column = member(work.sides[1], key);
   bool found = in(work.sides[0], row) && in(work.sides[1], column);
   // On the diagonal products are made above it only, off it they serve both directions.
@@ -124,10 +130,8 @@ __device__ inline bool find_in_tile(const Work& work, bool set_form, int query, 
     row = column;
     column = other;
   }
-  at.row = uint8_t(row);
-  at.column = uint8_t(column);
-  at.across = across;
-  return found;
+  const uint32_t where = uint32_t(row) | uint32_t(column) << 8 | uint32_t(across) << 16;
+  return found ? where : kNowhere;
 }
 
 // The part of the list that belongs to the group of a run: found by two warps.
@@ -164,29 +168,28 @@ __device__ inline void fill_batch(const Problem& p, MatchShared& shared, const U
   const uint32_t keys = uint32_t(p.maps[1].samples);
   const int lane = threadIdx.x % 32;
   for (int64_t first = from; first < to; first += kThreads) {
-    TilePair at{};
-    bool found = false;
+    uint32_t where = kNowhere;
     const int64_t i = first + threadIdx.x;
     if (i < to) {
       const uint32_t place = uint32_t(pair_place(p, i) - start);
       const int query = int(place / keys), key = int(place % keys);
-      found = find_in_tile(work, p.set_form, query, key, at);
-      at.slot = int32_t(i);
+      where = find_in_tile(work, p.set_form, query, key);
       if (mark && work.writes[0]) use_member(0, query);
       if (mark && work.writes[0] && p.set_form) use_member(0, key);
       if (mark && work.writes[1]) use_member(1, key);
     }
+    const bool found = where != kNowhere;
     const uint32_t all = __ballot_sync(kAllLanes, found);
     int begin = 0;
     if (lane == 0 && all != 0) begin = atomicAdd(&shared.batch_count, __popc(all));
     begin = __shfl_sync(kAllLanes, begin, 0);
-    if (found) shared.batch[begin + __popc(all & ((1u << lane) - 1))] = at;
+    if (found) shared.batch[begin + __popc(all & ((1u << lane) - 1))] = {int32_t(i), where};
   }
   __syncthreads();
 }
 
-// The blocks of products that pairs need, and which samples do. Whether the batch that is left holds
-// all pairs of all units, so that it need not be filled again.
+// The blocks of products that pairs need, and which samples do. Whether the batch that is left
+// holds all pairs of all units, so that it need not be filled again.
 __device__ inline bool mark_pairs(const Problem& p, MatchShared& shared) {
   const Work& work = shared.work;
   const int pixels = work.sides[0].pixels, units = work.sides[0].units;
@@ -204,8 +207,8 @@ __device__ inline bool mark_pairs(const Problem& p, MatchShared& shared) {
       for (int i = threadIdx.x; i < shared.batch_count; i += kThreads) {
         const TilePair pair = shared.batch[i];
         for (int v = run.first; v < run.end; ++v) {
-          const int row = v * work.sides[0].samples + pair.row;
-          const int column = v * work.sides[1].samples + pair.column;
+          const int row = v * work.sides[0].samples + pair.row();
+          const int column = v * work.sides[1].samples + pair.column();
           mark_used(shared, 0, row);
           mark_used(shared, work.one_side ? 0 : 1, column);
           const int last_row = (row + 1) * pixels - 1, last_column = (column + 1) * pixels - 1;
@@ -229,7 +232,8 @@ __device__ inline const unsigned char* find_row(const Problem& p, const MatchSha
   const Maps& maps = p.maps[which];
   if (r >= side.rows()) return nullptr;
   const int member = r / side.pixels, pixel = r % side.pixels, u = side.unit(member);
-  if (!side.exists(shared.units, member) || (shared.used[which][member / 32] >> member % 32 & 1) == 0) {
+  const bool used = (shared.used[which][member / 32] >> member % 32 & 1) != 0;
+  if (!used || !side.exists(shared.units, member)) {
     return nullptr;
   }
   const int64_t sample = side.sample(member);
@@ -311,10 +315,10 @@ __device__ inline void best_of_windows(const Problem& p, MatchShared& shared, bo
       const int pairs = int(threadIdx.x) < step * span && plane >= 0 ? shared.batch_count : 0;
       for (int i = threadIdx.x / span; i < pairs; i += step) {
         const TilePair pair = shared.batch[i];
-        const int row = (u * row_samples + pair.row) * pixels;
-        const int column = (u * column_samples + pair.column) * pixels;
-        const float* at = sims + row * kSimPitch + column + pixel * (pair.across ? 1 : kSimPitch);
-        const int next = pair.across ? kSimPitch : 1;
+        const int row = (u * row_samples + pair.row()) * pixels;
+        const int column = (u * column_samples + pair.column()) * pixels;
+        const int own = pair.across() ? 1 : kSimPitch, next = pair.across() ? kSimPitch : 1;
+        const float* at = sims + row * kSimPitch + column + pixel * own;
         Best<float> best;
 #pragma unroll 4
         for (int l = 0; l < count; ++l, at += next) best.take(*at, l);
@@ -332,7 +336,7 @@ __device__ __forceinline__ void match_blocks(const Problem& p, MatchShared& shar
   const bool one_side = work.one_side, by_diagonal = one_side && sizeof(typename Mode::T) == 2;
   Sums<kShare> sums = {};
   float squares[kRowsOfThread] = {};
-  multiply_tile<Mode, true>(
+  multiply_tile<Mode, true, false>(
       p, {shared.start, {work.sides[0].staged(), work.sides[1].staged()}, one_side}, shared.list,
       by_diagonal, shared.buffer, sums, squares);
   if (by_diagonal) {

@@ -22,10 +22,10 @@ namespace cuda {
   X(norms_fp64, 1, norms<double>(p))                         \
   X(norms_bf16, 1, norms<BFloat16>(p))                       \
   X(norms_fp16, 1, norms<Half>(p))                           \
-  X(stream_fp32, 2, stream<Fp32>(p))                         \
-  X(stream_tf32, 2, stream<Tf32>(p))                         \
-  X(stream_bf16, 2, stream<Bf16>(p))                         \
-  X(stream_fp16, 2, stream<Fp16>(p))                         \
+  X(stream_fp32, 1, stream<Fp32>(p))                         \
+  X(stream_tf32, 1, stream<Tf32>(p))                         \
+  X(stream_bf16, 1, stream<Bf16>(p))                         \
+  X(stream_fp16, 1, stream<Fp16>(p))                         \
   X(reduce_losses_f32, 1, reduce_losses<float>(p))           \
   X(reduce_losses_f64, 1, reduce_losses<double>(p))
 
@@ -139,9 +139,9 @@ inline int64_t rows_shared_bytes(const Problem& p, int64_t words) {
   return rows_table_bytes(nodes, pixels) + nodes * pixels * words * (straight ? 4 : 8);
 }
 
-// How lists of terms are made and used: a slice of the rows of a window in shared memory, the widest
-// that leaves room for a second block, or the widest of all; none (0), and partners are gathered
-// from memory.
+// How lists of terms are made and used: a slice of the rows of a window in shared memory, the
+// widest that leaves room for a second block, or the widest of all; none (0), and partners are
+// gathered from memory.
 inline void list_tiling(Problem& p, int64_t shared_limit) {
   Tiling t{};
   const int64_t pixels = p.window_pixels(), wide = p.dtype == kFloat64 ? 8 : 4;

@@ -1,18 +1,18 @@
-// Products of a tile: up to 128 query rows times up to 128 key rows, channel chunk by channel chunk.
+// Products of a tile: up to 128 query rows times up to 128 key rows, chunk by chunk of channels.
 //
-// The tile falls into 8 x 8 blocks of 16 x 16 products. Those that some pair needs are numbered, and
-// warp w takes the blocks w, w + 8, w + 16, ..., so that all have about as many, however few pairs
-// there are; in the set form nothing below the diagonal is needed:
+// The tile falls into 8 x 8 blocks of 16 x 16 products. Those that some pair needs are numbered,
+// and warp w takes the blocks w, w + 8, w + 16, ..., so that all have about as many, however few
+// pairs there are; in the set form nothing below the diagonal is needed:
 //
 //                 columns by 16
 //        rows     0 . . 1 . .        0, 1, ...: needed, by which warp
 //        by 16      2 . 3 . .        . : skipped
 //                     4 . 5 6
 //
-// A chunk is 128 bytes of channels of each row. It lands in a ring of stages by asynchronous copies;
-// then each thread looks at the pieces of its rows once, for what all warps would otherwise do over
-// and over: squares for the norms, and for fp32 the split in two tf32 (the upper part stays in
-// place, the lower goes to a stage of its own):
+// A chunk is 128 bytes of channels of each row. It lands in a ring of stages by asynchronous
+// copies; then each thread looks at the pieces of its rows once, for what all warps would
+// otherwise do over and over: squares for the norms, and for fp32 the split in two tf32 (the
+// upper part stays in place, the lower goes to a stage of its own):
 //
 //   stage 0 | stage 1 | ... | lower parts         each (query rows, then key rows) x 36 words
 #pragma once
@@ -57,7 +57,8 @@ __host__ __device__ constexpr int64_t product_words(int64_t stages, bool one_sid
 
 constexpr int kBlocks = kTile / 16;  // of a side of the tile
 
-// Which blocks are needed, and in which order warps take them. A block is 8 (row / 16) + column / 16.
+// Which blocks are needed, and in which order warps take them.
+// A block is 8 (row / 16) + column / 16.
 struct BlockList {
   uint32_t needed[2];
   uint8_t blocks[kBlocks * kBlocks];
@@ -204,7 +205,7 @@ struct TileRows {
 
 // Sums of products of all channels, and, if kNorms, the squares of the rows that this thread looks
 // at; with `by_diagonal` these are not asked for, being products themselves.
-template <class Mode, bool kNorms, int kShare>
+template <class Mode, bool kNorms, bool kWhole, int kShare>
 __device__ __forceinline__ void multiply_tile(const Problem& p, const TileRows& tile,
                                               const BlockList& list, bool by_diagonal,
                                               uint32_t* buffer, Sums<kShare>& sums,
@@ -215,13 +216,15 @@ __device__ __forceinline__ void multiply_tile(const Problem& p, const TileRows& 
   const int stages = int(p.tiling.stages), words = (tile.one_side ? 1 : 2) * kTileWords;
   const int channels = int(p.channels), chunks = (channels + kChannels - 1) / kChannels;
   const int rows[2] = {tile.rows[0], tile.one_side ? 0 : tile.rows[1]};
-  int row_words[kShare], column_words[kShare];
+  // Where this lane reads of each block: rows in the lower half, columns in the upper one, since
+  // registers are short. If kWhole, warp w has the blocks of rows 16 w in the order of columns.
+  const int first_column = lane_of_columns() + (tile.one_side ? 0 : kTileWords);
+  uint32_t places[kShare];
 #pragma unroll
-  for (int i = 0; i < kShare; ++i) {
+  for (int i = 0; i < kShare && !kWhole; ++i) {
     const WarpBlock block = WarpBlock::of(list, i);
-    row_words[i] = block.row * kStagePitch + lane_of_rows();
-    column_words[i] = block.column * kStagePitch + lane_of_columns() +
-                      (tile.one_side ? 0 : kTileWords);
+    places[i] = uint32_t(block.row * kStagePitch + lane_of_rows()) |
+                uint32_t(block.column * kStagePitch + first_column) << 16;
   }
 
   const auto stage = [&](int chunk, int place) {
@@ -261,7 +264,14 @@ __device__ __forceinline__ void multiply_tile(const Problem& p, const TileRows& 
     const SharedWords at = shared_words(staged);
 #pragma unroll
     for (int i = 0; i < kShare; ++i) {
-      multiply_block<Mode>(sums.at[i], at + row_words[i], at + column_words[i], lower);
+      if constexpr (kWhole) {
+        const int row = threadIdx.x / 32 * 16 * kStagePitch + lane_of_rows();
+        multiply_block<Mode>(sums.at[i], at + row, at + (first_column + i * 16 * kStagePitch),
+                             lower);
+      } else {
+        multiply_block<Mode>(sums.at[i], at + int(places[i] & 0xffff), at + int(places[i] >> 16),
+                             lower);
+      }
     }
     place = place + 1 == stages ? 0 : place + 1;
     next = next + 1 == stages ? 0 : next + 1;
@@ -275,7 +285,7 @@ constexpr float kAbsent = -1;
 // Cosines from the sums of products, to shared memory in the place of the stages; -INFINITY where
 // either row takes no part: a query pixel that does not finds no match either.
 //
-//   a lane has of a group of 8 columns: rows lane / 4 and that + 8, columns 2 (lane % 4) and that + 1
+//   a lane has of a group of 8 columns: rows lane / 4 and 8 below, columns 2 (lane % 4) and next
 template <int kShare>
 __device__ inline void store_cosines(const Sums<kShare>& sums, const BlockList& list,
                                      const float* row_scale, const float* column_scale,

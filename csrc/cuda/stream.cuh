@@ -212,7 +212,7 @@ __device__ void stream(const Problem& p) {
     const int columns = count - from < pixels ? count - from : pixels;
     Sums<kBlocks> sums = {};
     float unused[kRowsOfThread];
-    multiply_tile<Mode, false>(p, {shared.start, {staged, staged}, false}, shared.list, false,
+    multiply_tile<Mode, false, true>(p, {shared.start, {staged, staged}, false}, shared.list, false,
                                shared.buffer, sums, unused);
     if (lost) {
       take_columns<true>(sums, shared.scale, columns, from, best);

@@ -1,5 +1,5 @@
-// Backward: V of a row is a sum over the rows it was matched with, in both of its roles. Which these
-// are is found here, window by window and sample by sample, before any feature is read.
+// Backward: V of a row is a sum over the rows it was matched with, in both roles. Which these are
+// is found here, window by window and sample by sample, before any feature is read.
 //
 // sort_pairs    where the pairs of each query begin in the list, and the pairs of each key, which
 //               stand apart in the list, in an order of their own
@@ -183,8 +183,8 @@ __device__ inline void add_by_row(F* sums, int row, uint32_t same, F value, F* e
   __syncwarp();
 }
 
-// The same for windows of at most four pixels: each lane has a sum for each row, and these are added
-// up at the end.
+// The same for windows of at most four pixels: each lane has a sum for each row, and these are
+// added up at the end.
 template <class F>
 struct FewRows {
   static constexpr int kRows = 4;

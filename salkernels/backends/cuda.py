@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import _native
 from .._torch_private import constant_for_dynamo
-from ..reference import Outputs
+from ..reference import Outputs, accumulate_dtype, count_pairs, index_dtype
 
 DEVICES = ("cuda",)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -126,6 +126,29 @@ def _require(query: Tensor, key: Tensor | None, window: tuple[int, int]) -> None
         raise RuntimeError(f"the cuda backend cannot run: {reason}")
 
 
+def outputs(
+    query: Tensor, key: Tensor | None, pairs: Tensor | None, window: tuple[int, int]
+) -> Outputs:
+    """The outputs of the forward, uninitialised, and the norms (samples, H, W).
+
+    They lie as those of the triton backend, so that the backward of either can follow the forward
+    of the other: pixel by pixel with the pairs (or samples) innermost.
+    """
+    groups, samples, _, height, width = query.shape
+    nodes = groups * (samples if key is None else samples + key.shape[1])
+    count, dtype = count_pairs(query, key, pairs), accumulate_dtype(query.dtype)
+
+    def planes(count: int, dtype: torch.dtype) -> Tensor:
+        return query.new_empty((height, width, count), dtype=dtype).permute(2, 0, 1)
+
+    return Outputs(
+        query.new_empty((count,), dtype=dtype),
+        planes(count, dtype),
+        planes(count, index_dtype(window)),
+        planes(nodes, dtype),
+    )
+
+
 def match(
     query: Tensor,  # (G, N, C, H, W)
     key: Tensor | None,  # (G, M, C, H, W)
@@ -134,29 +157,30 @@ def match(
     window: tuple[int, int],
     eps: float,
 ) -> Outputs:
-    """As `salkernels.reference.match`."""
+    """As `salkernels.reference.match`, and the norms (samples, H, W).
+
+    The norm of a pixel that is not to be loaded again is Inf.
+    """
     _require(query, key, window)
     return Outputs(*_match(query, key, pairs, valid, window, eps, _allow_tf32()))
 
 
 def match_backward(
-    grad_sim: Tensor,  # (P, H, W)
+    grad_sim: Tensor,  # (P, H, W), any strides
     query: Tensor,
     key: Tensor | None,
     pairs: Tensor | None,
     valid: Tensor | None,
     max_sim: Tensor,  # (P, H, W)
     argmax: Tensor,  # (P, H, W)
-    norm: Tensor,
+    norm: Tensor,  # (samples, H, W), or empty: they are computed anew
     window: tuple[int, int],
     eps: float,
 ) -> tuple[Tensor, Tensor | None]:
     """As `salkernels.reference.match_backward`."""
     _require(query, key, window)
-    # Hooks on saved tensors may give them back in other strides.
-    grad_sim, max_sim, argmax = (
-        x.contiguous() for x in (grad_sim.to(max_sim.dtype), max_sim, argmax)
-    )
+    # Hooks on saved tensors may give them back in other strides; of the maxima and of what belongs
+    # to them the operator takes any.
     pairs, valid = (None if x is None else x.contiguous() for x in (pairs, valid))
     grads: tuple[Tensor, Tensor | None] = _match_backward(
         *(grad_sim, query, key, pairs, valid, max_sim, argmax, norm, window, eps, _allow_tf32())

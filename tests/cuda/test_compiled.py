@@ -33,7 +33,7 @@ ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "buildtools"))
 FILES = ("forward", "backward")
 # Kernels that must leave room for a second block of 256 threads on a multiprocessor.
-AT_MOST_128_REGISTERS = re.compile("(match|stream)_(fp32|tf32|bf16|fp16)|gradient_(tile|rows)")
+AT_MOST_128_REGISTERS = re.compile("match_(fp32|tf32|bf16|fp16)|gradient_(tile|rows)")
 
 
 def _ptxas_log(name: str) -> str:
