@@ -14,6 +14,31 @@ inline void add_norms(Plan& plan, const Problem& p) {
   SALKERNELS_ADD_BY_DTYPE(plan, norms, p.dtype, ceil_div(rows, kWarps), p.set_form ? 1 : 2, 0);
 }
 
+inline void add_tiles(Plan& plan, const Problem& p, bool tf32, int64_t blocks, int64_t bytes) {
+  if (tf32) {
+    SALKERNELS_ADD(plan, match_tf32, blocks, 1, bytes);
+    return;
+  }
+  switch (p.dtype) {
+    case kBFloat16: SALKERNELS_ADD(plan, match_bf16, blocks, 1, bytes); break;
+    case kFloat16: SALKERNELS_ADD(plan, match_fp16, blocks, 1, bytes); break;
+    default: SALKERNELS_ADD(plan, match_fp32, blocks, 1, bytes);
+  }
+}
+
+inline void add_many_tiles(Plan& plan, const Problem& p, bool tf32, int64_t blocks,
+                           int64_t bytes) {
+  if (tf32) {
+    SALKERNELS_ADD(plan, match_tiles_tf32, blocks, 1, bytes);
+    return;
+  }
+  switch (p.dtype) {
+    case kBFloat16: SALKERNELS_ADD(plan, match_tiles_bf16, blocks, 1, bytes); break;
+    case kFloat16: SALKERNELS_ADD(plan, match_tiles_fp16, blocks, 1, bytes); break;
+    default: SALKERNELS_ADD(plan, match_tiles_fp32, blocks, 1, bytes);
+  }
+}
+
 inline void add_match(Plan& plan, Problem& p, int64_t shared_limit) {
   if (p.dtype == kFloat64) {
     add_norms(plan, p);
@@ -41,10 +66,10 @@ inline void add_match(Plan& plan, Problem& p, int64_t shared_limit) {
       p.set_form ? t.tiles[0] * (t.tiles[0] + 1) / 2 : t.tiles[0] * t.tiles[1];
   const int64_t blocks = ceil_div(p.units(), t.units) * tile_pairs;
   const int64_t bytes = match_shared_bytes(t.stages, p.set_form && t.tiles[0] == 1, lower);
-  if (tf32) {
-    SALKERNELS_ADD(plan, match_tf32, blocks, 1, bytes);
+  if (needs_few_blocks(t, p.set_form)) {
+    add_tiles(plan, p, tf32, blocks, bytes);
   } else {
-    SALKERNELS_ADD_BY_DTYPE(plan, match, p.dtype, blocks, 1, bytes);
+    add_many_tiles(plan, p, tf32, blocks, bytes);
   }
 }
 

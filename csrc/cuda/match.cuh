@@ -45,6 +45,7 @@ struct alignas(16) MatchShared {
   int32_t nominal[kTile];  // and its offset in the nominal window
   TilePair batch[kBatch];
   int32_t batch_count;
+  int32_t staged[2];  // rows of each side in a stage
   int64_t pairs_before[2];
   BlockList list;
   Unit units[kUnits];
@@ -337,8 +338,8 @@ __device__ __forceinline__ void match_blocks(const Problem& p, MatchShared& shar
   Sums<kShare> sums = {};
   float squares[kRowsOfThread] = {};
   multiply_tile<Mode, true, false>(
-      p, {shared.start, {work.sides[0].staged(), work.sides[1].staged()}, one_side}, shared.list,
-      by_diagonal, shared.buffer, sums, squares);
+      p, {shared.start, shared.staged, one_side}, shared.list, by_diagonal, shared.buffer, sums,
+      squares);
   if (by_diagonal) {
     store_diagonal(sums, shared.list, shared.scale);
   } else {
@@ -353,11 +354,38 @@ __device__ __forceinline__ void match_blocks(const Problem& p, MatchShared& shar
   best_of_windows(p, shared, filled);
 }
 
-template <class Mode>
+// A warp can hold the sums of so many blocks of products where two thread blocks share the registers
+// of a multiprocessor. Three products for one (Fp32) need more registers even then.
+constexpr int kFewBlocks = 5;
+
+// Whether no warp has more than kFewBlocks, whatever the pairs are.
+//
+//    set form, one tile of two units:  0 1          units of one query and one key:  0 1
+//    on and above the diagonals          2 . .      a band along the diagonal        2 3 4
+//                                          3 4                                         5 6 7
+//                                            5                                           8 9
+__host__ __device__ inline bool needs_few_blocks(const Tiling& t, bool set_form) {
+  int64_t blocks = kBlocks * kBlocks;
+  if (set_form && t.tiles[0] == 1) {
+    const int64_t rows = t.samples[0] * t.pixels;
+    const int64_t side = (rows + 15) / 16 + (rows % 16 == 0 ? 0 : 1);  // of a unit, out of step
+    const int64_t triangle = kBlocks * (kBlocks + 1) / 2, units = t.units * side * (side + 1) / 2;
+    blocks = units < triangle ? units : triangle;
+  } else if (!set_form && t.samples[0] == 1 && t.samples[1] == 1) {
+    blocks = kBlocks * ((16 + 2 * t.pixels) / 16 + 1);
+  }
+  return blocks <= kFewBlocks * kWarps;
+}
+
+template <class Mode, int kMost>
 __device__ void match(const Problem& p) {
   SALKERNELS_SHARED(memory);
   MatchShared& shared = *reinterpret_cast<MatchShared*>(memory);
-  if (threadIdx.x == 0) shared.work = work_of_tile(p);
+  if (threadIdx.x == 0) {
+    shared.work = work_of_tile(p);
+    shared.staged[0] = shared.work.sides[0].staged();
+    shared.staged[1] = shared.work.one_side ? 0 : shared.work.sides[1].staged();
+  }
   __syncthreads();
   fill_units(p, shared);
   const bool filled = mark_pairs(p, shared);
@@ -374,10 +402,10 @@ __device__ void match(const Problem& p) {
     match_blocks<Mode, 2>(p, shared, filled);
   } else if (share <= 3) {
     match_blocks<Mode, 3>(p, shared, filled);
-  } else if (share <= 5) {
-    match_blocks<Mode, 5>(p, shared, filled);
+  } else if (kMost == kFewBlocks || share <= kFewBlocks) {
+    match_blocks<Mode, kFewBlocks>(p, shared, filled);
   } else {
-    match_blocks<Mode, 8>(p, shared, filled);
+    match_blocks<Mode, kMost>(p, shared, filled);
   }
 }
 

@@ -13,10 +13,14 @@ namespace cuda {
 
 // What the kernels are called, in profilers and in the tests; X(name, minimal blocks, body).
 #define SALKERNELS_FORWARD_KERNELS(X)                        \
-  X(match_fp32, 2, match<Fp32>(p))                           \
-  X(match_tf32, 2, match<Tf32>(p))                           \
-  X(match_bf16, 2, match<Bf16>(p))                           \
-  X(match_fp16, 2, match<Fp16>(p))                           \
+  X(match_fp32, 1, (match<Fp32, kFewBlocks>(p)))             \
+  X(match_tf32, 2, (match<Tf32, kFewBlocks>(p)))             \
+  X(match_bf16, 2, (match<Bf16, kFewBlocks>(p)))             \
+  X(match_fp16, 2, (match<Fp16, kFewBlocks>(p)))             \
+  X(match_tiles_fp32, 1, (match<Fp32, kBlocks>(p)))          \
+  X(match_tiles_tf32, 1, (match<Tf32, kBlocks>(p)))          \
+  X(match_tiles_bf16, 1, (match<Bf16, kBlocks>(p)))          \
+  X(match_tiles_fp16, 1, (match<Fp16, kBlocks>(p)))          \
   X(match_fp64, 1, match_plain<double>(p))                   \
   X(norms_fp32, 1, norms<float>(p))                          \
   X(norms_fp64, 1, norms<double>(p))                         \

@@ -172,7 +172,7 @@ __device__ inline int lane_of_columns() {
 // A thread's look at the pieces of its rows in a chunk: see above. Rows of keys follow those of
 // queries; `rows[side]` of each are staged.
 template <class Mode, bool kNorms>
-__device__ inline void prepare_chunk(uint32_t* staged, int lower, const int (&rows)[2],
+__device__ inline void prepare_chunk(uint32_t* staged, int lower, const int32_t* rows,
                                      float (&squares)[kRowsOfThread]) {
   using T = typename Mode::T;
   uint32_t* at = staged + threadIdx.x / 8 * kStagePitch + threadIdx.x % 8 * 4;
@@ -199,7 +199,7 @@ __device__ inline void prepare_chunk(uint32_t* staged, int lower, const int (&ro
 // Rows of a tile in device memory: queries, then, unless they are the same, keys.
 struct TileRows {
   const unsigned char* const* start;  // (2 kTile)
-  int rows[2];  // staged, by 32
+  const int32_t* rows;  // staged of each side, by 32; in shared memory, since registers are short
   bool one_side;
 };
 
@@ -215,7 +215,6 @@ __device__ __forceinline__ void multiply_tile(const Problem& p, const TileRows& 
   constexpr bool kWritten = sizeof(T) == 4;
   const int stages = int(p.tiling.stages), words = (tile.one_side ? 1 : 2) * kTileWords;
   const int channels = int(p.channels), chunks = (channels + kChannels - 1) / kChannels;
-  const int rows[2] = {tile.rows[0], tile.one_side ? 0 : tile.rows[1]};
   // Where this lane reads of each block: rows in the lower half, columns in the upper one, since
   // registers are short. If kWhole, warp w has the blocks of rows 16 w in the order of columns.
   const int first_column = lane_of_columns() + (tile.one_side ? 0 : kTileWords);
@@ -231,8 +230,8 @@ __device__ __forceinline__ void multiply_tile(const Problem& p, const TileRows& 
 #pragma unroll 1
     for (int side = 0; side < (tile.one_side ? 1 : 2); ++side) {
       const Maps& maps = p.maps[side];
-      load_chunk<T, kStagePitch>({tile.start + side * kTile, maps.strides[2], nullptr}, rows[side],
-                                 maps.vector, maps.strides[2] == 1, chunk * kChannels, channels,
+      load_chunk<T, kStagePitch>({tile.start + side * kTile, maps.strides[2], nullptr},
+                                 tile.rows[side], maps.vector, maps.strides[2] == 1, chunk * kChannels, channels,
                                  buffer + place * words + side * kTileWords);
     }
   };
@@ -258,12 +257,14 @@ __device__ __forceinline__ void multiply_tile(const Problem& p, const TileRows& 
     uint32_t* const staged = buffer + place * words;
     const int lower = (stages - place) * words;
     if (kWritten || (kNorms && !by_diagonal)) {
-      prepare_chunk<Mode, kNorms>(staged, lower, rows, squares);
+      prepare_chunk<Mode, kNorms>(staged, lower, tile.rows, squares);
       if (kWritten) __syncthreads();
     }
     const SharedWords at = shared_words(staged);
 #pragma unroll
     for (int i = 0; i < kShare; ++i) {
+      // Or the compiler would load the next blocks' operands early, and spill.
+      if constexpr (Mode::kProducts == 3) __syncwarp();
       if constexpr (kWhole) {
         const int row = threadIdx.x / 32 * 16 * kStagePitch + lane_of_rows();
         multiply_block<Mode>(sums.at[i], at + row, at + (first_column + i * 16 * kStagePitch),

@@ -92,6 +92,7 @@ struct alignas(16) StreamShared {
   const unsigned char* start[2 * kTile];  // rows of queries and keys
   float scale[2 * kTile];
   BlockList list;
+  int32_t staged[2];               // rows of each side in a stage
   alignas(16) uint32_t buffer[4];  // stages, of dynamic size
 };
 
@@ -197,6 +198,8 @@ __device__ void stream(const Problem& p) {
   const int which = threadIdx.x / kTile, r = threadIdx.x % kTile;
   bool lost_query = false;
   need_all_blocks(shared.list);
+  // Rows beyond the window too, as zeros: all blocks are multiplied.
+  if (threadIdx.x < 2) shared.staged[threadIdx.x] = kTile;
   if (which == 0) {
     lost_query = fill_stream_row<T>(p, shared, 0, unit, pair.query, first_pixel + r, r < pixels);
   }
@@ -208,12 +211,11 @@ __device__ void stream(const Problem& p) {
       lost = fill_stream_row<T>(p, shared, 1, unit, pair.key, from + r, r < pixels);
     }
     lost = __syncthreads_or(lost);
-    const int staged = (pixels + 31) / 32 * 32;
     const int columns = count - from < pixels ? count - from : pixels;
     Sums<kBlocks> sums = {};
     float unused[kRowsOfThread];
-    multiply_tile<Mode, false, true>(p, {shared.start, {staged, staged}, false}, shared.list, false,
-                               shared.buffer, sums, unused);
+    multiply_tile<Mode, false, true>(p, {shared.start, shared.staged, false}, shared.list, false,
+                                     shared.buffer, sums, unused);
     if (lost) {
       take_columns<true>(sums, shared.scale, columns, from, best);
     } else {
