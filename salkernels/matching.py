@@ -178,7 +178,7 @@ def match_set(
 ) -> Outputs:
     """Pairs within groups of samples, whose keys are its queries unless there are others."""
     eps = check_eps(eps)
-    name = backends.select(backend, features, keys, window)
+    name = backends.select(backend, features, keys, window, pairs.groups)
     return _match(*grouped(features, keys, valid, pairs), window, eps, name)
 
 

@@ -191,27 +191,62 @@ def on_a_gpu(samples, dtype=torch.float32):
 @pytest.mark.parametrize(
     ("samples", "pairwise", "window", "dtype", "first"),
     [
-        (32, False, (2, 2), torch.float32, "cuda"),  # the paper's: 128 rows
-        (33, False, (2, 2), torch.float32, "triton"),
-        (32, False, (3, 3), torch.bfloat16, "triton"),
-        (32, False, (3, 3), torch.float64, "cuda"),  # triton does not take it
-        (32, True, (8, 8), torch.float32, "cuda"),  # two samples a pair
-        (2, True, (12, 12), torch.float32, "triton"),
+        (32, False, (2, 2), torch.float32, "cuda+triton"),  # the paper's: 128 rows
+        (33, False, (2, 2), torch.float32, "cuda"),
+        (32, False, (2, 2), torch.bfloat16, "cuda"),
+        (32, False, (2, 2), torch.float64, "cuda"),  # triton does not take it
+        (32, True, (2, 2), torch.float32, "cuda"),
     ],
 )
-def test_on_a_gpu_the_order_goes_by_the_rows_of_a_window(
+def test_on_a_gpu_the_order_goes_by_dtype_and_the_rows_of_a_window(
     samples, pairwise, window, dtype, first, both_on_a_gpu
 ):
     x = on_a_gpu(samples, dtype)
     y = x if pairwise else None
     assert backends.select(None, x, y, window) == first
     order = [status.name for status in salkernels.explain(x, window, y)]
-    assert sorted(order[:2]) == ["cuda", "triton"]
-    assert order[2:] == ["cpu", "reference"]
+    assert [name for name in order if "+" not in name] == list(backends.BACKENDS)
     assert next(s.name for s in salkernels.explain(x, window, y) if s.available) == first
 
 
-@pytest.mark.parametrize(("dynamic", "first"), [(False, "triton"), (True, "cuda")])
+def test_the_rows_of_a_group_are_counted_not_those_of_all(both_on_a_gpu):
+    x = on_a_gpu(64)
+    assert backends.select(None, x, None, (2, 2)) == "cuda"
+    assert backends.select(None, x, None, (2, 2), groups=2) == "cuda+triton"
+
+
+def test_without_triton_cuda_does_both_passes(both_on_a_gpu, monkeypatch):
+    missing = SimpleNamespace(why_not=lambda *_: "it is not installed", DEVICES=("cuda",))
+    monkeypatch.setitem(backends.BACKENDS, "triton", missing)
+    assert backends.select(None, on_a_gpu(32), None, (2, 2)) == "cuda"
+
+
+def test_two_names_are_one_backend_for_each_pass(monkeypatch):
+    seen = []
+
+    def recording(name):
+        def run(what):
+            def call(*arguments):
+                seen.append(f"{name} {what}")
+                return getattr(reference, what)(*arguments)
+
+            return call
+
+        return SimpleNamespace(
+            why_not=lambda *_: None,
+            match=run("match"),
+            match_backward=run("match_backward"),
+        )
+
+    for name in ("cuda", "triton"):
+        monkeypatch.setitem(backends.BACKENDS, name, recording(name))
+    features = torch.randn(4, 3, 4, 4, requires_grad=True)
+    pairs = ~torch.eye(4, dtype=torch.bool)
+    salkernels.wla_set_loss(features, pairs, 2, backend="cuda+triton").backward()
+    assert seen == ["cuda match", "triton match_backward"]
+
+
+@pytest.mark.parametrize(("dynamic", "first"), [(False, "cuda+triton"), (True, "cuda")])
 def test_compiled_code_orders_by_sizes_that_are_known(dynamic, first, both_on_a_gpu):
     """A size that is a symbol stays one: nothing is recompiled where it crosses the limit."""
 
@@ -220,7 +255,7 @@ def test_compiled_code_orders_by_sizes_that_are_known(dynamic, first, both_on_a_
 
     torch.compiler.reset()
     traced = torch.compile(chosen, fullgraph=True, backend="eager", dynamic=dynamic)
-    assert len(traced(on_a_gpu(64))) == len(first)
+    assert len(traced(on_a_gpu(32))) == len(first)
     if dynamic:
         with torch.compiler.set_stance("fail_on_recompile"):
             assert len(traced(on_a_gpu(16))) == len(first)

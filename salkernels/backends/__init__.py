@@ -18,7 +18,9 @@ and, if its outputs lie otherwise than plain contiguous tensors, or with norms,
 
     outputs(query, key, pairs, window)              them, uninitialised, as `reference.outputs`
 
-An explicit name runs that backend or raises with its reason; `None` takes the first that can.
+An explicit name runs that backend or raises with its reason; `None` takes the first that can. Two
+names, "cuda+triton", are one backend for the forward and another for the backward: the two for GPUs
+keep the same for it.
 
 The package itself can be called: `salkernels.backends()` is `statuses()`.
 """
@@ -34,7 +36,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from ..reference import Outputs
+from ..reference import Outputs, outputs
 from . import cpu, cuda, reference, triton
 
 
@@ -70,7 +72,35 @@ BACKENDS: dict[str, Backend] = {
     "cpu": cpu,
     "reference": reference,
 }
-CUDA_TILE = 128  # rows; kTile of csrc/cuda/problem.h
+MIXED = "cuda+triton"
+TILE = 128  # rows that a block of either GPU backend works on together
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """One backend for the forward, and another for the backward."""
+
+    forward: Backend
+    backward: Backend
+    DEVICES = ("cuda",)
+
+    def status(self) -> str | None:
+        return self.forward.status() or self.backward.status()
+
+    def why_not(self, query: Tensor, key: Tensor | None, window: tuple[int, int]) -> str | None:
+        return self.forward.why_not(query, key, window) or self.backward.why_not(query, key, window)
+
+    @property
+    def match(self) -> Callable[..., Outputs]:
+        return self.forward.match
+
+    @property
+    def match_backward(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        return self.backward.match_backward
+
+    @property
+    def outputs(self) -> Callable[..., Outputs]:
+        return getattr(self.forward, "outputs", outputs)
 
 
 @dataclass(frozen=True)
@@ -98,11 +128,14 @@ class BackendStatus:
 
 def get(name: str) -> Backend:
     """The backend of that name; an unknown name is a ValueError."""
+    if name == MIXED:
+        return Mixed(*(BACKENDS[part] for part in MIXED.split("+")))
     try:
         return BACKENDS[name]
     except KeyError:
+        known = ", ".join((*BACKENDS, MIXED))
         raise ValueError(
-            f"unknown backend {name!r}; expected one of {', '.join(BACKENDS)}, or None to choose"
+            f"unknown backend {name!r}; expected one of {known}, or None to choose"
         ) from None
 
 
@@ -132,37 +165,43 @@ def statuses_for(
 
 
 def in_order(
-    query: Tensor, key: Tensor | None, window: tuple[int, int]
+    query: Tensor, key: Tensor | None, window: tuple[int, int], groups: int = 1
 ) -> Iterable[tuple[str, Backend]]:
     """All backends, the preferred ones for this input first.
 
-    Of the two for GPUs `cuda` comes first where all rows of a window fit a tile of its backward:
-    both passes then read each feature from memory once, with no compilation at the first call.
-    Beyond that both passes of `cuda` together read features 3.1 to 3.9 times, those of `triton` 3.0
-    to 3.4 times, and its backward, the longer of the two, works by tiles and not row by row. This
-    is what benchmarks/results/traffic.md counts; neither was timed, and it is a close call.
+    Of the two for GPUs `cuda` executes fewer instructions in both passes, or about as many, and has
+    nothing to compile at the first call. The exception is the backward of fp32 where all samples of
+    a window fit a tile: there `triton` executes less than half. That was counted on an emulator
+    (benchmarks/results/traffic.md) and has not been timed.
     """
-    if query.device.type != "cuda" or not _beyond_a_tile(query, key, window):
-        return BACKENDS.items()
-    swapped = {"cuda": "triton", "triton": "cuda"}
-    return [(name, BACKENDS[name]) for name in (swapped.get(n, n) for n in BACKENDS)]
+    order: list[tuple[str, Backend]] = list(BACKENDS.items())
+    if (
+        query.device.type == "cuda"
+        and query.dtype == torch.float32
+        and key is None
+        and _fits_a_tile(query.shape[0] // groups * window[0] * window[1])
+    ):
+        order.insert(0, (MIXED, get(MIXED)))
+    return order
 
 
-def _beyond_a_tile(query: Tensor, key: Tensor | None, window: tuple[int, int]) -> bool:
-    """Whether a window of all samples (of two, in the pairwise form) is larger than a tile.
-
-    Of symbolic sizes that is not known, and not asked: the answer would tie a graph to it.
-    """
-    samples = query.shape[0] if key is None else 2
-    beyond = samples * window[0] * window[1] > CUDA_TILE
+def _fits_a_tile(rows: int) -> bool:
+    """Of a symbolic size that is not known, and not asked: the answer would tie a graph to it."""
+    fits = rows <= TILE
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-        return statically_known_true(beyond)
-    return beyond
+        return statically_known_true(fits)
+    return fits
 
 
-def select(name: str | None, query: Tensor, key: Tensor | None, window: tuple[int, int]) -> str:
+def select(
+    name: str | None,
+    query: Tensor,
+    key: Tensor | None,
+    window: tuple[int, int],
+    groups: int = 1,  # of equal size, into which the samples fall
+) -> str:
     """The name of the backend that runs this input."""
     if name is not None:
         reason = get(name).why_not(query, key, window)
@@ -173,7 +212,7 @@ def select(name: str | None, query: Tensor, key: Tensor | None, window: tuple[in
             )
         return name
     device = query.device.type
-    for candidate, backend in in_order(query, key, window):
+    for candidate, backend in in_order(query, key, window, groups):
         devices = getattr(backend, "DEVICES", None)
         if devices is not None and device not in devices:
             continue  # without asking torch or a driver what is there: most calls end here
