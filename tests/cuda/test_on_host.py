@@ -213,7 +213,7 @@ def test_values_out_of_range_reach_what_they_touch_and_nothing_else(
     arguments = (query, None, pairs, None, window, EPS)
     expected, actual = (b.match(*arguments) for b in (reference, host_kernels))
     assert actual.max_sim.isnan().any() == (dtype != torch.float64 or value != 1e30)
-    for ours, theirs in zip(actual, expected, strict=True):
+    for ours, theirs in zip(actual[:3], expected[:3], strict=True):  # not the norms
         torch.testing.assert_close(ours, theirs, equal_nan=True, rtol=1e-5, atol=1e-6)
     saved = (torch.randn_like(actual.max_sim), *arguments[:4], *actual[1:], window, EPS)
     expected, actual = (b.match_backward(*saved)[0] for b in (reference, host_kernels))
