@@ -33,6 +33,9 @@ from triton_check import (  # noqa: F401
 
 from salkernels.triton_kernels import config, launch, tune
 from salkernels.triton_kernels.config import Tile
+from salkernels.triton_kernels.geometry import Product, Strides
+from salkernels.triton_kernels.launcher import Launcher, planner
+from salkernels.triton_kernels.layout import Layout, Problem, Signature
 
 
 @runs
@@ -71,13 +74,19 @@ def test_other_keys_in_windows_larger_than_a_tile(small_tiles):  # noqa: F811
     compare(maps(2, 1, 20, 6, 7), maps(2, 2, 20, 6, 7, layout="channels_last"), None, (6, 6))
 
 
-def layout_of(mask, queries, keys=None, room=0):
-    """A layout of that many nodes of 2 x 2 windows, in tiles of 32 rows."""
-    groups = mask.shape[0]
-    query = torch.zeros(groups, queries, 1, 2, 2, device=DEVICE)
-    key = None if keys is None else torch.zeros(groups, keys, 1, 2, 2, device=DEVICE)
-    problem = launch.Problem(query, key, listed(mask, room), None, (2, 2), EPS)
-    return launch.Layout(problem, 32, 4)
+def planned(mask, nodes, keys=None, room=0):
+    """The plan of 2 x 2 windows of that many nodes, in tiles of 32 rows."""
+    shape = (mask.shape[0], nodes, 1, 2, 2)
+    key = None if keys is None else torch.Size((mask.shape[0], keys, 1, 2, 2))
+    strides = (Strides(*torch.empty(shape).stride()),) * 2
+    tiles = (Tile(32, 16, 4, 1),) * 3
+    signature = Signature(
+        torch.Size(shape), key, (2, 2), F32, strides, True, False, Product("ieee", True), tiles
+    )
+    layout = Layout(signature, tiles[0], 32, 4)
+    assert layout.ordered
+    pairs = listed(mask, room)
+    return planner(layout)(pairs, len(pairs))
 
 
 @runs
@@ -85,32 +94,87 @@ def test_slices_of_one_scan_come_together():
     """Views of two scans in turn: sorted, each scan is one run, and no pair crosses."""
     volume = torch.tensor([0, 1], device=DEVICE).repeat_interleave(4).repeat(4)
     mask = (volume[:, None] == volume) & ~torch.eye(32, dtype=torch.bool, device=DEVICE)
-    order = launch.plan(layout_of(mask[None], 32)).order[0].long()
+    order = planned(mask[None], 32).order[0].long()
     assert sorted(order.tolist()) == list(range(32))
     assert len(volume[order].unique_consecutive()) == 2
 
 
 @runs
-@pytest.mark.parametrize(("groups", "queries", "keys"), [(1, 33, None), (3, 17, None), (2, 9, 14)])
-def test_the_plan_of_one_launch_is_that_of_plain_torch(groups, queries, keys):
+@pytest.mark.parametrize(
+    ("groups", "queries", "keys"), [(1, 33, None), (3, 17, None), (2, 9, 14), (1, 70, None)]
+)
+def test_the_plan_is_that_of_plain_torch(groups, queries, keys):
     mask = torch.rand(groups, queries, keys or queries, device=DEVICE) < 0.15
-    layout = layout_of(mask, queries, keys, room=5)
-    assert layout.ordered
-    found = launch.plan(layout)
+    found = planned(mask, queries, keys, room=5)
     count = int(mask.count_nonzero())
     numbers = torch.full(mask.shape, -1, dtype=torch.int32, device=DEVICE)
     numbers[mask] = torch.arange(count, dtype=torch.int32, device=DEVICE)
     assert torch.equal(found.slots, numbers)
-    slots = launch._slots_of_many(layout.problem, layout.problem.pairs)
-    assert torch.equal(found.slots, slots)
-    assert torch.equal(found.order, launch._order_of_many(layout.problem, slots))
+    if queries > 64:
+        assert found.order is None, "more nodes than one program orders: as they come"
+    else:
+        assert torch.equal(found.order, order_of(mask, keys))
+
+
+def order_of(mask, keys):
+    """Nodes by the lowest node within three steps along pairs."""
+    samples = mask.shape[1]
+    nodes = samples + (keys or 0)
+    linked = torch.eye(nodes, dtype=torch.bool, device=DEVICE).repeat(len(mask), 1, 1)
+    if keys is None:
+        linked |= mask | mask.mT
+    else:
+        linked[:, :samples, samples:] = mask
+        linked[:, samples:, :samples] = mask.mT
+    label = torch.arange(nodes, device=DEVICE).expand(len(mask), nodes)
+    for _ in range(3):
+        label = torch.where(linked, label[:, None, :], nodes).amin(dim=2)
+    return label.argsort(dim=1, stable=True).to(torch.int32)
 
 
 @runs
 def test_without_a_list_nothing_is_planned():
     x = torch.zeros(1, 33, 1, 2, 2, device=DEVICE)
-    problem = launch.Problem(x, None, None, None, (2, 2), EPS)
-    assert launch.plan(launch.Layout(problem, 32, 4)) == (None, None)
+    signature = launch._signature(Problem(x, None, None, None, (2, 2), EPS), launch.FORWARD)
+    assert planner(Layout.of(signature))(None, 33 * 33) == (None, None)
+
+
+class Compiled:
+    """In place of what Triton compiles: records launches."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getitem__(self, grid):
+        return lambda *arguments: self.calls.append((grid, arguments))
+
+
+def test_a_second_launch_takes_what_the_first_compiled():
+    compiled, asked = Compiled(), []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: asked.append((grid, constants)) or compiled
+
+    launcher = Launcher(Kernel(), Tile(32, 16, 4, 1), 7, FORM="form")
+    x = torch.zeros(64)
+    for tensor in (x, x[4:], x[1:], x[5:]):  # two that start at 16 bytes, and two that do not
+        launcher((tensor, None), 3)
+    assert [grid for grid, _ in asked] == [(7,), (7,)]
+    assert asked[0][1]["num_warps"] == 4
+    assert [grid for grid, _ in compiled.calls] == [(7, 1, 1)] * 2
+    assert compiled.calls[0][1][1:] == (3, "form"), "constants follow the arguments"
+
+
+@runs
+def test_how_a_call_is_cut_is_worked_out_once_whatever_its_pairs():
+    x = maps(1, 6, 5, 4, 4)
+    launch._forward.cache_clear()
+    for count in (1, 5, 16):
+        backend.match(x, None, torch.arange(1, count + 1, device=DEVICE), None, (2, 2), EPS)
+    assert launch._forward.cache_info().misses == 1
+    backend.match(x, None, None, None, (2, 2), EPS)
+    assert launch._forward.cache_info().misses == 2
 
 
 @runs
@@ -258,7 +322,7 @@ def test_sm_100_has_tiles_of_its_own():
     )
 
 
-def test_tuning_takes_the_fastest_that_runs():
+def test_tuning_takes_the_fastest_that_runs(capsys):
     times = {Tile(64, 16, 4, 1): 3.0, Tile(64, 32, 4, 1): 1.0, Tile(64, 64, 4, 1): None}
     tried = []
 
@@ -267,15 +331,29 @@ def test_tuning_takes_the_fastest_that_runs():
         tried.append(tile)
         if times[tile] is None:
             raise RuntimeError("out of resource: shared memory")
-        return times[tile]
+        return tune.Time(times[tile], 0.1)
 
-    chosen, found = tune.best(KEY, times, measure)
+    chosen, found = tune.best(KEY, list(times), measure)
     assert tried == list(times)
     assert chosen == Tile(64, 32, 4, 1)
     assert len(found) == 2
     assert config.tile_for(*KEY) == config.TABLE["match", F32], "as before"
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert "2/3" in lines[1]
+    assert "shared memory" in lines[2]
     with pytest.raises(RuntimeError, match="shared memory"):
         tune.best(KEY, [Tile(64, 64, 4, 1)], measure)
+
+
+@pytest.mark.parametrize(("noise", "number"), [(0.04, 1), (0.06, 0)])
+def test_tuning_keeps_the_first_unless_another_wins_by_more_than_the_noise(noise, number):
+    tiles = [Tile(64, 16, 4, 1), Tile(64, 32, 4, 1)]
+
+    def measure():
+        return tune.Time(1.0 - 0.1 * tiles.index(config.tile_for(*KEY)), noise)
+
+    assert tune.best(KEY, tiles, measure)[0] == tiles[number]
 
 
 def test_candidates_begin_with_the_table_and_hold_nothing_twice():

@@ -15,7 +15,7 @@ from salkernels.backends import triton as backend
 pytest.importorskip("triton")
 from triton_check import DEVICE, EPS, compare, maps, runs, small_tiles, some_pairs  # noqa: F401
 
-from salkernels.triton_kernels import gradient, match, plan
+from salkernels.triton_kernels import gradient, match, plan, sum, terms
 
 BF16, F16 = torch.bfloat16, torch.float16
 pytestmark = [runs, pytest.mark.usefixtures("small_tiles")]
@@ -24,6 +24,7 @@ pytestmark = [runs, pytest.mark.usefixtures("small_tiles")]
 CUTS = {
     "set in a tile": ((1, 5, None, 5, 4, 5), (2, 2)),
     "groups merged": ((5, 1, 1, 5, 4, 5), (2, 2)),
+    "set in two tiles": ((1, 10, None, 5, 2, 3), (2, 2)),
     "set in several tiles": ((1, 17, None, 5, 2, 3), (2, 2)),
     "queries and keys in several tiles": ((1, 6, 5, 5, 3, 2), (2, 2)),
     "set streamed": ((1, 3, None, 20, 7, 9), (7, 6)),
@@ -267,10 +268,10 @@ def test_norms_beyond_the_range_of_their_squares(cut):
 def test_kernels_have_few_parameters():
     kernels = [
         kernel
-        for module in (gradient, match, plan)
+        for module in (gradient, match, plan, sum, terms)
         for name, kernel in vars(module).items()
         if name.endswith("_kernel") and kernel.fn.__module__ == module.__name__
     ]
-    assert len(kernels) == 7
+    assert len(kernels) == 10
     for kernel in kernels:
         assert len(inspect.signature(kernel.fn).parameters) <= 20, kernel

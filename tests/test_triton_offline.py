@@ -34,7 +34,8 @@ def test_every_kernel_and_entry_of_the_table_is_compiled(rows):
     from salkernels.triton_kernels.config import TABLE
 
     kernels = {"match": "match_kernel", "gradient": "gradient_kernel", "norm": "norm_kernel"}
-    kernels |= {name: f"{name}_kernel" for name in ("stream_match", "stream_gradient")}
+    kernels |= {name: f"{name}_kernel" for name in ("stream_match", "sum")}
+    kernels["gradient_across"] = "gradient_kernel"
     wanted = {
         (capability, kernels[kernel], str(dtype).removeprefix("torch."))
         for kernel, dtype in TABLE

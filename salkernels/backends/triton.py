@@ -98,12 +98,19 @@ def why_not(query: Tensor, key: Tensor | None, window: tuple[int, int]) -> str |
     if query.device.type != "cuda":
         return f"it runs on GPUs, and the features are on {query.device}"
     if torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(query.device)
-        if capability < LEAST_CAPABILITY:
-            return "it needs compute capability 8.0 or newer, and {} has {}.{}".format(
-                torch.cuda.get_device_name(query.device), *capability
-            )
+        return _too_old(query.device)
     return None
+
+
+@cache
+def _too_old(device: torch.device) -> str | None:
+    """Asked once for each device: the driver's answer costs more than a launch."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= LEAST_CAPABILITY:
+        return None
+    return "it needs compute capability 8.0 or newer, and {} has {}.{}".format(
+        torch.cuda.get_device_name(device), *capability
+    )
 
 
 def outputs(

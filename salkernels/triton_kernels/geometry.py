@@ -69,7 +69,7 @@ class Extents(NamedTuple):
     window_columns: int
     across: int  # windows of a row of windows
     windows: int
-    pairs: int  # P, room that is left over included
+    pairs: int  # P, room that is left over included; 0 before `with_pairs`
     groups_per_tile: int  # where tiles hold whole groups
 
 
@@ -87,6 +87,7 @@ class Cut(NamedTuple):
     LANES: int  # nodes
     PIXELS: int  # of a window, or, if it is streamed, of a part of it
     CHANNELS: int  # of a block
+    EVEN: bool  # whether blocks hold all channels and no more
 
 
 class Product(NamedTuple):
@@ -112,6 +113,17 @@ class Rows(NamedTuple):
     row: Any
     column: Any
     inside: Any  # whether there is one
+
+
+@triton.jit
+def with_pairs(sizes, pairs):
+    """The number of pairs comes as an argument of its own: nothing is compiled for its sake, so
+    that batches with more or fewer pairs run the same code."""
+    return Extents(
+        sizes.groups, sizes.N, sizes.M, sizes.channels, sizes.height, sizes.width,
+        sizes.window_rows, sizes.window_columns, sizes.across, sizes.windows,
+        pairs, sizes.groups_per_tile,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -197,6 +209,22 @@ def slots_of(query, key, plan, sizes, FORM: tl.constexpr):
 
 
 @triton.jit
+def pair_nodes(slot, listed, sizes, FORM: tl.constexpr):
+    """Group, query and key (as a node) of pairs by their numbers, and whether there is a pair."""
+    exists = slot < sizes.pairs
+    place = slot
+    if listed is not None:
+        # What is no place of a pair is room that is left over.
+        place = tl.load(listed + slot, mask=exists, other=-1)
+        exists = exists & (place >= 0) & (place < sizes.groups * sizes.N * sizes.M)
+        place = tl.where(exists, place, 0).to(tl.int32)
+    group = place // (sizes.N * sizes.M)
+    query = place // sizes.M % sizes.N
+    key = place % sizes.M + (0 if FORM.SET else sizes.N)
+    return group, query, key, exists
+
+
+@triton.jit
 def slots_between(a, b, plan, sizes, FORM: tl.constexpr):
     """Numbers of the pairs between the lanes of two tiles, both (lanes of a, lanes of b):
     those with a lane of a as the query, and those with it as the key."""
@@ -240,7 +268,9 @@ def load_channels(
     """A block of channels of some rows, 0 for those that are not to be loaded."""
     channel = start + tl.arange(0, CUT.CHANNELS)
     offset = channel_offsets(channel, node, maps, sizes, FORM)
-    mask = loaded[:, None] & (channel < sizes.channels)[None, :]
+    mask = loaded[:, None]
+    if not CUT.EVEN:
+        mask = mask & (channel < sizes.channels)[None, :]
     return tl.load(pointers[:, None] + offset, mask=mask, other=0.0)
 
 
@@ -280,6 +310,11 @@ def dot(a, b, total, PRODUCT: tl.constexpr):
 
 @triton.jit
 def tf32_parts(x):
-    """x rounded to the 10 bits of a tf32 mantissa, and the rest; NaN and Inf leave NaN there."""
-    high = (x.to(tl.int32, bitcast=True) + 4096 & -8192).to(tl.float32, bitcast=True)
+    """x cut off to the 10 bits of a tf32 mantissa, and the rest, of which a product takes 10 more.
+
+    Cut off and not rounded: that is two instructions instead of three for each element of each
+    operand, and what is lost, 2^-21 of x, is lost by all cosines and norms alike. The rest of an
+    Inf is NaN, and so is that of a NaN, whichever bits it had.
+    """
+    high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
     return high, x - high

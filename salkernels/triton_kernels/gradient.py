@@ -9,8 +9,7 @@ same for the role as key. Then, for a row r,
 
 so that channels pass by once, in blocks, and nothing is kept of them: no atomics, no second pass.
 
-    gradient_kernel          windows of which a tile holds all pixels
-    stream_gradient_kernel   larger windows, a block of pixels of one sample at a time
+Here two tiles at most hold a window of a group; for more there are terms.py and sum.py.
 """
 
 # mypy: ignore-errors
@@ -23,23 +22,19 @@ import triton
 import triton.language as tl
 
 from .geometry import (
-    Lanes,
-    Rows,
     across,
     channel_offsets,
-    count_nodes,
-    count_tiles,
     dot,
     down,
     load_channels,
     node_pixels,
     nodes_of,
-    pixels_of,
     row_pointers,
     rows_of,
     slots_between,
     slots_of,
     tf32_parts,
+    with_pairs,
 )
 
 
@@ -62,7 +57,7 @@ class Partners(NamedTuple):
 
 
 @triton.jit
-def _pixel_weights(terms, pixel, slot, present, sizes):
+def pixel_weights(terms, pixel, slot, present, sizes):
     """g, m and the match of pixels of pairs; g = 0 where there is no pair."""
     at = pixel.to(tl.int64) * sizes.pairs + slot
     g = tl.load(terms.grad_sim + at, mask=present, other=0.0)
@@ -85,7 +80,7 @@ def _selected(
     lanes = nodes_of(c // CUT.PIXELS, tile_c, plan, sizes, FORM, CUT)
     slot = slots_of(down(rows), across(lanes), plan, sizes, FORM)
     pixel = (rows.row * sizes.width + rows.column)[:, None]
-    g, m, match = _pixel_weights(terms, pixel, slot, slot >= 0, sizes)
+    g, m, match = pixel_weights(terms, pixel, slot, slot >= 0, sizes)
     place = c % CUT.PIXELS
     # The number of a pixel without a match, 255 or −1, may be that of a row which is padding.
     place = tl.where(place < sizes.window_rows * sizes.window_columns, place, -2)
@@ -149,7 +144,9 @@ def _store_channels(
     """Writes a block of channels of the gradient of some rows."""
     channel = start + tl.arange(0, CUT.CHANNELS)
     offset = channel_offsets(channel, rows.node, grads, sizes, FORM)
-    mask = rows.inside[:, None] & (channel < sizes.channels)[None, :]
+    mask = rows.inside[:, None]
+    if not CUT.EVEN:
+        mask = mask & (channel < sizes.channels)[None, :]
     tl.store(pointers[:, None] + offset, total.to(grads.query.dtype.element_ty), mask=mask)
 
 
@@ -163,41 +160,50 @@ def _joined(tile_a, tile_b, plan, sizes, FORM: tl.constexpr, CUT: tl.constexpr):
     return tl.max(tl.max(tl.maximum(slot, back), 1), 0) >= 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def gradient_kernel(
-    maps, grads, terms, norm, plan, sizes, eps,
-    FORM: tl.constexpr, CUT: tl.constexpr, PRODUCT: tl.constexpr,
+    maps, grads, terms, norm, plan, sizes, eps, pairs,
+    FORM: tl.constexpr, CUT: tl.constexpr, PRODUCT: tl.constexpr, TILES: tl.constexpr,
+    ACROSS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the rows of one tile in one window."""
-    tiles = count_tiles(sizes, FORM, CUT)
-    first = tl.program_id(0) % tiles
-    window = tl.program_id(0) // tiles % sizes.windows
-    tile = tl.program_id(0) // tiles // sizes.windows * tiles + first
-    apart = False
-    if not FORM.MERGED:
-        # Tiles hold what belongs together, so that partners elsewhere are the exception.
-        for other in range(tiles):
-            if other != first:
-                apart = apart | _joined(tile, tile - first + other, plan, sizes, FORM, CUT)
-    if not apart:
-        _within_a_tile(tile, window, maps, grads, terms, norm, plan, sizes, eps, FORM, CUT, PRODUCT)
-    if not FORM.MERGED:
-        if apart:
-            _across_tiles(
-                tile, tile - first, tiles, window, maps, grads, terms, norm, plan, sizes, eps,
-                FORM, CUT, PRODUCT,
-            )  # fmt: skip
+    """Gradients of the rows of one tile in one window.
+
+    Of TILES = 2 tiles of a group those that pairs join are a launch of their own, ACROSS: its
+    weights take twice as many registers.
+    """
+    sizes = with_pairs(sizes, pairs)
+    window = tl.program_id(0) // TILES % sizes.windows
+    leading = tl.program_id(0) // TILES // sizes.windows * TILES
+    tile = leading + tl.program_id(0) % TILES
+    if TILES == 2:
+        other = leading + (1 - tl.program_id(0) % TILES)
+        if _joined(tile, other, plan, sizes, FORM, CUT) == ACROSS:
+            if ACROSS and maps.query.dtype.element_ty != tl.bfloat16:
+                _across_tiles(
+                    tile, leading, TILES, window, maps, grads, terms, norm, plan, sizes, eps,
+                    FORM, CUT, PRODUCT,
+                )  # fmt: skip
+            else:
+                _gradient_of_tile(
+                    tile, other, window, maps, grads, terms, norm, plan, sizes, eps,
+                    FORM, CUT, PRODUCT, ACROSS,
+                )  # fmt: skip
+    else:
+        _gradient_of_tile(
+            tile, tile, window, maps, grads, terms, norm, plan, sizes, eps, FORM, CUT, PRODUCT,
+            ACROSS,
+        )  # fmt: skip
 
 
 @triton.jit
-def _within_a_tile(
-    tile, window, maps, grads, terms, norm, plan, sizes, eps,
-    FORM: tl.constexpr, CUT: tl.constexpr, PRODUCT: tl.constexpr,
+def _gradient_of_tile(
+    tile, other, window, maps, grads, terms, norm, plan, sizes, eps,
+    FORM: tl.constexpr, CUT: tl.constexpr, PRODUCT: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of rows whose partners are all in their own tile.
+    """The gradient of the rows of a tile, whose partners are in it or, ACROSS, also in another.
 
-    The columns of W, and the rows of x that they multiply, come in two halves: a whole matrix does
-    not fit into the registers while it is put together.
+    The columns of W, and the rows of x that they multiply, come in halves of a tile: a whole matrix
+    does not fit into the registers while it is put together.
     """
     ROWS: tl.constexpr = CUT.LANES * CUT.PIXELS
     CHANNELS: tl.constexpr = CUT.CHANNELS
@@ -205,35 +211,44 @@ def _within_a_tile(
     u = tl.arange(0, ROWS // 2)
     v = ROWS // 2 + u
     rows = rows_of(r, tile, window, plan, sizes, FORM, CUT)
-    rows_u = rows_of(u, tile, window, plan, sizes, FORM, CUT)
-    rows_v = rows_of(v, tile, window, plan, sizes, FORM, CUT)
     own = _partners(grads, norm, rows, sizes, eps, FORM)
-    half_u = _partners(maps, norm, rows_u, sizes, eps, FORM)
-    half_v = _partners(maps, norm, rows_v, sizes, eps, FORM)
+    half_u = _partners_of(u, tile, window, maps, norm, plan, sizes, eps, FORM, CUT)
+    half_v = _partners_of(v, tile, window, maps, norm, plan, sizes, eps, FORM, CUT)
     weight_u = tl.zeros((ROWS, ROWS // 2), tl.float32)
-    weight_v = tl.zeros((ROWS, ROWS // 2), tl.float32)
+    weight_v = weight_u
+    along = tl.zeros((ROWS,), tl.float32)
     # The branch does more than save loads: operands of a product that come from an 8-bit load in
     # sight of the compiler get a layout that reads shared memory with 32-way conflicts.
-    if _joined(tile, tile, plan, sizes, FORM, CUT):
-        weight_u, along_u = _both_roles(tile, r, tile, u, window, terms, plan, sizes, FORM, CUT)
-        weight_v, along_v = _both_roles(tile, r, tile, v, window, terms, plan, sizes, FORM, CUT)
+    if ACROSS:
+        half_s = _partners_of(u, other, window, maps, norm, plan, sizes, eps, FORM, CUT)
+        half_t = _partners_of(v, other, window, maps, norm, plan, sizes, eps, FORM, CUT)
+        weight_s = tl.zeros((ROWS, ROWS // 2), tl.float32)
+        weight_t = weight_s
+        if _joined(tile, other, plan, sizes, FORM, CUT):
+            weight_s, part = _both_roles(tile, r, other, u, window, terms, plan, sizes, FORM, CUT)
+            along += part
+            weight_t, part = _both_roles(tile, r, other, v, window, terms, plan, sizes, FORM, CUT)
+            along += part
+            weight_s *= half_s.unit[None, :]
+            weight_t *= half_t.unit[None, :]
+    if ACROSS or _joined(tile, tile, plan, sizes, FORM, CUT):
+        weight_u, part = _both_roles(tile, r, tile, u, window, terms, plan, sizes, FORM, CUT)
+        along += part
+        weight_v, part = _both_roles(tile, r, tile, v, window, terms, plan, sizes, FORM, CUT)
+        along += part
         # What drops out of V[r] goes into W too: one product with x gives the gradient, and x has
         # no other use that would spoil its layout.
-        along = (along_u + along_v)[:, None]
-        weight_u -= tl.where(r[:, None] == u[None, :], along, 0.0)
-        weight_v -= tl.where(r[:, None] == v[None, :], along, 0.0)
+        weight_u -= tl.where(r[:, None] == u[None, :], along[:, None], 0.0)
+        weight_v -= tl.where(r[:, None] == v[None, :], along[:, None], 0.0)
         weight_u *= half_u.unit[None, :]
         weight_v *= half_v.unit[None, :]
     for start in range(0, sizes.channels, CUT.CHANNELS):
-        x = load_channels(
-            half_u.pointers, start, half_u.node, half_u.finite, maps, sizes, FORM, CUT
-        )
-        y = load_channels(
-            half_v.pointers, start, half_v.node, half_v.finite, maps, sizes, FORM, CUT
-        )
         total = tl.zeros((ROWS, CHANNELS), tl.float32)
-        total = _times_rows(weight_u, x, total, PRODUCT)
-        total = _times_rows(weight_v, y, total, PRODUCT)
+        total = _times_partners(weight_u, half_u, start, total, maps, sizes, FORM, CUT, PRODUCT)
+        total = _times_partners(weight_v, half_v, start, total, maps, sizes, FORM, CUT, PRODUCT)
+        if ACROSS:
+            total = _times_partners(weight_s, half_s, start, total, maps, sizes, FORM, CUT, PRODUCT)
+            total = _times_partners(weight_t, half_t, start, total, maps, sizes, FORM, CUT, PRODUCT)
         # A NaN row has no inverse, but its weights are NaN: NaN · 0 is the NaN it must get.
         total *= own.inverse[:, None]
         _store_channels(total, start, grads, rows, own.pointers, sizes, FORM, CUT)
@@ -244,7 +259,8 @@ def _across_tiles(
     tile, leading, tiles, window, maps, grads, terms, norm, plan, sizes, eps,
     FORM: tl.constexpr, CUT: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of rows with partners in other tiles of their group, W by halves of tiles.
+    """The same ACROSS tiles where the weights, in two parts each, do not fit into the registers: by
+    halves of tiles, made anew for each block of channels.
 
     D of all tiles together is needed before the part along x̂ can be taken off.
     """
@@ -284,80 +300,20 @@ def _across_tiles(
 
 
 @triton.jit
-def stream_gradient_kernel(
-    maps, grads, terms, norm, plan, sizes, eps,
+def _partners_of(
+    r, tile, window, maps, norm, plan, sizes, eps, FORM: tl.constexpr, CUT: tl.constexpr
+):
+    rows = rows_of(r, tile, window, plan, sizes, FORM, CUT)
+    return _partners(maps, norm, rows, sizes, eps, FORM)
+
+
+@triton.jit
+def _times_partners(
+    weight, partners, start, total, maps, sizes,
     FORM: tl.constexpr, CUT: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a block of pixels of one node in one window, and of a block of channels."""
-    PIXELS: tl.constexpr = CUT.PIXELS
-    CHANNELS: tl.constexpr = CUT.CHANNELS
-    nodes = count_nodes(sizes, FORM)
-    blocks = tl.cdiv(sizes.window_rows * sizes.window_columns, CUT.PIXELS)
-    channel_blocks = tl.cdiv(sizes.channels, CUT.CHANNELS)
-    pid = tl.program_id(0)
-    block = pid % blocks
-    start = pid // blocks % channel_blocks * CUT.CHANNELS
-    window = pid // blocks // channel_blocks % sizes.windows
-    index = pid // blocks // channel_blocks // sizes.windows
-    itself = Lanes(index // nodes, index % nodes, True)
-
-    p = tl.arange(0, CUT.PIXELS)
-    pixel = block * CUT.PIXELS + p
-    rows = _pixels_of_node(itself, pixel, window, sizes)
-    own = _partners(maps, norm, rows, sizes, eps, FORM)
-    total = tl.zeros((PIXELS, CHANNELS), tl.float32)
-    along = tl.zeros((PIXELS,), tl.float32)
-    for node in range(nodes):
-        other = Lanes(itself.group, node, True)
-        slot = slots_of(itself, other, plan, sizes, FORM)
-        back = slots_of(other, itself, plan, sizes, FORM)
-        if (slot >= 0) | (back >= 0):
-            total, along = _add_terms(
-                total, along, rows, pixel, other, slot, back, start, window, maps, terms, norm,
-                sizes, eps, FORM, CUT, PRODUCT,
-            )  # fmt: skip
-
-    x = load_channels(own.pointers, start, own.node, own.finite, maps, sizes, FORM, CUT)
-    total = (total - (along * own.unit)[:, None] * x.to(tl.float32)) * own.inverse[:, None]
-    _store_channels(
-        total, start, grads, rows, row_pointers(grads, rows, sizes, FORM), sizes, FORM, CUT
+    """total + weight @ a block of channels of the partners."""
+    x = load_channels(
+        partners.pointers, start, partners.node, partners.finite, maps, sizes, FORM, CUT
     )
-
-
-@triton.jit
-def _pixels_of_node(lane, pixel, window, sizes):
-    """Pixels of a window of one node, as rows of a tile."""
-    row, column, inside = pixels_of(pixel, window, sizes)
-    return Rows(lane.group + 0 * pixel, lane.node + 0 * pixel, row, column, inside)
-
-
-@triton.jit
-def _add_terms(
-    total, along, rows, pixel, other, slot, back, start, window, maps, terms, norm, sizes, eps,
-    FORM: tl.constexpr, CUT: tl.constexpr, PRODUCT: tl.constexpr,
-):  # fmt: skip
-    """Adds to V and D of a block of pixels what they and the pixels of one other node give."""
-    window_pixels = sizes.window_rows * sizes.window_columns
-    place = rows.row * sizes.width + rows.column
-    g, m, match = _pixel_weights(terms, place, slot, rows.inside & (slot >= 0), sizes)
-    # A pixel without a match, 255 or −1, is no term.
-    g = tl.where((match >= 0) & (match < window_pixels), g, 0.0)
-    along += g * m
-    for first in range(0, window_pixels, CUT.PIXELS):
-        pixel_c = first + tl.arange(0, CUT.PIXELS)
-        columns = _pixels_of_node(other, pixel_c, window, sizes)
-        weight = tl.where(match[:, None] == pixel_c[None, :], g[:, None], 0.0)
-        place = columns.row * sizes.width + columns.column
-        present = columns.inside & (back >= 0)
-        g_c, m_c, match_c = _pixel_weights(terms, place, back, present, sizes)
-        chose = tl.where(match_c[None, :] == pixel[:, None], g_c[None, :], 0.0)
-        along += tl.sum(chose * m_c[None, :], 1)
-        weight += chose
-        # Matches of real slices lie close together: most blocks choose nothing here.
-        if tl.max(tl.max((weight != 0).to(tl.int32), 1), 0) > 0:
-            partners = _partners(maps, norm, columns, sizes, eps, FORM)
-            y = load_channels(
-                partners.pointers, start, partners.node, partners.finite, maps, sizes, FORM, CUT
-            )
-            total = _times_rows(weight * partners.unit[None, :], y, total, PRODUCT)
-    return total, along
+    return _times_rows(weight, x, total, PRODUCT)

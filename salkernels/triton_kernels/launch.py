@@ -1,187 +1,135 @@
-"""From tensors to launches: how a call is cut into tiles, and the arguments of each kernel."""
+"""From tensors to launches: the arguments of each kernel.
+
+How a call is cut follows from its `Signature`, and is worked out once for each.
+"""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import gradient, match
-from .config import Tile, tile_for
-from .geometry import Cut, Extents, Form, Maps, Matches, Plan, Product, Strides
+from .config import tile_for
+from .geometry import Cut, Matches, Product, Strides
 from .gradient import Terms
-from .plan import plan_kernel
+from .launcher import SMALL, Launcher, list_of_pairs, maps_of, planner
+from .layout import Layout, Problem, Signature, ceil
+from .lists import BackwardByLists, addressable
 
-LEAST_ROWS = 32  # of a matrix product, whose inner extent comes in halves
-MOST_LANES = 32  # nodes of a tile: a tile has lanes x lanes pairs to look up
-MOST_PLANNED = 64  # nodes of a group, and groups, that one program of the plan kernel takes
-MOST_PROGRAMS = 2**31 - 1
-MOST_REGISTERS = 248  # told so, the assembler does not spill a few for one more block
-SMALL = Tile(0, 0, 4, 1)  # of kernels that have no tiles
+__all__ = ["Problem", "backward", "capability", "forward"]
 
-
-class Problem(NamedTuple):
-    """A call. A node is a sample: N queries, then, unless they are the same, M keys."""
-
-    query: Tensor  # (G, N, C, H, W)
-    key: Tensor | None  # (G, M, C, H, W)
-    pairs: Tensor | None  # (P,) int64
-    valid: Tensor | None  # (G, V, H, W) bool
-    window: tuple[int, int]
-    eps: float
-
-    @property
-    def keys(self) -> int:
-        return (self.query if self.key is None else self.key).shape[1]
-
-    @property
-    def nodes(self) -> int:
-        return self.query.shape[1] + (0 if self.key is None else self.key.shape[1])
-
-    @property
-    def num_pairs(self) -> int:
-        """P, room that is left over included."""
-        return self.places if self.pairs is None else self.pairs.shape[0]
-
-    @property
-    def places(self) -> int:
-        """Where a pair can be: G · N · M."""
-        return self.query.shape[0] * self.query.shape[1] * self.keys
-
-    @property
-    def map_pixels(self) -> int:
-        return self.query.shape[3] * self.query.shape[4]
-
-    @property
-    def smallest_norm(self) -> float:
-        """An eps whose inverse fp32 can hold."""
-        return max(self.eps, torch.finfo(torch.float32).tiny)
+MOST_TILES = 2  # of a group, whose weights fit into the registers
+KEPT = 256  # signatures
+FORWARD = ("match", "stream_match", "norm")
+BACKWARD = ("gradient", "sum", "gradient_across")
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How the windows and nodes of a call are cut into tiles."""
+class Forward:
+    """The launches of a signature's forward."""
 
-    problem: Problem
-    rows: int  # of a tile
-    pixels: int  # of a window, padded to a power of two
-    streamed: bool = False  # whether a window of one sample is larger than a tile may be
+    def __init__(self, signature: Signature) -> None:
+        layout = Layout.of(signature)
+        self.layout, self.sizes, form = layout, layout.extents(), layout.form()
+        self.lines = signature.windows * layout.blocks
+        compiled: dict[str, Any] = {"FORM": form, "CUT": layout.cut(), "PRODUCT": signature.product}
+        self.loss = Launcher(match.loss_kernel, SMALL, PAIRS=16, LINES=64)
+        if layout.streamed:
+            self.stream = Launcher(match.stream_match_kernel, layout.tile, **compiled)
+            tile = signature.tiles[2]
+            filled = signature.query[2] % tile.block == 0
+            self.norms = Launcher(
+                match.norm_kernel,
+                tile,
+                signature.query[0] * signature.nodes * ceil(signature.map_pixels, tile.rows),
+                FORM=form,
+                CUT=Cut(1, tile.rows, tile.block, filled),
+            )
+            return
+        programs = layout.groups_of_tiles * layout.tiles * signature.windows
+        kernels = [Launcher(match.match_kernel, layout.tile, programs, **compiled, DIAGONAL=True)]
+        if layout.tiles > 1:
+            even = layout.tiles - 1 + (layout.tiles - 1) % 2
+            programs = signature.query[0] * signature.windows * (even // 2 * (even + 1))
+            kernels.append(
+                Launcher(match.match_kernel, layout.tile, programs, **compiled, DIAGONAL=False)
+            )
+        self.matches = kernels
+        self.plan = planner(layout)
 
-    @classmethod
-    def of(cls, problem: Problem, kernel: str) -> tuple[Layout, Tile]:
-        """The layout for a kernel, or, for windows larger than its tiles, for its streamed twin."""
-        query, window = problem.query, problem.window
-        pixels = _power_of_two(window[0] * window[1])
-        tile = _tile(kernel, query)
-        streamed = pixels > tile.rows
-        if streamed:
-            tile = _tile(f"stream_{kernel}", query)
-            rows = min(tile.rows, max(LEAST_ROWS, pixels))
+    def __call__(self, problem: Problem, loss: Tensor, found: Matches) -> None:
+        maps, listed = maps_of(problem.query, problem.key), list_of_pairs(problem)
+        valid = None if problem.valid is None else problem.valid.contiguous().view(torch.uint8)
+        pairs, eps, sizes = problem.num_pairs, problem.smallest_norm, self.sizes
+        partial = loss.new_empty((self.lines, pairs))
+        given: tuple[Any, ...]
+        if self.layout.streamed:
+            self.norms(maps, valid, found.norm, sizes)
+            programs = pairs * self.lines
+            given = (maps, valid, listed, found, partial, sizes, eps, pairs)
+            self.stream(*given, programs=programs)
         else:
-            everything = _power_of_two(query.shape[0] * problem.nodes * pixels)
-            rows = max(LEAST_ROWS, min(tile.rows, everything, MOST_LANES * pixels))
-        return cls(problem, rows, pixels, streamed), tile
+            given = (maps, valid, self.plan(listed, pairs), found, partial, sizes, eps, pairs)
+            for kernel in self.matches:
+                kernel(*given)
+        self.loss(partial, listed, loss, found, self.lines, sizes, pairs, programs=ceil(pairs, 16))
 
-    @property
-    def lanes(self) -> int:
-        """Nodes of a tile."""
-        return 1 if self.streamed else self.rows // self.pixels
 
-    @property
-    def merged(self) -> bool:
-        """Whether whole groups fit into a tile."""
-        return not self.streamed and self.problem.nodes <= self.lanes
+class Backward:
+    """The launches of a signature's backward, of which two tiles at most hold a window."""
 
-    @property
-    def ordered(self) -> bool:
-        """Whether it matters which nodes share a tile."""
-        return not self.merged and not self.streamed
+    def __init__(self, signature: Signature) -> None:
+        layout = Layout.of(signature)
+        self.sizes = layout.extents()
+        tiles = (layout.tile, signature.tiles[2])
+        self.kernels = [
+            Launcher(
+                gradient.gradient_kernel,
+                tiles[across],
+                layout.groups_of_tiles * layout.tiles * signature.windows,
+                FORM=layout.form(),
+                CUT=layout.cut(tiles[across].block),
+                PRODUCT=signature.product,
+                TILES=layout.tiles,
+                ACROSS=across,
+            )
+            for across in (False, True)[: layout.tiles]
+        ]
+        self.plan = planner(layout)
 
-    @property
-    def groups_per_tile(self) -> int:
-        return self.lanes // self.problem.nodes if self.merged else 1
+    def __call__(
+        self, problem: Problem, saved: Terms, norm: Tensor, grad_query: Tensor, grad_key: Any
+    ) -> None:
+        maps, grads = maps_of(problem.query, problem.key), maps_of(grad_query, grad_key)
+        pairs = problem.num_pairs
+        plan = self.plan(list_of_pairs(problem), pairs)
+        given = (maps, grads, saved, norm, plan, self.sizes, problem.smallest_norm, pairs)
+        for kernel in self.kernels:
+            kernel(*given)
 
-    @property
-    def groups_of_tiles(self) -> int:
-        """Groups, or if they are merged as many as tiles are needed for all."""
-        return _ceil(self.problem.query.shape[0], self.groups_per_tile)
 
-    @property
-    def tiles(self) -> int:
-        """Tiles of a group."""
-        return 1 if self.merged else _ceil(self.problem.nodes, self.lanes)
+@lru_cache(KEPT)
+def _forward(signature: Signature, device: torch.device) -> Forward:
+    return Forward(signature)
 
-    @property
-    def across(self) -> int:
-        return _ceil(self.problem.query.shape[4], self.problem.window[1])
 
-    @property
-    def windows(self) -> int:
-        return _ceil(self.problem.query.shape[3], self.problem.window[0]) * self.across
-
-    @property
-    def blocks(self) -> int:
-        """Tiles of a window of one sample, if it is streamed."""
-        window = self.problem.window
-        return _ceil(window[0] * window[1], self.rows) if self.streamed else 1
-
-    def extents(self) -> Extents:
-        groups, samples, channels, height, width = self.problem.query.shape
-        return Extents(
-            *(groups, samples, self.problem.keys, channels, height, width),
-            *(*self.problem.window, self.across, self.windows),
-            *(self.problem.num_pairs, self.groups_per_tile),
-        )
-
-    def cut(self, tile: Tile) -> Cut:
-        return Cut(self.lanes, self.rows if self.streamed else self.pixels, tile.block)
-
-    def form(self, *maps: Maps) -> Form:
-        same = all(x.query_strides.channel == x.key_strides.channel for x in maps)
-        return Form(self.problem.key is None, self.merged, same)
+@lru_cache(KEPT)
+def _backward(signature: Signature, device: torch.device) -> Any:
+    layout = Layout.of(signature)
+    if layout.streamed or layout.tiles > MOST_TILES:
+        return BackwardByLists(signature)
+    return Backward(signature)
 
 
 def forward(problem: Problem, loss: Tensor, max_sim: Tensor, argmax: Tensor, norm: Tensor) -> None:
     """Fills loss (P,), max_sim and argmax (P, H, W) and norm (nodes, H, W), all of them."""
-    layout, tile = Layout.of(problem, "match")
-    maps = _maps(problem.query, problem.key)
-    valid, listed = _bytes(problem.valid), _listed(problem)
-    found = Matches(max_sim, argmax, norm)
-    sizes, form = layout.extents(), layout.form(maps)
-    lines = layout.windows * layout.blocks
-    partial = max_sim.new_empty((lines, problem.num_pairs))
-    common = (partial, sizes, problem.smallest_norm)
-    compiled = {"CUT": layout.cut(tile), "PRODUCT": _product(problem.query)}
-    if layout.streamed:
-        norm_tile = _tile("norm", problem.query)
-        _launch(
-            match.norm_kernel,
-            problem.query.shape[0] * problem.nodes * _ceil(problem.map_pixels, norm_tile.rows),
-            norm_tile,
-            (maps, valid, norm, sizes, form, Cut(1, norm_tile.rows, norm_tile.block)),
-        )
-        programs = problem.num_pairs * layout.windows * layout.blocks
-        given = (maps, valid, listed, found, *common, form)
-        _launch(match.stream_match_kernel, programs, tile, given, **compiled)
-    else:
-        arguments = (maps, valid, plan(layout), found, *common, form)
-        programs = layout.groups_of_tiles * layout.tiles * layout.windows
-        _launch(match.match_kernel, programs, tile, arguments, **compiled, DIAGONAL=True)
-        if layout.tiles > 1:
-            even = layout.tiles - 1 + (layout.tiles - 1) % 2
-            programs = problem.query.shape[0] * layout.windows * (even // 2 * (even + 1))
-            _launch(match.match_kernel, programs, tile, arguments, **compiled, DIAGONAL=False)
-    _launch(
-        match.loss_kernel,
-        _ceil(problem.num_pairs, 16),
-        SMALL,
-        (partial, listed, loss, found, lines, sizes),
-        PAIRS=16,
-        LINES=64,
-    )
+    with _on_device(problem.query):
+        signature = _signature(problem, FORWARD)
+        call = _forward(signature, problem.query.device)
+        call(problem, loss, Matches(max_sim, argmax, norm))
 
 
 def backward(
@@ -194,142 +142,64 @@ def backward(
     grad_key: Tensor | None,
 ) -> None:
     """Fills the gradients, every element of them."""
-    layout, tile = Layout.of(problem, "gradient")
-    maps, grads = _maps(problem.query, problem.key), _maps(grad_query, grad_key)
-    terms = Terms(max_sim, argmax, grad_sim)
-    programs = layout.groups_of_tiles * layout.tiles * layout.windows
-    kernel = gradient.gradient_kernel
-    if layout.streamed:
-        kernel = gradient.stream_gradient_kernel
-        programs *= layout.blocks * _ceil(problem.query.shape[2], tile.block)
-    _launch(
-        kernel,
-        programs,
-        tile,
-        (maps, grads, terms, norm, plan(layout), layout.extents(), problem.smallest_norm),
-        FORM=layout.form(maps, grads),
-        CUT=layout.cut(tile),
-        PRODUCT=_product(problem.query, gradient=True),
+    query, key = problem.query, problem.key
+    key = None if key is None else addressable(key)
+    problem = problem._replace(query=addressable(query), key=key)
+    with _on_device(problem.query):
+        signature = _signature(problem, BACKWARD, grad_query, grad_key)
+        call = _backward(signature, problem.query.device)
+        call(problem, Terms(max_sim, argmax, grad_sim), norm, grad_query, grad_key)
+
+
+def _signature(problem: Problem, kernels: tuple[str, ...], *grads: Tensor | None) -> Signature:
+    query, key = problem.query, problem.key
+    tensors: tuple[Tensor | None, ...] = (query, key, *grads)
+    strides = [
+        Strides(*(x if x is not None else tensors[i - 1]).stride())  # type: ignore[union-attr]
+        for i, x in enumerate(tensors)
+    ]
+    device = capability(query)
+    tiles = tuple(tile_for(kernel, query.dtype, device) for kernel in kernels)
+    return Signature(
+        query.shape,
+        None if key is None else key.shape,
+        problem.window,
+        query.dtype,
+        tuple(strides),
+        problem.pairs is not None,
+        problem.valid is not None,
+        product(query.dtype, device, bool(grads)),
+        tiles,  # type: ignore[arg-type]
     )
-
-
-def plan(layout: Layout) -> Plan:
-    """slots (G, N, M) and order (G, V), int32, as `plan_kernel` says, where they are needed.
-
-    Without a list the kernels number pairs for themselves, and nodes are in order as they come.
-    """
-    problem = layout.problem
-    listed = _listed(problem)
-    if listed is None:
-        return Plan(None, None)
-    groups, samples = problem.query.shape[:2]
-    if problem.nodes > MOST_PLANNED or groups > MOST_PLANNED:
-        slots = _slots_of_many(problem, listed)
-        return Plan(slots, _order_of_many(problem, slots) if layout.ordered else None)
-    slots = listed.new_empty((groups, samples, problem.keys), dtype=torch.int32)
-    order = slots.new_empty((groups, problem.nodes)) if layout.ordered else None
-    found = Plan(slots, order)
-    _launch(
-        plan_kernel,
-        1,
-        SMALL,
-        (listed, found, layout.extents(), layout.form()),
-        NODES=_power_of_two(problem.nodes),
-        BLOCK=1024,
-    )
-    return found
-
-
-def _slots_of_many(problem: Problem, listed: Tensor) -> Tensor:
-    """The same slots in plain torch, for more nodes than one program can hold."""
-    places = problem.places
-    # What is no place of a pair goes to one beyond the last.
-    place = torch.where((listed >= 0) & (listed < places), listed, places)
-    slots = listed.new_full((places + 1,), -1, dtype=torch.int32)
-    slots[place] = torch.arange(len(listed), dtype=torch.int32, device=listed.device)
-    return slots[:places].view(problem.query.shape[0], problem.query.shape[1], problem.keys)
-
-
-def _order_of_many(problem: Problem, slots: Tensor) -> Tensor:
-    """The same order in plain torch."""
-    nodes, samples = problem.nodes, problem.query.shape[1]
-    linked = torch.eye(nodes, dtype=torch.bool, device=slots.device).repeat(slots.shape[0], 1, 1)
-    paired = slots >= 0
-    if problem.key is None:
-        linked |= paired | paired.mT
-    else:
-        linked[:, :samples, samples:] = paired
-        linked[:, samples:, :samples] = paired.mT
-    label = torch.arange(nodes, device=slots.device).expand(slots.shape[0], nodes)
-    for _ in range(3):
-        label = torch.where(linked, label[:, None, :], nodes).amin(dim=2)
-    return label.argsort(dim=1, stable=True).to(torch.int32)
-
-
-def _launch(
-    kernel: Any, programs: int, tile: Tile, arguments: tuple[Any, ...], **constants: Any
-) -> None:
-    if programs > MOST_PROGRAMS:
-        raise ValueError(
-            f"this input needs {programs} programs, more than the {MOST_PROGRAMS} of a grid; "
-            "split the pairs over several calls"
-        )
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    if torch.version.hip is None:
-        options["maxnreg"] = MOST_REGISTERS
-    # Triton launches on the current device, which need not be that of the tensors.
-    with _device_of(arguments[0]):
-        kernel[(programs,)](*arguments, **constants, **options)
 
 
 def capability(x: Tensor) -> int:
     """Compute capability of the device, 10 · major + minor; 0 for the interpreter."""
-    if not x.is_cuda:
-        return 0
-    major, minor = torch.cuda.get_device_capability(x.device)
+    return _capability(x.device) if x.is_cuda else 0
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 
-def _tile(kernel: str, x: Tensor) -> Tile:
-    return tile_for(kernel, x.dtype, capability(x))
-
-
-def _product(x: Tensor, gradient: bool = False) -> Product:
+def product(dtype: torch.dtype, capability: int, gradient: bool) -> Product:
     """How products of fp32 are taken; those of 16 bits are exact in any case."""
-    interpreted = capability(x) == 0
+    interpreted = capability == 0
     if torch.version.hip is not None or interpreted:
         precision = "ieee"
-    elif x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+    elif dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         precision = "tf32"
-    elif x.dtype == torch.float32 or (gradient and x.dtype == torch.float16):
+    elif dtype == torch.float32 or (gradient and dtype == torch.float16):
         precision = "tf32x3"
     else:
         precision = "ieee"
     return Product(precision, interpreted)
 
 
-def _maps(query: Tensor, key: Tensor | None) -> Maps:
-    key = query if key is None else key
-    return Maps(query, key, Strides(*query.stride()), Strides(*key.stride()))
-
-
-def _bytes(valid: Tensor | None) -> Tensor | None:
-    return None if valid is None else valid.contiguous().view(torch.uint8)
-
-
-def _listed(problem: Problem) -> Tensor | None:
-    return None if problem.pairs is None else problem.pairs.contiguous()
-
-
-def _device_of(x: Tensor | Maps) -> AbstractContextManager[Any]:
-    tensor = x.query if isinstance(x, Maps) else x
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
-def _power_of_two(n: int) -> int:
-    """The next one."""
-    return 1 << max(0, n - 1).bit_length()
-
-
-def _ceil(n: int, d: int) -> int:
-    return -(-n // d)
+def _on_device(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)

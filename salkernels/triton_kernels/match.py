@@ -28,12 +28,15 @@ from .geometry import (
     load_channels,
     node_pixels,
     nodes_of,
+    pair_nodes,
     pixels_of,
     row_pointers,
     rows_of,
     slots_between,
     slots_of,
+    tf32_parts,
     valid_rows,
+    with_pairs,
 )
 
 INF = tl.constexpr(float("inf"))
@@ -79,15 +82,16 @@ def _store_matches(best, where, found, pixel, slot, sizes, PARTIAL: tl.constexpr
     return tl.where(present, tl.abs(1 - best), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def match_kernel(
-    maps, valid, plan, found, partial, sizes, eps,
+    maps, valid, plan, found, partial, sizes, eps, pairs,
     FORM: tl.constexpr, CUT: tl.constexpr, PRODUCT: tl.constexpr, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
     """All pairs within a tile, or between two tiles of a group, in one window.
 
     The first (DIAGONAL) also stores the norms, and the second reads them: so it runs later.
     """
+    sizes = with_pairs(sizes, pairs)
     if DIAGONAL:
         # Neighbouring programs take neighbouring windows: in NCHW they share sectors.
         window = tl.program_id(0) % sizes.windows
@@ -174,18 +178,20 @@ def _cosines(
     pointers_a = row_pointers(maps, rows_a, sizes, FORM)
     pointers_b = row_pointers(maps, rows_b, sizes, FORM)
     total = tl.zeros((CUT.LANES * CUT.PIXELS, CUT.LANES * CUT.PIXELS), tl.float32)
+    mixed = total
     for start in range(0, sizes.channels, CUT.CHANNELS):
         x = load_channels(pointers_a, start, rows_a.node, loaded_a, maps, sizes, FORM, CUT)
         if DIAGONAL:
-            total = dot(x, tl.trans(x), total, PRODUCT)
+            total, mixed = _dot_itself(x, total, mixed, PRODUCT)
         else:
             y = load_channels(pointers_b, start, rows_b.node, loaded_b, maps, sizes, FORM, CUT)
             total = dot(x, tl.trans(y), total, PRODUCT)
+    if DIAGONAL and PRODUCT.PRECISION == "tf32x3":
+        total += mixed + tl.trans(mixed)
     if DIAGONAL:
         # The diagonal holds the squared norms: nothing but products has to read x.
-        itself = tl.where(r[:, None] == r[None, :], total, 0.0)
-        norm_a = _norm_of(tl.sum(itself, 1))
-        norm_b = _norm_of(tl.sum(itself, 0))
+        norm_a = _norm_of(tl.sum(tl.where(r[:, None] == r[None, :], total, 0.0), 1))
+        norm_b = norm_a
         kept = norm_a if valid is None else tl.where(loaded_a, norm_a, INF)
         tl.store(norm + node_pixels(rows_a, sizes, FORM), kept, mask=rows_a.inside)
     else:
@@ -193,6 +199,21 @@ def _cosines(
         norm_b = _norms(norm, rows_b, sizes, FORM)
     sim = total * _unit_scale(norm_a, eps)[:, None] * _unit_scale(norm_b, eps)[None, :]
     return _comparable(sim, loaded_a[:, None] & loaded_b[None, :])
+
+
+@triton.jit
+def _dot_itself(x, total, mixed, PRODUCT: tl.constexpr):
+    """total + x @ xᵀ; of tf32x3 the products of high with low parts apart, in `mixed`.
+
+    Those of low with high parts are the same, transposed: two products do for three.
+    """
+    if PRODUCT.PRECISION == "tf32x3":
+        high, low = tf32_parts(x)
+        mixed = tl.dot(high, tl.trans(low), mixed, input_precision="tf32")
+        total = tl.dot(high, tl.trans(high), total, input_precision="tf32")
+    else:
+        total = dot(x, tl.trans(x), total, PRODUCT)
+    return total, mixed
 
 
 @triton.jit
@@ -225,27 +246,22 @@ def norm_kernel(maps, valid, norm, sizes, FORM: tl.constexpr, CUT: tl.constexpr)
     tl.store(norm + place, value, mask=rows.inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def stream_match_kernel(
-    maps, valid, listed, found, partial, sizes, eps,
+    maps, valid, listed, found, partial, sizes, eps, pairs,
     FORM: tl.constexpr, CUT: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """One pair, one window, a block of query pixels: all key pixels pass by in blocks."""
     PIXELS: tl.constexpr = CUT.PIXELS
+    sizes = with_pairs(sizes, pairs)
     window_pixels = sizes.window_rows * sizes.window_columns
     blocks = tl.cdiv(window_pixels, CUT.PIXELS)
     block = tl.program_id(0) % blocks
     window = tl.program_id(0) // blocks % sizes.windows
     slot = tl.program_id(0) // blocks // sizes.windows
-    pair = slot
-    if listed is not None:
-        pair = tl.load(listed + slot)
-        if (pair < 0) | (pair >= sizes.groups * sizes.N * sizes.M):
-            return  # room that is left over
-        pair = pair.to(tl.int32)
-    group = pair // (sizes.N * sizes.M)
-    query = pair // sizes.M % sizes.N
-    key = pair % sizes.M + (0 if FORM.SET else sizes.N)
+    group, query, key, exists = pair_nodes(slot, listed, sizes, FORM)
+    if not exists:
+        return
 
     p = tl.arange(0, CUT.PIXELS)
     row, column, inside = pixels_of(block * CUT.PIXELS + p, window, sizes)
@@ -292,12 +308,13 @@ def _streamed_products(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def loss_kernel(
-    partial, listed, loss, found, lines, sizes, PAIRS: tl.constexpr, LINES: tl.constexpr
+    partial, listed, loss, found, lines, sizes, pairs, PAIRS: tl.constexpr, LINES: tl.constexpr
 ):
     """Loss of each pair: the mean over pixels. For room that is left over it is 0, and its matches
     are those of pixels that take no part."""
+    sizes = with_pairs(sizes, pairs)
     pixels = sizes.height * sizes.width
     pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
     inside = pair < sizes.pairs

@@ -1,43 +1,41 @@
-"""Before the forward and the backward: numbers of pairs, and an order of nodes, in one launch."""
+"""Before the forward and the backward: numbers of pairs, an order of nodes, and their partners."""
 
 # mypy: ignore-errors
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from .geometry import count_nodes
+from .geometry import Lanes, Plan, count_nodes, slots_of, with_pairs
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def plan_kernel(
-    listed, plan, sizes, FORM: tl.constexpr,
-    NODES: tl.constexpr, BLOCK: tl.constexpr,
+    listed, plan, sizes, pairs,
+    FORM: tl.constexpr, NODES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The slots of the pairs in a list, and the order of nodes, if there is room for one.
+    """The slots of the pairs of one group, and the order of its nodes, if there is room for one.
 
-    One program: groups are few, and the order of their nodes needs all slots. Any order is correct.
+    Each program walks the whole list and takes what is its group's. Any order is correct.
     """
-    _fill_slots(listed, plan, sizes, BLOCK)
-    if plan.order is not None:
-        tl.debug_barrier()  # slots that other threads of the program have written
-        for group in range(sizes.groups):
-            _order_nodes(group, plan, sizes, FORM, NODES)
-
-
-@triton.jit
-def _fill_slots(listed, plan, sizes, BLOCK: tl.constexpr):
-    """slots[listed[p]] = p, −1 elsewhere; what is no place of a pair is room left over."""
-    places = sizes.groups * sizes.N * sizes.M
+    group = tl.program_id(0)
+    places = sizes.N * sizes.M
+    slots = plan.slots + group.to(tl.int64) * places
     step = tl.arange(0, BLOCK)
     for start in range(0, places, BLOCK):
-        tl.store(plan.slots + start + step, -1, mask=start + step < places)
+        tl.store(slots + start + step, -1, mask=start + step < places)
     tl.debug_barrier()
-    for start in range(0, sizes.pairs, BLOCK):
+    for start in range(0, pairs, BLOCK):
         number = start + step
-        place = tl.load(listed + number, mask=number < sizes.pairs, other=-1)
-        tl.store(plan.slots + place, number, mask=(place >= 0) & (place < places))
+        place = tl.load(listed + number, mask=number < pairs, other=-1) - group * places
+        # What is no place of a pair is room that is left over.
+        tl.store(slots + place, number, mask=(place >= 0) & (place < places))
+    if plan.order is not None:
+        tl.debug_barrier()  # slots that other threads of the program have written
+        _order_nodes(group, plan, sizes, FORM, NODES)
 
 
 @triton.jit
@@ -69,3 +67,45 @@ def _order_nodes(group, plan, sizes, FORM: tl.constexpr, NODES: tl.constexpr):
     earlier = exists & ((label_j < label_i) | ((label_j == label_i) & (j < i)))
     rank = tl.sum(earlier.to(tl.int32), 1)
     tl.store(plan.order + group * nodes + rank, v, mask=v < nodes)
+
+
+class Partners(NamedTuple):
+    """The pairs of each node, in the order of its partners: number and partner in one word."""
+
+    degrees: Any  # (G, V, 2) int32: pairs that it is the query, the key of
+    as_query: Any  # (G, V, D) int64: number << 32 | partner
+    as_key: Any  # likewise
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def partners_kernel(slots, partners, room, sizes, pairs, FORM: tl.constexpr, NODES: tl.constexpr):
+    """The pairs of one node."""
+    sizes = with_pairs(sizes, pairs)
+    nodes = count_nodes(sizes, FORM)
+    plan = Plan(slots, None)
+    index = tl.program_id(0)
+    group, node = index // nodes, index % nodes
+    line = index.to(tl.int64) * room
+    forth, back = 0, 0
+    for start in range(0, nodes, NODES):
+        other = start + tl.arange(0, NODES)
+        itself = Lanes(group, node + 0 * other, other < nodes)
+        others = Lanes(group, other, other < nodes)
+        forth = _append(
+            partners.as_query + line, forth, slots_of(itself, others, plan, sizes, FORM), other
+        )
+        back = _append(
+            partners.as_key + line, back, slots_of(others, itself, plan, sizes, FORM), other
+        )
+    tl.store(partners.degrees + 2 * index, forth)
+    tl.store(partners.degrees + 2 * index + 1, back)
+
+
+@triton.jit
+def _append(list_, count, slot, other):
+    """Appends what pairs there are; returns how many are listed then."""
+    exists = (slot >= 0).to(tl.int32)
+    place = count + tl.cumsum(exists, 0) - exists
+    word = (slot.to(tl.int64) << 32) + other
+    tl.store(list_ + place, word, mask=slot >= 0)
+    return count + tl.sum(exists, 0)

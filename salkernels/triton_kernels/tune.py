@@ -14,9 +14,10 @@ import itertools
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -34,8 +35,9 @@ def candidates(kernel: str, dtype: torch.dtype, pixels: int = 1) -> list[Tile]:
     """Tiles worth a try that hold a window of so many pixels; the one of the table comes first."""
     first = config.TABLE[kernel, dtype]
     rows: tuple[int, ...]
-    rows = (32, 64) if "gradient" in kernel or dtype == torch.float32 else (64, 128)
-    if not kernel.startswith("stream_"):
+    small = kernel.startswith(("gradient", "sum")) or dtype == torch.float32
+    rows = (32, 64) if small else (64, 128)
+    if kernel.startswith(("match", "gradient")):
         rows = tuple(n for n in rows if n >= pixels)  # else the streamed twin would be timed
     grid = itertools.product(rows, (16, 32, 64, 128), (4, 8), (1, 2, 3, 4))
     return [first, *(tile for tile in itertools.starmap(Tile, grid) if tile != first)]
@@ -54,41 +56,65 @@ def using(key: Key, tile: Tile) -> Iterator[None]:
         config.OVERRIDES.update(before)
 
 
+class Time(NamedTuple):
+    """Of some rounds."""
+
+    median: float  # ms
+    noise: float  # ms, half of what the middle half of the rounds spans
+
+
 def best(
-    key: Key, tiles: Iterable[Tile], measure: Callable[[], float]
-) -> tuple[Tile, dict[Tile, float]]:
-    """The fastest tile, and the milliseconds of each; one that does not compile or fit is left out.
+    key: Key, tiles: Sequence[Tile], measure: Callable[[], Time]
+) -> tuple[Tile, dict[Tile, Time]]:
+    """The fastest tile, and the time of each; one that does not compile or fit is left out.
+
+    The first stays unless another is faster by more than the noise of both: else the choice would
+    be another one next time, for nothing.
 
     Raises:
         RuntimeError: none of them runs.
     """
-    times: dict[Tile, float] = {}
+    times: dict[Tile, Time] = {}
     reason: Exception | None = None
-    for tile in tiles:
+    for number, tile in enumerate(tiles, 1):
         with using(key, tile):
             try:
                 times[tile] = measure()
+                said = "{:.4f} ms, ±{:.4f}".format(*times[tile])
             except Exception as error:  # out of shared memory or registers, in many words
                 reason = error
+                said = f"does not run: {str(error).partition(chr(10))[0]}"
+        print(f"{key[0]} {number}/{len(tiles)} {tile}: {said}", file=sys.stderr, flush=True)
     if not times:
         raise RuntimeError(f"no tile of {key[0]} runs on this device; the last said: {reason}")
-    return min(times, key=lambda tile: times[tile]), times
+    fastest, first = min(times, key=lambda tile: times[tile].median), tiles[0]
+    if first in times:
+        gain = times[first].median - times[fastest].median
+        if gain <= times[first].noise + times[fastest].noise:
+            fastest = first
+    return fastest, times
 
 
-def milliseconds(call: Callable[[], object]) -> float:
-    """Median of some rounds on the current stream, each after the caches have been overwritten."""
+def milliseconds(call: Callable[[], object]) -> Time:
+    """Of the kernels of a call, without what the host does: by replaying a CUDA graph of it, each
+    time after the caches have been overwritten."""
     flush = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
-    call()
+    call()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
     found = []
     for _ in range(ROUNDS):
         flush.zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        call()
+        graph.replay()
         end.record()
         end.synchronize()
         found.append(start.elapsed_time(end))
-    return statistics.median(found)
+    low, median, high = statistics.quantiles(found, n=4)
+    return Time(median, (high - low) / 2)
 
 
 def calls(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
@@ -109,9 +135,11 @@ def calls(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Callable
     def backward() -> object:
         return backend.match_backward(found.max_sim, *call, *found[1:], window, 1e-12)
 
-    # The larger of a tile's windows would need other calls: what a window takes is what is tuned.
-    prefix = "stream_" if window[0] * window[1] > 64 else ""
-    return {f"{prefix}match": forward, f"{prefix}gradient": backward}
+    # Tiles of other windows would need other calls: what a window takes is what is tuned.
+    rows = window[0] * window[1]
+    beyond = options.samples * rows > 2 * config.TABLE["gradient", dtype].rows
+    kernel = "stream_match" if rows > config.TABLE["match", dtype].rows else "match"
+    return {kernel: forward, "sum" if beyond else "gradient": backward}
 
 
 def main() -> None:
@@ -135,8 +163,9 @@ def main() -> None:
             tried = candidates(kernel, dtype, options.window**2)
             chosen, times = best(key, tried, functools.partial(milliseconds, call))
             tiles[key] = chosen
-            before = times.get(config.TABLE[kernel, dtype], float("nan"))
-            print(f"{kernel:15} {dtype}: {times[chosen]:.4f} ms with {chosen}, was {before:.4f} ms")
+            before = times.get(tried[0], Time(float("nan"), 0)).median
+            now = times[chosen].median
+            print(f"{kernel:15} {dtype}: {now:.4f} ms with {chosen}, was {before:.4f} ms")
             config.write(path, tiles)
     print(f"export {FILE_VARIABLE}={path}")
 

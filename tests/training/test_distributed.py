@@ -91,8 +91,10 @@ def one_process(config, out: Path, **changes):
     return alone.out
 
 
-def require_same(one: Path, two: Path, loss: float = TRAINING_LOSS) -> None:
-    """Metrics and weights agree to rounding; loss: relative tolerance of the terms."""
+def require_same(
+    one: Path, two: Path, loss: float = TRAINING_LOSS, weight: float = TRAINING_WEIGHT
+) -> None:
+    """Metrics and weights agree to rounding: terms relatively, weights absolutely."""
     first, second = read_metrics(one), read_metrics(two)
     assert [row["step"] for row in first] == [row["step"] for row in second]
     for a, b in zip(first, second, strict=True):
@@ -102,7 +104,7 @@ def require_same(one: Path, two: Path, loss: float = TRAINING_LOSS) -> None:
     assert expected.keys() == got.keys()
     for name, value in expected.items():
         error = (got[name].double() - value.double()).abs().max().item()
-        assert error <= TRAINING_WEIGHT, f"{name}: {error}"
+        assert error <= weight, f"{name}: {error}"
 
 
 @pytest.fixture(autouse=True)
@@ -135,9 +137,10 @@ def test_accumulation_on_two_processes(pairs_of_runs, tmp_path):
 
 def test_synchronised_batch_norm_is_that_of_one_large_batch(pairs_of_runs, tmp_path):
     config = pairs_of_runs["synchronised"]
-    # In the second step LA differs by 1.3e-5 already: the norms sum in another order, and a match
-    # in a window that is nearly a tie falls to another pixel.
-    require_same(one_process(config, tmp_path / "one", pairs=2), config.out, loss=1e-4)
+    # The norms sum in another order: on a CPU with AVX2 weights differ by 1.3e-5 after the first
+    # step and by 1.9e-4 after the second, whose LA differs by 1.4e-5.
+    one = one_process(config, tmp_path / "one", pairs=2)
+    require_same(one, config.out, loss=1e-4, weight=5e-4)
 
 
 def test_without_alignment_some_weights_get_no_gradient(pairs_of_runs, tmp_path):

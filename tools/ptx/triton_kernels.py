@@ -184,6 +184,8 @@ class Input:
 INPUTS = (
     Input((1, 16, 0, 64, 12, 12), (2, 2), density=0.4),
     Input((1, 40, 0, 48, 5, 7), (2, 2), density=0.1),  # several tiles, ragged
+    Input((1, 20, 0, 24, 4, 5), (2, 2), density=0.3),  # two tiles that pairs join
+    Input((2, 24, 0, 64, 4, 4), (2, 2), "bfloat16", density=0.4),
     Input((1, 10, 0, 33, 7, 9), (3, 4), layout="nchw", density=0.5),  # nothing divides anything
     Input((1, 5, 0, 20, 9, 8), (6, 5), layout="transposed"),
     Input((9, 1, 1, 64, 6, 6), (2, 2)),  # pairs, many groups in a tile
