@@ -94,6 +94,15 @@ int driver_version() { return 0; }  // there is none
 
 extern "C" {
 
+// Both parts of `count` floats as the kernels split them: `to` holds all upper, then all lower ones.
+void emulator_split(const uint32_t* from, uint32_t* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const Split x = split(from[i]);
+    to[i] = x.high;
+    to[count + i] = x.low;
+  }
+}
+
 void emulator_set(int64_t shared_limit, int64_t order, Take take) {
   settings = {shared_limit, order, take};
 }
