@@ -148,9 +148,13 @@ __device__ inline void multiply_block(float (&sums)[2][4], SharedWords rows, Sha
   const SharedWords low_rows = rows + lower, low_columns = columns + lower;
   float part[2][4] = {};
   float(&to)[2][4] = kSplit ? part : sums;
+  // Between steps: or the compiler would load the operands of all of them first, and spill.
   multiply_step<Mode, 0>(to, rows, columns, low_rows, low_columns);
+  if constexpr (kSplit) __syncwarp();
   multiply_step<Mode, 8>(to, rows, columns, low_rows, low_columns);
+  if constexpr (kSplit) __syncwarp();
   multiply_step<Mode, 16>(to, rows, columns, low_rows, low_columns);
+  if constexpr (kSplit) __syncwarp();
   multiply_step<Mode, 24>(to, rows, columns, low_rows, low_columns);
   if constexpr (kSplit) {
 #pragma unroll
@@ -263,7 +267,7 @@ __device__ __forceinline__ void multiply_tile(const Problem& p, const TileRows& 
     const SharedWords at = shared_words(staged);
 #pragma unroll
     for (int i = 0; i < kShare; ++i) {
-      // Or the compiler would load the next blocks' operands early, and spill.
+      // As between steps.
       if constexpr (Mode::kProducts == 3) __syncwarp();
       if constexpr (kWhole) {
         const int row = threadIdx.x / 32 * 16 * kStagePitch + lane_of_rows();

@@ -4,7 +4,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from salkernels.training.data.datasets import DATASETS
 from salkernels.training.data.nifti import DataError, Volume
 from salkernels.training.data.preprocess import (
     IGNORE,
@@ -202,10 +201,3 @@ def test_display():
 def test_bad_settings(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         PreprocessConfig(**wrong)
-
-
-def test_defaults_of_the_datasets():
-    acdc = PreprocessConfig(**DATASETS["acdc"].preprocess_defaults())
-    assert acdc == PreprocessConfig()
-    chd = PreprocessConfig(**DATASETS["chd"].preprocess_defaults())
-    assert (chd.orientation, chd.clip_low, chd.clip_high) == ("RAS", 1.0, 99.0)
