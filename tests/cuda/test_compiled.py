@@ -182,4 +182,5 @@ def test_each_feature_is_read_once_and_each_gradient_written_once(compiled):
     assert backward.unique_written <= 1.01 + 16 * matches <= 1.1
     assert forward.load_efficiency >= 0.9
     assert backward.store_efficiency >= 0.85  # gradients whole; terms 8 bytes each
-    assert forward.shared_conflicts <= 0.02
+    # Lanes that look for the best of different pairs read cosines of different rows.
+    assert forward.shared_conflicts <= 0.08
