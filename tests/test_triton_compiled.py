@@ -20,7 +20,7 @@ from tools import ptxemu
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.nightly,  # ptxas takes minutes for what is compiled here
     pytest.mark.skipif(ptxemu.obstacle() is not None, reason=str(ptxemu.obstacle())),
     pytest.mark.skipif(
         importlib.util.find_spec("triton") is None, reason="triton is not installed"
