@@ -214,22 +214,22 @@ def same_dtype(query: Tensor, key: Tensor | None) -> tuple[Tensor, Tensor | None
     return query.to(wider), key.to(wider)
 
 
-def _autocast_rule(device: str) -> None:
+def autocast_rule(name: str, device: str) -> None:
     """Under autocast: features keep their dtype (the wider of two), sums stay in fp32."""
+    operator = getattr(torch.ops.salkernels, name).default
+    backward_operator = getattr(torch.ops.salkernels, f"{name}_backward").default
 
-    def forward(query: Tensor, key: Tensor | None, *rest: Any) -> Outputs:
+    def forward(query: Tensor, key: Tensor | None, *rest: Any) -> Any:
         query, key = same_dtype(query, key)
         with without_autocast(device):
-            found: Outputs = _match_operator(query, key, *rest)
-            return found
+            return operator(query, key, *rest)
 
-    def backward(*args: Any) -> tuple[Tensor, Tensor]:
+    def backward(*args: Any) -> Any:
         with without_autocast(device):
-            grads: tuple[Tensor, Tensor] = _match_backward_operator(*args)
-            return grads
+            return backward_operator(*args)
 
-    schema.LIBRARY.impl("match", forward, f"Autocast{device.upper()}")
-    schema.LIBRARY.impl("match_backward", backward, f"Autocast{device.upper()}")
+    schema.LIBRARY.impl(name, forward, f"Autocast{device.upper()}")
+    schema.LIBRARY.impl(f"{name}_backward", backward, f"Autocast{device.upper()}")
 
 
 def _register() -> None:
@@ -250,7 +250,7 @@ def _register() -> None:
         lib=schema.LIBRARY,
     )
     for device in ("cpu", "cuda"):
-        _autocast_rule(device)
+        autocast_rule("match", device)
 
 
 if schema.FIRST and "_registered" not in globals():  # as in schema.py

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import backends, schema
-from .library import NO_SECOND_DERIVATIVE, same_dtype, without_autocast
+from .library import NO_SECOND_DERIVATIVE, autocast_rule
 from .reference import check_not_empty
 from .reference_contrast import output
 
@@ -82,24 +82,6 @@ def _refuse(ctx: Any, *_: Tensor) -> None:
     raise RuntimeError(NO_SECOND_DERIVATIVE)
 
 
-def _autocast_rule(device: str) -> None:
-    """Under autocast: features keep their dtype (the wider of two), sums stay in fp32."""
-
-    def forward(query: Tensor, key: Tensor | None, *rest: Any) -> Tensor:
-        query, key = same_dtype(query, key)
-        with without_autocast(device):
-            lse: Tensor = _operator(query, key, *rest)
-            return lse
-
-    def backward(*args: Any) -> tuple[Tensor, Tensor]:
-        with without_autocast(device):
-            grads: tuple[Tensor, Tensor] = _backward_operator(*args)
-            return grads
-
-    schema.LIBRARY.impl("window_lse", forward, f"Autocast{device.upper()}")
-    schema.LIBRARY.impl("window_lse_backward", backward, f"Autocast{device.upper()}")
-
-
 def _register() -> None:
     library = torch.library
     for name, run, fake in (
@@ -113,7 +95,7 @@ def _register() -> None:
     )
     library.register_autograd("salkernels::window_lse_backward", _refuse, lib=schema.LIBRARY)
     for device in ("cpu", "cuda"):
-        _autocast_rule(device)
+        autocast_rule("window_lse", device)
 
 
 if schema.FIRST and "_registered" not in globals():  # as in schema.py
