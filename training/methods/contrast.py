@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +15,11 @@ from ..distributed import gather
 from ..models import Encoder, Projection, UNetConfig
 from ..transfer import to_device
 from .base import Corpus, Method, Outcome, Views
+
+# One head for all contrastive methods, or a comparison would be one of heads: the MLP of SimCLR,
+# which the public code of PCL gives its SimCLR, GCL and PCL. "linear" is the text of the SAL paper
+# (Sec. 2.3).
+Head = Literal["linear", "mlp"]
 
 
 @dataclass
@@ -28,12 +33,13 @@ class ContrastConfig:
     """
 
     temperature: float = 0.1
-    projection: Literal["linear", "mlp"] = "mlp"
+    projection: Head = "mlp"
     projection_dim: int = 128
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ValueError(f"temperature must be > 0, got {self.temperature}")
+        check_head(self.projection)
         if self.projection_dim < 1:
             raise ValueError(f"projection_dim must be >= 1, got {self.projection_dim}")
 
@@ -71,6 +77,12 @@ class Contrastive(Method):
     @abstractmethod
     def positives(self, sample: Tensor, position: Tensor) -> Tensor:
         """(S, S) bool: which samples attract each other; the diagonal is ignored."""
+
+
+def check_head(projection: str) -> None:
+    """Raises a ValueError where there is no such head."""
+    if projection not in get_args(Head):
+        raise ValueError(f"projection must be one of {', '.join(get_args(Head))}, got {projection}")
 
 
 def alike(embeddings: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -20,7 +20,6 @@ class PCLConfig(ContrastConfig):
         t: largest distance of positions, as fractions of the scan, between positives.
     """
 
-    projection: Literal["linear", "mlp"] = "linear"
     t: float = 0.35
 
     def __post_init__(self) -> None:
@@ -32,8 +31,7 @@ class PCLConfig(ContrastConfig):
 class PCL(Contrastive):
     """The positional contrastive loss, Eq. 2 of the SAL paper, which takes it from there.
 
-    It is SAL at λ = 0 but for the views: each is transformed by itself, as in PCL. The linear
-    projection is that of the SAL paper (Sec. 2.3).
+    It is SAL at λ = 0 but for the views: each is transformed by itself, as in PCL.
     """
 
     label: ClassVar[str] = "PCL"

@@ -37,7 +37,7 @@ from .base import (
     likeness,
     retrieval,
 )
-from .contrast import alike
+from .contrast import Head, alike, check_head
 
 Centre = Literal["none", "batch", "image", "window"]
 Pairs = Literal["near", "same", "other"]
@@ -81,6 +81,8 @@ class SALConfig:
             the same anatomy also where each view has a strong transform of its own
             (`augment.geometry=independent`). A pixel takes part in a pair where both views show
             it. The paper does not.
+        projection: head of the positional loss, "mlp" with one hidden layer, as all contrastive
+            methods here have it, or "linear" (the paper, Sec. 2.3).
         projection_dim: length of the global feature vector.
     """
 
@@ -99,11 +101,13 @@ class SALConfig:
     centre: Centre = "none"
     stop_gradient: bool = False
     common_frame: bool = False
+    projection: Head = "mlp"
     projection_dim: int = 128
 
     def __post_init__(self) -> None:
         if self.scale < 1:
             raise ValueError(f"sal.scale counts from 1, got {self.scale}")
+        check_head(self.projection)
         if self.embedding_dim < 0 or self.projection_dim < 1:
             raise ValueError(
                 "sal.embedding_dim must be >= 0 and sal.projection_dim >= 1, got "
@@ -164,7 +168,9 @@ class SAL(Method):
         self.encoder = Encoder(model)
         channels = model.channels[settings.scale - 1]
         self.embedding = Embedding(settings.embedding, channels, settings.embedding_dim or channels)
-        self.projection = Projection(model.channels[-1], settings.projection_dim)
+        self.projection = Projection(
+            model.channels[-1], settings.projection_dim, hidden=settings.projection == "mlp"
+        )
 
     @classmethod
     def check(cls, settings: SALConfig, run: Run) -> None:
