@@ -106,7 +106,7 @@ def matches(slices: Slices, window: int) -> Figure:
         ax.set_title(title)
         ax.imshow(image.numpy(), cmap="gray", vmax=float(image.quantile(0.98)))
         _outline_windows(ax, SIDE, SIDE, window, "tab:cyan")
-    # Every third pixel, or nothing is to be seen; a dot has one colour in both pictures.
+    # Every third pixel, so that lines can be told apart; a dot has one colour in both pictures.
     chosen = [(y, x) for y in range(1, SIDE, 3) for x in range(1, SIDE, 3)]
     rows, columns = (torch.tensor(list(axis)) for axis in zip(*chosen, strict=True))
     hue = torch.stack((columns / SIDE, 0.45 + 0.5 * rows / SIDE, torch.ones(len(chosen))), dim=1)

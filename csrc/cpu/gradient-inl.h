@@ -49,7 +49,7 @@ struct GradientRows {
 
   Out** out;  // (rows)
   int64_t rows, stride, channels;
-  bool around;  // whether the caches are to be written around; every row is whole lines then
+  bool around;  // whether to write around the caches; every row is whole lines then
 
   template <int Registers, bool Around>
   void columns(const TermLists<T>& lists, const T* unit, const T* inv_norm, int64_t c,
