@@ -16,6 +16,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from salkernels._shared.files import write_atomically
+from salkernels._shared.tabular import csv_text
+
 from .data.cache import VolumeCache
 from .data.datasets import DatasetInfo, read_truth
 from .data.errors import DataError, listed
@@ -25,9 +28,7 @@ from .data.preprocess import Geometry, PreprocessConfig, preprocess
 from .data.review import require_scale_of_training
 from .data.text import printable
 from .device import Device
-from .files import write_atomically
 from .models import UNet
-from .tabular import csv_text
 
 MAX_FILE_NAME = 255  # bytes, on every common file system
 ALL = "all"  # in place of the names of subjects
