@@ -78,6 +78,16 @@ def _wheel(tree: Path, library: str = "cpu", **environment: str) -> tuple[str, l
         return wheel.name, archive.namelist(), info
 
 
+def _use(wheel: Path, code: str, folder: Path) -> None:
+    """Runs code that prints the path of a module, which must be the one that the wheel brought."""
+    shutil.unpack_archive(wheel, folder, "zip")
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert str(folder) in run.stdout
+
+
 def _has_library(files: list[str]) -> bool:
     return any(name.startswith("salkernels/_C_cpu") for name in files)
 
@@ -308,7 +318,6 @@ def test_a_wheel_with_the_cuda_library_loads_without_a_gpu(tree, tmp_path):
         (log,) = (tree / "build" / "ptxas").glob(f"{source}-*.txt")
         assert re.search(r"'salkernels_\w+' for 'sm_80'", log.read_text())
     (wheel,) = (tree / "dist").glob("*.whl")
-    shutil.unpack_archive(wheel, tmp_path / "installed", "zip")
     code = (
         "import torch, salkernels.__main__ as m; from salkernels.backends import cuda\n"
         "assert 'compute capability 8.0, PTX 8.0 (nvcc' in m.report(), m.report()\n"
@@ -319,15 +328,7 @@ def test_a_wheel_with_the_cuda_library_loads_without_a_gpu(tree, tmp_path):
         "    assert 'CUDA' in kernels, kernels\n"
         "print(m.__file__)"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path / "installed",
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    assert str(tmp_path) in run.stdout
+    _use(wheel, code, tmp_path / "installed")
 
 
 @needs_compiler
@@ -356,7 +357,6 @@ def test_an_sdist_builds_and_its_wheel_runs(tree, tmp_path):
     _, files, info = _wheel(source, SALKERNELS_BUILD_CPU="1", CXXFLAGS="-O0")
     assert _has_library(files)
     (wheel,) = (source / "dist").glob("*.whl")
-    shutil.unpack_archive(wheel, tmp_path / "installed", "zip")
     code = (
         "import salkernels, torch; from salkernels.backends import cpu\n"
         "assert cpu.status() is None, cpu.status()\n"
@@ -365,15 +365,7 @@ def test_an_sdist_builds_and_its_wheel_runs(tree, tmp_path):
         "torch.testing.assert_close(ours, theirs)\n"
         "print(salkernels.__file__)"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path / "installed",
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    assert str(tmp_path) in run.stdout
+    _use(wheel, code, tmp_path / "installed")
 
 
 def _status(code: str, **environment: str) -> str:
