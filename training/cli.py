@@ -23,7 +23,7 @@ from .data.nifti import DataError
 from .data.text import printable
 from .distributed import require_one_process
 from .errors import RunError, Stopped
-from .experiment.launcher import add_options
+from .experiment.launcher import add_options, launch_settings
 from .experiment.tables import TABLES, Endpoint
 from .parsing import Parser, require_settings_files
 from .presets import BEST, FINETUNE, PRETRAIN, PresetName
@@ -121,14 +121,9 @@ def make_parser(arguments: Sequence[str]) -> Parser:
     demo.add_argument("--finetune_steps", type=int, default=0, help="0: the phantom preset's")
     parser.add_command("demo", demo, help="run everything on a generated phantom")
 
-    pretraining = {**PRETRAIN[preset], **BEST.get(preset, {})}
+    kind, pretraining = pretrain_config(), {**PRETRAIN[preset], **BEST.get(preset, {})}
     for name, config, settings, text in (
-        (
-            "pretrain",
-            pretrain_config(),
-            pretraining,
-            "pre-train an encoder on scans without labels",
-        ),
+        ("pretrain", kind, pretraining, "pre-train an encoder on scans without labels"),
         (
             "finetune",
             FinetuneConfig,
@@ -145,14 +140,13 @@ def make_parser(arguments: Sequence[str]) -> Parser:
         sub = Parser(description=text[0].upper() + text[1:] + ".")
         sub.add_argument("--config", action="config", help="YAML file of settings")
         sub.add_argument(
-            "--preset",
-            type=PresetName,
-            default="desk",
-            help="named settings to start from",
+            "--preset", type=PresetName, default="desk", help="named settings to start from"
         )
         plugins.add_option(sub)
         sub.add_class_arguments(config)
-        sub.set_defaults(settings)
+        # A probe has no loss and the like.
+        own = {field.name for field in fields(config)}
+        sub.set_defaults({k: v for k, v in settings.items() if k.partition(".")[0] in own})
         parser.add_command(name, sub, help=text)
 
     parser.add_command("evaluate", _evaluate_parser(), help="Dice of a fine-tuned model")
@@ -253,8 +247,8 @@ def _experiment_parser(preset: PresetName, text: str) -> Parser:
     parser.add_class_arguments(pretrain_config(), "pretrain", skip=SET_BY_EXPERIMENT)
     parser.add_class_arguments(FinetuneConfig, "finetune", skip=SET_BY_EXPERIMENT)
     for stage, presets in (("pretrain", PRETRAIN), ("finetune", FINETUNE)):
-        chosen = presets[preset].items()
-        parser.set_defaults({f"{stage}.{name}": value for name, value in chosen})
+        chosen = {k: v for k, v in presets[preset].items() if k not in SET_BY_EXPERIMENT}
+        parser.set_defaults({f"{stage}.{name}": value for name, value in chosen.items()})
     return parser
 
 
@@ -386,9 +380,7 @@ def run_experiment(namespace: Namespace) -> None:
         seeds=tuple(namespace.seeds),
         rotate_folds=namespace.rotate_folds,
         baseline=namespace.baseline,
-        launcher=namespace.launcher,
-        launch_with=tuple(namespace.launch_with),
-        retries=namespace.retries if namespace.launcher != "processes" else 0,
+        **launch_settings(namespace),
     )
     _say(experiment(config, pretraining, finetuning))
 

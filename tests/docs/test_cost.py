@@ -52,6 +52,11 @@ def test_runs_are_those_of_the_plan(names, cost, tmp_path):
     assert found.hours > found.pretraining_seconds / 3600
 
 
+def test_fine_tuning_takes_the_steps_of_the_preset(cost):
+    """At `acdc` 8,000, or 200 passes where these are more: over 80 subjects of 19 slices."""
+    assert [cost.finetuning_steps("acdc", m) for m in (2, 10, 0)] == [8000, 8000, 30400]
+
+
 def test_fine_tuning_is_scaled_by_operations(cost):
     """A U-Net costs more than its encoder; ten slices of it less than 64 views."""
     for preset in ("acdc", "chd"):

@@ -10,8 +10,8 @@ import yaml
 
 import salkernels
 import salkernels.training
+from salkernels._shared.files import write_atomically
 
-from ..files import write_atomically
 from ..plugins import files
 from ..runlog import to_plain
 from ..startup import without_current_folder

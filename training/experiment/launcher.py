@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -16,8 +15,9 @@ import torch
 import yaml
 from tqdm import tqdm
 
+from salkernels._shared.files import write_atomically
+
 from ..errors import RunError
-from ..files import write_atomically
 from ..settings import read_record
 from . import job
 from .cells import Cell
@@ -167,7 +167,7 @@ class Submitted:
         return self.returncode or 0
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: Any) -> None:
     """The options of `experiment` that say who starts the runs."""
     parser.add_argument(
         "--launcher", type=LauncherName, default="processes",
@@ -181,6 +181,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--retries", type=int, default=2,
         help="of --launcher: how often a run that failed or was lost is started again",
     )  # fmt: skip
+
+
+def launch_settings(namespace: Any) -> dict[str, Any]:
+    """What these options say, as fields of ExperimentConfig."""
+    by_itself = namespace.launcher == "processes"
+    return {
+        "launcher": namespace.launcher,
+        "launch_with": tuple(namespace.launch_with),
+        "retries": 0 if by_itself and namespace.retries > 0 else namespace.retries,
+    }
 
 
 def _parsed(settings: Sequence[str]) -> dict[str, Any]:

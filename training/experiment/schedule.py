@@ -130,9 +130,10 @@ def _start(cell: Cell, out: Path) -> subprocess.Popen[bytes]:
     second signal would end a run before it has saved its state. It ends when this process does,
     which holds the other end of its standard input.
     """
+    command = command_of(cell, out)  # makes the folder of the log
     with log_of(cell, out).open("ab") as file:
         return subprocess.Popen(
-            command_of(cell, out),
+            command,
             stdin=subprocess.PIPE,
             stdout=file,
             stderr=subprocess.STDOUT,
