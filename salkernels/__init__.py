@@ -38,15 +38,17 @@ from .functional import (
     wla_set_loss,
 )
 from .matching import Matches, align, align_set, match_pixels
-from .modules import GPLoss, SALLoss, WLALoss
+from .modules import GPLoss, LALoss, SALLoss, WLALoss, WLASetLoss
 from .pairs import positional_positives, slice_pairs
 
 __all__ = [
     "GPLoss",
+    "LALoss",
     "Matches",
     "SALLoss",
     "SALTerms",
     "WLALoss",
+    "WLASetLoss",
     "__version__",
     "align",
     "align_set",
