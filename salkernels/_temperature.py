@@ -12,6 +12,8 @@ floating point does not care for the factor a. Keys keep their length, and are l
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -35,9 +37,11 @@ def with_temperature(
         raise ValueError(
             f"temperature as a tensor must be > {LEAST_TEMPERATURE:.4g}, got {temperature.item():g}"
         )
+    among = cast("tuple[Tensor, Tensor] | None", valid)
     if keys is None:
         keys = features
-        valid = None if valid is None else (valid, valid)
+        own = cast("Tensor | None", valid)
+        among = None if own is None else (own, own)
     dtype = accumulate_dtype(features.dtype)
     with without_autocast(features.device.type):
         factor = LEAST_TEMPERATURE / temperature.to(features.device)
@@ -47,7 +51,7 @@ def with_temperature(
         # Longer than eps, whatever that is, or the operator would divide by it.
         queries = torch.cat((factor * unit, rest), dim=1) * (2 * max(1.0, eps))
         others = F.pad(keys.to(dtype), (0, 0, 0, 0, 0, 1))
-    return queries, others, valid
+    return queries, others, among
 
 
 def _unit(maps: Tensor, eps: float) -> Tensor:

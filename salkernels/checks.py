@@ -13,6 +13,7 @@ from numbers import Integral, Real
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -26,6 +27,9 @@ FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WindowSize = int | Sequence[int]
 # Which pixels of two maps take part: one mask for both, or one for each; None means every pixel.
 Valid = Tensor | tuple[Tensor | None, Tensor | None] | None
+# Rows of one table, or of pairs of indices; and one number for each sample, or for all.
+Rows = Tensor | Sequence[Sequence[float]] | npt.NDArray[Any]
+Column = Tensor | Sequence[float] | npt.NDArray[Any] | float
 
 
 def values_visible(tensor: Tensor) -> bool:

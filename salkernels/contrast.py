@@ -10,6 +10,7 @@ from . import backends
 from ._pair_list import PairList, to_device
 from ._temperature import LEAST_TEMPERATURE, with_temperature
 from .checks import (
+    Rows,
     Valid,
     WindowSize,
     check_features,
@@ -30,8 +31,8 @@ from .reference import Outputs, no_match
 
 def wla_contrast(
     features: Tensor,
-    positives: Tensor,
-    negatives: Tensor,
+    positives: Rows,
+    negatives: Rows,
     window_size: WindowSize,
     temperature: float | Tensor = 0.1,
     *,

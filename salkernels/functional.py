@@ -15,6 +15,8 @@ from . import backends
 from ._pair_list import PairList, to_device
 from .backends import BackendStatus
 from .checks import (
+    Column,
+    Rows,
     Valid,
     WindowSize,
     check_embeddings,
@@ -103,7 +105,7 @@ def la_loss(
 
 def wla_set_loss(
     features: Tensor,
-    pairs: Tensor,
+    pairs: Rows,
     window_size: WindowSize,
     *,
     keys: Tensor | None = None,
@@ -180,7 +182,7 @@ def wla_set_loss(
     return (shares.to(loss.dtype) * loss).sum()
 
 
-def gp_loss(embeddings: Tensor, positives: Tensor, temperature: float | Tensor = 0.1) -> Tensor:
+def gp_loss(embeddings: Tensor, positives: Rows, temperature: float | Tensor = 0.1) -> Tensor:
     r"""Global positional contrastive loss (paper, Eq. 2; the first term of Eq. 3).
 
     .. math:: L_i = -\frac{1}{|P_i|} \sum_{j \in P_i}
@@ -231,9 +233,9 @@ class SALTerms(NamedTuple):
 def sal_loss(
     features: Tensor,
     embeddings: Tensor,
-    volume: Tensor,
-    index: Tensor,
-    num_slices: Tensor,
+    volume: Column,
+    index: Column,
+    num_slices: Column,
     window_size: WindowSize,
     *,
     detach_keys: bool = False,
@@ -278,8 +280,13 @@ def sal_loss(
         # that sometimes get no gradient stop distributed training.
         nothing = features[:0].sum().to(gp.dtype)
         return SALTerms(gp + nothing, gp, nothing.detach())
-    how = {"detach_keys": detach_keys, "valid": valid, "eps": eps, "backend": backend}
-    la = wla_set_loss(features, pairs, window_size, **how)
+    la = wla_set_loss(
+        *(features, pairs, window_size),
+        detach_keys=detach_keys,
+        valid=valid,
+        eps=eps,
+        backend=backend,
+    )
     return SALTerms(gp + lambda_ * la, gp, la)
 
 

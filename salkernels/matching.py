@@ -17,6 +17,7 @@ from ._dtensor import prepare
 from ._pair_list import PairList
 from ._torch_private import transforms_active
 from .checks import (
+    Rows,
     Valid,
     WindowSize,
     check_eps,
@@ -82,7 +83,7 @@ def align(
 
 def align_set(
     features: Tensor,
-    pairs: Tensor,
+    pairs: Rows,
     window_size: WindowSize,
     *,
     keys: Tensor | None = None,

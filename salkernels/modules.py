@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .checks import (
+    Column,
+    Rows,
     Valid,
     WindowSize,
     check_eps,
@@ -67,8 +69,9 @@ class LALoss(nn.Module):
         self.backend = backend
 
     def forward(self, x: Tensor, y: Tensor, valid: Valid = None) -> Tensor:
-        how = {"reduction": self.reduction, "eps": self.eps, "backend": self.backend}
-        return la_loss(x, y, valid=valid, **how)
+        return la_loss(
+            x, y, valid=valid, reduction=self.reduction, eps=self.eps, backend=self.backend
+        )
 
     def extra_repr(self) -> str:
         return f"reduction={self.reduction!r}, eps={self.eps}, backend={self.backend!r}"
@@ -98,7 +101,7 @@ class WLASetLoss(nn.Module):
     def forward(
         self,
         features: Tensor,  # (S, C, H, W)
-        pairs: Tensor,  # (S, S) or (S, M), or indices (K, 2)
+        pairs: Rows,  # (S, S) or (S, M), or indices (K, 2)
         keys: Tensor | None = None,  # (M, C, H, W)
         valid: Valid = None,  # (S, H, W), or a pair of masks
     ) -> Tensor:
@@ -131,7 +134,7 @@ class GPLoss(nn.Module):
         super().__init__()
         self.temperature = _learnable("temperature", temperature)
 
-    def forward(self, embeddings: Tensor, positives: Tensor) -> Tensor:
+    def forward(self, embeddings: Tensor, positives: Rows) -> Tensor:
         return gp_loss(embeddings, positives, self.temperature)
 
     def extra_repr(self) -> str:
@@ -169,9 +172,9 @@ class SALLoss(nn.Module):
         self,
         features: Tensor,  # (S, C, H, W)
         embeddings: Tensor,  # (S, D)
-        volume: Tensor,  # (S,)
-        index: Tensor,  # (S,)
-        num_slices: Tensor,  # (S,)
+        volume: Column,  # (S,)
+        index: Column,  # (S,)
+        num_slices: Column,  # (S,)
         valid: Valid = None,  # (S, H, W)
     ) -> SALTerms:
         return sal_loss(
