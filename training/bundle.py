@@ -1,4 +1,4 @@
-"""A fine-tuned U-Net as a MONAI bundle, which `python -m monai.bundle` runs without this package."""
+"""A fine-tuned U-Net as a MONAI bundle, which `python -m monai.bundle` runs by itself."""
 
 from __future__ import annotations
 
@@ -61,9 +61,7 @@ def to_bundle(weights: str | Path, folder: str | Path, *, name: str = "salkernel
     network = {"_target_": "BasicUNet", **basic_unet(model.config, model.classes)}
     settings = settings_of(about)
     if about.get("spacing") == "unknown" and not settings.unknown_spacing:
-        raise ValueError(
-            "scans of the training recorded no spacing, which a bundle's scans must do"
-        )
+        raise ValueError("the scans of the training recorded no spacing; those of a bundle must")
     if settings.orientation != "native":
         raise ValueError(f"a bundle takes slices as stored, not in {settings.orientation}")
     if folder.exists() and any(folder.iterdir()):

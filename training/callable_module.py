@@ -1,6 +1,6 @@
 """Modules that are called as the function of their name.
 
-`salkernels.training.pretrain` is a module, which Python sets as an attribute of the package whenever
+`salkernels.training.pretrain` is a module, which Python sets as an attribute of the package when
 something imports it, and by the same name the function that people want to call.
 """
 

@@ -119,7 +119,7 @@ Config = TypeVar("Config")
 
 def build(
     kind: type[Config],
-    presets: Mapping[PresetName, Mapping[str, Any]],
+    presets: Mapping[Any, Mapping[str, Any]],
     name: str,
     changes: Mapping[str, Any],
 ) -> Config:
