@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from salkernels._shared.files import write_atomically
+
 from . import bundle_slices
 from .data.preprocess import PreprocessConfig
 from .errors import RunError
 from .export import basic_unet, to_monai
-from .files import write_atomically
 from .models import load_unet
 from .preparing import settings_of
 

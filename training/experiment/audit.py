@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from salkernels._shared.files import write_atomically
+
 from ..config import LabelledConfig, PretrainConfig
 from ..data.cache import VolumeCache
 from ..errors import RunError
-from ..files import write_atomically
 from ..finetune import identity as finetune_identity
 from ..identity import OPTION, Identity, differences, read_identity
 from ..models import load_encoder
