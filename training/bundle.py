@@ -84,23 +84,8 @@ def to_bundle(weights: str | Path, folder: str | Path, *, name: str = "salkernel
 
 def _inference(network: dict[str, Any], settings: PreprocessConfig) -> dict[str, Any]:
     """Reads, prepares, segments and writes one scan after the other."""
-    slices = {
-        "_target_": "scripts.slices.ToSlicesd",
-        "keys": ["image"],
-        "spacing": settings.spacing,
-        "size": settings.size,
-        "clip": [settings.clip_low, settings.clip_high],
-        "window": None if settings.window is None else list(settings.window),
-    }
-    writer = {
-        "_target_": "SaveImaged",
-        "keys": ["pred"],
-        "output_dir": "@output_dir",
-        "output_postfix": "pred",
-        "separate_folder": False,
-        "resample": False,
-        "output_dtype": "$torch.uint8",
-    }
+    reader = {"_target_": "LoadImaged", "keys": ["image"], "ensure_channel_first": True}
+    slices, writer = _slices(settings), _writer()
     return {
         "imports": ["$import glob", "$import os", "$import torch"],
         "bundle_root": ".",
@@ -115,7 +100,7 @@ def _inference(network: dict[str, Any], settings: PreprocessConfig) -> dict[str,
         "preprocessing": {
             "_target_": "Compose",
             "transforms": [
-                {"_target_": "LoadImaged", "keys": ["image"], "ensure_channel_first": True},
+                reader,
                 slices,
             ],
         },
@@ -146,6 +131,29 @@ def _inference(network: dict[str, Any], settings: PreprocessConfig) -> dict[str,
             "torch.load(@weights, map_location=@device, weights_only=True))",
             "$list(map(@segment, @dataset))",
         ],
+    }
+
+
+def _slices(settings: PreprocessConfig) -> dict[str, Any]:
+    return {
+        "_target_": "scripts.slices.ToSlicesd",
+        "keys": ["image"],
+        "spacing": settings.spacing,
+        "size": settings.size,
+        "clip": [settings.clip_low, settings.clip_high],
+        "window": None if settings.window is None else list(settings.window),
+    }
+
+
+def _writer() -> dict[str, Any]:
+    return {
+        "_target_": "SaveImaged",
+        "keys": ["pred"],
+        "output_dir": "@output_dir",
+        "output_postfix": "pred",
+        "separate_folder": False,
+        "resample": False,
+        "output_dtype": "$torch.uint8",
     }
 
 

@@ -85,6 +85,20 @@ def test_plain_pytorch():
     assert all(math.isfinite(loss) for loss in losses)
 
 
+def test_use_elsewhere():
+    pytest.importorskip("segmentation_models_pytorch", reason="the interop extra is not installed")
+    names = runpy.run_path(str(EXAMPLES / "use_elsewhere.py"))
+    maps, ready, images = names["maps"], names["ready"], names["ready"].slices
+    with torch.inference_mode():
+        for ours, theirs in zip(names["again"](images), maps, strict=True):
+            torch.testing.assert_close(ours, theirs)
+        whole, (fine_tuned, _) = names["whole"](images), names["model"]
+        torch.testing.assert_close(whole, fine_tuned(images), atol=1e-4, rtol=1e-4)
+    assert names["logits"].shape == (len(images), 3, 64, 64)
+    assert names["unet"](images).shape == names["logits"].shape
+    assert names["labels"].shape == ready.geometry.native_shape
+
+
 def test_lightning(tmp_path, monkeypatch):
     pytest.importorskip("lightning", reason="lightning is not installed (the interop extra)")
     from lightning_module import main
