@@ -53,7 +53,7 @@ def to_bundle(weights: str | Path, folder: str | Path, *, name: str = "salkernel
         that `predict` gives.
 
     Raises:
-        ValueError: not a U-Net; it has not the five levels of MONAI's BasicUNet; or scans of the
+        ValueError: not a U-Net; its levels are not those of MONAI's BasicUNet; or scans of the
             training had no spacing, or were turned to RAS, which the bundle does not do.
         RunError: `folder` holds something.
     """

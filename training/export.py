@@ -79,8 +79,8 @@ def to_monai(weights: Weights, out_channels: int | None = None) -> nn.Module:
             A fine-tuned U-Net brings its own, and the network computes what it does.
 
     Raises:
-        ValueError: the network has not the five levels of BasicUNet, or `out_channels` is missing
-            or not that of the U-Net.
+        ValueError: the network has not the five levels of BasicUNet, each with a norm, or
+            `out_channels` is missing or not that of the U-Net.
         ImportError: MONAI is not installed.
     """
     from monai.networks.nets import BasicUNet
@@ -109,12 +109,17 @@ def basic_unet(config: UNetConfig, classes: int) -> dict[str, Any]:
     """Arguments of `monai.networks.nets.BasicUNet`, as JSON can hold them.
 
     Raises:
-        ValueError: it has other than five levels.
+        ValueError: it has other than five levels, or one without a norm.
     """
     if config.depth != LEVELS:
         raise ValueError(
             f"MONAI's BasicUNet has {LEVELS} levels, but this network has {config.depth}; "
             f"pre-train with model.depth={LEVELS}, or use to_torch, which takes any"
+        )
+    if config.bottleneck != "norm":
+        raise ValueError(
+            "MONAI's BasicUNet has a norm at every level, but this network's deepest has none "
+            "(model.bottleneck=plain, of the preset pcl); use to_torch, which takes any"
         )
     return {
         "spatial_dims": 2,

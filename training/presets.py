@@ -225,14 +225,16 @@ def build(
         raise ValueError(f"unknown preset {name!r}; expected one of {', '.join(presets)}")
     whole: dict[str, Any] = {}
     parts: dict[str, dict[str, Any]] = {}
-    settings = {**presets[name], **{key.replace("__", "."): v for key, v in changes.items()}}
+    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
+    # A probe has no loss and the like, which presets set for those that have.
+    settings = {key: v for key, v in presets[name].items() if key.partition(".")[0] in known}
+    settings |= {key.replace("__", "."): value for key, value in changes.items()}
     for key, value in settings.items():
         head, _, rest = key.partition(".")
         if rest:
             parts.setdefault(head, {})[rest] = value
         else:
             whole[head] = value
-    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
     _require_known(set(whole) | set(parts), set(known), "")
     for head, inner in parts.items():
         make: Any = known[head].default_factory

@@ -78,7 +78,7 @@ def test_plain_torch_reads_it_back(exported):
     with safetensors.safe_open(path, framework="pt") as file:
         about = json.loads(file.metadata()["salkernels"])
     assert about["kind"] == "encoder"
-    assert about["model"] == {"in_channels": 1, "width": 8, "depth": 5, "norm": "batch"}
+    assert about["model"] == asdict(CONFIG)
     plain = PlainEncoder(safetensors.load_file(path)).eval()
     with torch.no_grad():
         for ours, theirs in zip(plain(IMAGES), expected, strict=True):
@@ -108,7 +108,12 @@ def unet(config=CONFIG) -> UNet:
     return model.eval()
 
 
-@pytest.mark.parametrize("config", [CONFIG, UNetConfig(width=4, depth=3, norm="instance")])
+PLAIN = Encoder(UNetConfig(width=4, bottleneck="plain"))
+
+
+@pytest.mark.parametrize(
+    "config", [CONFIG, UNetConfig(width=4, depth=3, norm="instance"), PLAIN.config]
+)
 def test_as_plain_torch(config, tmp_path):
     model = unet(config)
     for network in (model, model.encoder):
@@ -183,6 +188,11 @@ def test_monai_unet_does_not_fit():
         (lambda: to_monai(Encoder(CONFIG)), ValueError, "give out_channels"),
         (lambda: to_monai(UNet(CONFIG, 4), 3), ValueError, "has 4 classes, got out_channels=3"),
         (lambda: to_monai(UNet(UNetConfig(depth=4), 3)), ValueError, "5 levels, but this network"),
+        (
+            lambda: to_monai(PLAIN, 3),
+            ValueError,
+            "a norm at every level",
+        ),
         (lambda: to_torch(nn.Conv2d(1, 1, 1)), TypeError, "got Conv2d"),
         (lambda: to_smp("nowhere", 2), ValueError, "nowhere is not a file"),
     ],
