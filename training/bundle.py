@@ -43,8 +43,8 @@ def to_bundle(weights: str | Path, folder: str | Path, *, name: str = "salkernel
         name: of the bundle, for its metadata.
 
     Returns:
-        The folder: configs/metadata.json and inference.json, models/model.pt, scripts/slices.py and
-        docs/README.md. In it, with MONAI and fire installed,
+        The folder, with configs/metadata.json and inference.json, models/model.pt,
+        scripts/slices.py and docs/README.md. In it, with MONAI and fire installed,
 
             python -m monai.bundle run --config_file configs/inference.json
                 --dataset_dir SCANS --output_dir LABELS

@@ -3,7 +3,7 @@
 The levels of the encoder are double convolutions without bias, with a norm and LeakyReLU, and
 maxima between them. A network takes the weights where its convolutions have the same shapes:
 
-- MONAI's BasicUNet does, all of it, with five levels: its biases are 0, and of its first level up,
+- MONAI's BasicUNet does, all of it, with five levels: its biases are 0, and of its last level up,
   which has twice the channels, one half is 0;
 - the U-Net decoder of segmentation-models-pytorch takes the maps of any encoder, so ours comes
   whole before it;
@@ -32,7 +32,7 @@ def to_torch(weights: Weights) -> fx.GraphModule:
         weights: file or run folder of an encoder or a U-Net, or the module itself.
 
     Returns:
-        A module in eval mode: (B, 1, H, W) -> a tuple of maps, one for each scale, for an encoder;
+        A module in eval mode, (B, 1, H, W) -> a tuple of maps, one for each scale, for an encoder;
         logits (B, K, H, W) for a U-Net. H and W must be multiples of 2^(levels − 1). Parameters
         keep their names, so `state_dict` is that of the network here. `torch.save(module, path)`
         and `torch.load(path, weights_only=False)` work where only torch is installed;

@@ -54,8 +54,8 @@ def finetune(config: FinetuneConfig) -> Scores:
             out="runs/m2")`.
 
     Returns:
-        The `Scores` on the held-out subjects: `scores.mean`, `scores.per_class()`, and a row for
-        each scan. The model is in `config.out`/model.safetensors.
+        The `Scores` on the held-out subjects, with `scores.mean`, `scores.per_class()`, and a row
+        for each scan. The model is in `config.out`/model.safetensors.
 
     Raises:
         RunError: `config.out` holds another run; the encoder does not fit.

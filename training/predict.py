@@ -46,7 +46,7 @@ def predict(
         device: "auto", "cpu", "cuda", ...; a model that was loaded before is moved there.
 
     Returns:
-        (X, Y, Z) uint8, the class of each voxel on the scan's own grid: indices into
+        (X, Y, Z) uint8, the class of each voxel on the scan's own grid, an index into
         `about["class_names"]`. The command `predict` writes the same for files.
 
     Raises:

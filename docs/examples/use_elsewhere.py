@@ -45,9 +45,7 @@ from salkernels.training import load_encoder, prepare
 encoder, about = load_encoder(runs / "sal")  # eval mode; the folder of a run, or a file of weights
 ready = prepare(scan, runs / "sal")  # the preprocessing of the training, from the file alone
 with torch.inference_mode():
-    maps = encoder(
-        ready.slices
-    )  # slices (Z, 1, size, size); one map per scale, from fine to coarse
+    maps = encoder(ready.slices)  # (Z, 1, size, size) -> a map for each scale, from fine to coarse
 features = maps[-1].mean(dim=(2, 3))  # (Z, C): one vector for each slice
 print(about["method"], about["preprocess"])
 # --8<-- [end:encoder]

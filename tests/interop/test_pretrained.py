@@ -123,6 +123,8 @@ def test_as_plain_torch(config, tmp_path):
         for ours, theirs in zip(found, expected, strict=True):
             assert torch.equal(ours, theirs)
         assert plain.state_dict().keys() == network.state_dict().keys()
+    program = torch.export.export(to_torch(model), (IMAGES,))
+    torch.testing.assert_close(program.module()(IMAGES), model(IMAGES))
     torch.save(to_torch(model), tmp_path / "plain.pt")
     torch.save((IMAGES, model(IMAGES)), tmp_path / "expected.pt")
     code = """
