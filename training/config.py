@@ -140,14 +140,18 @@ class RunConfig:
         """The settings that `--preset NAME` gives on the command line, with changes.
 
         Args:
-            name: "phantom", "mini", "desk", "acdc" or "chd".
+            name: "phantom", "mini", "desk", "acdc", "chd" or "pcl".
             changes: settings by name; those of a part as `optim__steps=100`.
 
         Raises:
             ValueError: there is no such preset, or a value does not do.
             TypeError: there is no such setting.
         """
-        return build(cls, STARTS[cls.STAGE], name, changes)  # type: ignore[attr-defined]
+        kind: Any = cls
+        if kind is PretrainConfig:  # with the settings of plug-ins
+            kind = pretrain_config()
+        made: Config = build(kind, STARTS[kind.STAGE], name, changes)
+        return made
 
     def __post_init__(self) -> None:
         for name in ("data", "out", "cache", "splits", "encoder"):
