@@ -10,12 +10,15 @@ import argparse
 import re
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from jsonargparse import ArgumentParser, Namespace
+
+from salkernels import __version__
 
 from .config import FinetuneConfig, Precision, PretrainConfig, ProbeConfig, RunConfig
 from .data.nifti import DataError
@@ -28,6 +31,15 @@ from .presets import BEST, FINETUNE, PRETRAIN, PresetName
 
 Config = TypeVar("Config", bound=RunConfig)
 
+COMMAND = "salkernels-train"
+# What `--help` shows; `--help-all` shows all.
+NEEDED = "--data DIR --out DIR"
+FIRST = {
+    "pretrain": ("--data DIR", "--out DIR", "--preset NAME", "--method NAME", "--optim.steps N"),
+    "finetune": ("--data DIR", "--out DIR", "--preset NAME", "--encoder RUN", "--labelled M"),
+    "probe": ("--data DIR", "--out DIR", "--preset NAME", "--encoder RUN", "--labelled M"),
+    "experiment": ("--data DIR", "--out DIR", "--preset NAME", "--arms NAME ...", "--jobs N"),
+}
 DESCRIPTION = "Self-supervised alignment learning on slices of 3D scans."
 # Not settings of an experiment's runs: it sets them for each.
 SET_BY_EXPERIMENT = {
@@ -49,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments:
         parser.print_help()
         return 2
+    if parser.ask_for_help(arguments):
+        return 0
     try:
         require_settings_files(arguments)
     except RunError as error:
@@ -101,7 +115,7 @@ def _one_line(error: Exception) -> str:
 
 def make_parser(arguments: Sequence[str]) -> Parser:
     """The parser; the preset named in the arguments sets its defaults."""
-    parser = Parser(prog="salkernels-train", description=DESCRIPTION)
+    parser = Parser(prog=COMMAND, description=DESCRIPTION, version=__version__)
     parser.words = arguments
     preset = _named_preset(arguments)
 
@@ -128,13 +142,14 @@ def make_parser(arguments: Sequence[str]) -> Parser:
             "read classes linearly from a frozen encoder, evaluate",
         ),
     ):
-        sub = Parser(description=text[0].upper() + text[1:] + ".")
+        description = f"{text[0].upper()}{text[1:]}."
+        sub = Parser(description=description, first=FIRST[name], needed=NEEDED)
         sub.add_argument("--config", action="config", help="YAML file of settings")
         sub.add_argument(
             "--preset",
             type=PresetName,
             default="desk",
-            help="named settings to start from",
+            help=f"named settings to start from: {', '.join(get_args(PresetName))}",
         )
         sub.add_class_arguments(config)
         sub.set_defaults(settings)
@@ -196,7 +211,9 @@ def _predict_parser() -> Parser:
 def _experiment_parser(preset: PresetName, text: str) -> Parser:
     parser = Parser(
         description=f"{text[0].upper()}{text[1:]}. Runs that are done are not repeated: give the "
-        "same command again to go on, or more arms, folds or M to compute what is missing."
+        "same command again to go on, or more arms, folds or M to compute what is missing.",
+        first=FIRST["experiment"],
+        needed=f"{{{','.join(TABLES)}}} {NEEDED}",
     )
     parser.add_argument("name", choices=list(TABLES), help="which table")
     parser.add_argument("--data", type=Path, required=True, help="folder of the data set")
@@ -240,13 +257,16 @@ def _experiment_parser(preset: PresetName, text: str) -> Parser:
 
 
 def run_pretrain(namespace: Namespace) -> None:
+    from .closing import of_pretraining
     from .distributed import is_main
     from .pretrain import pretrain
 
     config = _build(PretrainConfig, namespace)
+    began = time.monotonic()
     path = pretrain(config)
     if is_main():
-        _say(f"encoder: {path}\nfigures: {config.out / 'figures'}")
+        seconds = time.monotonic() - began
+        _say(of_pretraining(config, path, namespace.preset, seconds))
 
 
 def run_finetune(namespace: Namespace) -> None:
@@ -373,18 +393,18 @@ def run_experiment(namespace: Namespace) -> None:
 
 def _command() -> str:
     """What the user typed, for the table."""
-    return f"python training/run.py {shlex.join(sys.argv[1:])}"
+    return f"{COMMAND} {shlex.join(sys.argv[1:])}"
 
 
 def run_show(namespace: Namespace) -> None:
-    from .figures import run_figures, summary
-
     if not (namespace.run / "metrics.jsonl").exists():
         runs = sorted(path.parent.name for path in namespace.run.glob("*/metrics.jsonl"))
         raise RunError(
             f"{namespace.run} is not the folder of a run: it has no metrics.jsonl"
             + (f"; the runs in it are {', '.join(runs)}" if runs else "")
         )
+    from .figures import run_figures, summary  # matplotlib takes seconds, when it is used
+
     drawn = run_figures(namespace.run)
     _say(summary(namespace.run))
     _say("\n".join(f"figure: {path}" for path in drawn))

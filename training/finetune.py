@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from monai.losses import DiceCELoss
 from torch import Tensor
 
 from .augment import augment
@@ -25,7 +24,6 @@ from .device import Device
 from .engine import Look, fit
 from .errors import RunError
 from .evaluate import Scores, evaluate, write_scores
-from .figures import finetuning as finetuning_figures
 from .identity import (
     Identity,
     contents,
@@ -39,6 +37,7 @@ from .inputs import open_dataset, tell
 from .locks import sole_use
 from .models import UNet, load_encoder, load_unet, save_unet
 from .models.weights import ENCODER, MODEL, weights_file
+from .progress import say
 from .resident import resident, without_loaders
 from .runlog import RunLog
 from .steps import Task
@@ -158,6 +157,9 @@ class Finetuning:
         exact = self.device.exact()
         scores = evaluate(self.model, self.cache, start.fold.test, exact, progress=True)
         write_scores(config.out, scores, for_results(about))
+        say("drawing figures")
+        from .figures import finetuning as finetuning_figures  # matplotlib takes seconds
+
         finetuning_figures(config.out, self.model, self.cache, start.fold.test, exact)
         return scores
 
@@ -193,6 +195,8 @@ def segmentation_loss() -> torch.nn.Module:
     Dice is that of the batch as a whole. Taken per slice, a class that a slice does not hold would
     cost nearly 1 whatever the prediction, and many slices lack one.
     """
+    from monai.losses import DiceCELoss  # MONAI takes seconds, when it is used
+
     return DiceCELoss(to_onehot_y=True, softmax=True, batch=True)
 
 

@@ -8,12 +8,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from .data.errors import listed
 from .data.images import find_images
 from .data.nifti import DataError
 from .data.preprocess import PreprocessConfig
+from .data.saying import counted
 from .data.text import printable
 from .device import Device
 from .errors import RunError
@@ -61,7 +60,7 @@ def predict(
     about = {**about, "preprocess": asdict(settings)}
     out.mkdir(parents=True, exist_ok=True)
     failures = []
-    for image, target in zip(tqdm(images, "predicting", disable=None), targets, strict=True):
+    for image, target in zip(counted(images, "predicting", "image"), targets, strict=True):
         try:
             predict_file(model, about, image, target, device)
         except DataError as error:

@@ -28,12 +28,12 @@ from .distributed import (
     world,
 )
 from .engine import Look, fit
-from .figures import pretraining as pretraining_figures
 from .identity import Identity, contents, split_of
 from .inputs import open_dataset, subjects, tell
 from .methods import METHODS, Method, Outcome, Views
 from .models import save_encoder
 from .models.weights import ENCODER
+from .progress import say
 from .resident import resident, without_loaders
 from .runlog import WARNINGS, RunLog, read_metrics
 from .steps import Task
@@ -141,6 +141,9 @@ class Pretraining:
         steps = config.optim.steps if self.method.trains else 0
         save_encoder(config.out / ENCODER, self.method.encoder, self.about(steps))
         if self.method.trains:
+            from .figures import pretraining as pretraining_figures  # matplotlib takes seconds
+
+            say("drawing figures")
             pretraining_figures(config.out, self.cache, config, self.method)
 
     def about(self, step: int) -> dict[str, Any]:

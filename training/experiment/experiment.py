@@ -11,10 +11,10 @@ from ..config import FinetuneConfig, PretrainConfig
 from ..identity import data_hash
 from ..inputs import open_dataset
 from ..probe import ENDPOINT
+from ..progress import say
 from ..runlog import environment, to_plain
 from .audit import Audit, own_name, require_own_table
 from .cells import Cell, folds_by_seed, plan
-from .plots import draw
 from .schedule import run_cells
 from .summary import collect, write
 from .tables import SCORED, TABLES, Endpoint, Table
@@ -109,6 +109,9 @@ def experiment(
         )
     finally:
         _report(config, table, cells, audit, name)
+        from .plots import draw  # matplotlib takes seconds, when it is used
+
+        say("drawing figures")
         results = collect(table, cells, audit)
         draw(results, _folder(config), config.document, _conditions(config, cells))
     return (_folder(config) / f"{config.document}.md").read_text()
