@@ -121,7 +121,7 @@ def make_parser(arguments: Sequence[str]) -> Parser:
 
     demo = Parser(description="Phantom data, SAL pre-training, fine-tuning, comparison.")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for all of it")
-    demo.add_argument("--draws", type=int, default=3, help="folds to fine-tune on")
+    demo.add_argument("--draws", type=int, default=5, help="folds to fine-tune on")
     demo.add_argument("--pretrain_steps", type=int, default=0, help="0: the phantom preset's")
     demo.add_argument("--finetune_steps", type=int, default=0, help="0: the phantom preset's")
     parser.add_command("demo", demo, help="run everything on a generated phantom")

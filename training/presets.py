@@ -63,7 +63,7 @@ _CHD = {
 PRETRAIN: dict[PresetName, dict[str, Any]] = {
     "phantom": {
         **_PHANTOM,
-        "sal.scale": 3,  # 12 x 12, as on the desk
+        "sal.lambda_": 0.3,  # of 1 the control falls with LA, on 64 channels
         "optim.steps": 400,
         "checkpoint_every": 200,
         "monitor_every": 20,
@@ -88,7 +88,7 @@ _BEST = {
     "sal.common_frame": True,
     "augment.geometry": "independent",
 }
-BEST: dict[PresetName, dict[str, Any]] = {"mini": _BEST, "desk": _BEST}
+BEST: dict[PresetName, dict[str, Any]] = {"phantom": _BEST, "mini": _BEST, "desk": _BEST}
 
 # Fine-tuning moves each slice by itself, and adapts pre-trained weights with a small rate.
 _FINETUNE = {
@@ -98,7 +98,7 @@ _FINETUNE = {
     "optim.weight_decay": 1e-4,
 }
 FINETUNE: dict[PresetName, dict[str, Any]] = {
-    "phantom": {**_PHANTOM, **_FINETUNE, "optim.steps": 150},
+    "phantom": {**_PHANTOM, **_FINETUNE, "optim.steps": 100},
     "mini": {**_MINI, **_FINETUNE, "optim.steps": 500},
     "desk": {**_DESK, **_FINETUNE, "optim.steps": 500},
     "acdc": {**_ACDC, **_FINETUNE, "optim.steps": 8000},

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import yaml
 from tqdm import tqdm
@@ -19,6 +20,7 @@ import salkernels
 import salkernels.training
 
 from ..checkpoint import stop_on_signal
+from ..data.saying import Rhythm, say
 from ..errors import RunError, Stopped
 from ..files import write_atomically
 from ..locks import in_use, sole_use
@@ -52,11 +54,11 @@ def run_cells(
         done += 1
         bar.update()
         if bar.disable:
-            print(f"{cell.name}: done, {done} of {len(cells)}", file=sys.stderr)
+            say(f"{cell.name}: done, {done} of {len(cells)}")
         finished(cell)
 
     with _only_one(out), bar, stop_on_signal() as stop:
-        queue = _Queue(waiting)
+        queue, rhythm = _Queue(waiting), Rhythm()
         while running or (waiting and not failed and not stop.signal):
             while len(running) < jobs and not failed and not stop.signal:
                 cell = queue.next()
@@ -66,10 +68,14 @@ def run_cells(
                     ended(cell)
                     continue
                 running[cell] = _start(cell, out)
+                if bar.disable:
+                    say(f"{cell.name}: started, {done} of {len(cells)} runs done")
                 bar.set_postfix_str("; ".join(c.name for c in running))
             if waiting and not running and not queue.possible():
                 raise RunError(f"{waiting[0].needs} is missing, which no planned run makes")
             time.sleep(0.2)
+            if running and rhythm.due():
+                _tell(bar, {cell.name: _last_line(_log(cell, out)) for cell in running})
             if stop.signal:
                 for process in running.values():
                     process.send_signal(signal.SIGTERM)
@@ -88,6 +94,27 @@ def run_cells(
         log = _log(failed, out)
         end = "\n".join(log.read_text(errors="replace").splitlines()[-LAST_LINES:])
         raise RunError(f"the run {failed.name} failed; its log {log} ends:\n{end}")
+
+
+def _tell(bar: tqdm[Any], doing: dict[str, str]) -> None:
+    """How far the runs in progress are, beside the bar or as lines of a log."""
+    if bar.disable:
+        for name, line in doing.items():
+            say(f"{name}: {line}")
+    else:
+        bar.set_postfix_str("; ".join(f"{name}: {line[:40]}" for name, line in doing.items()))
+
+
+def _last_line(log: Path) -> str:
+    """What a run said last; it speaks at least every few seconds."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 1000))
+            lines = file.read().decode(errors="replace").replace("\r", "\n").split("\n")
+    except OSError:
+        lines = []
+    said = [line.strip() for line in lines if line.strip()]
+    return said[-1] if said else "starting"
 
 
 class _Queue:
