@@ -36,6 +36,7 @@ $(DEMO): $(SOURCES) scripts/install_demo.sh | $(BIN)/python
 	touch $@
 
 demo: $(if $(wildcard $(STAMP)),$(STAMP),$(DEMO))  ## phantom data -> SAL pre-training -> fine-tuning with and without -> table, figures
+	@echo '== Two to five minutes on two CPU cores; runs/demo can be deleted afterwards'
 	$(BIN)/salkernels-train demo
 
 test: $(STAMP)  ## run the tests

@@ -75,8 +75,8 @@ def next_command(config: PretrainConfig, preset: PresetName) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time in words: 42 s, 12 min, 3 h 20 min."""
-    if seconds < 100:
+    """A time in words: 142 s, 12 min, 3 h 20 min."""
+    if seconds < 200:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

@@ -136,9 +136,9 @@ def _compare(out: Path, config: FinetuneConfig) -> None:
     from .figures import overlays  # matplotlib takes seconds, when it is used
 
     models, held_out = {}, []
-    for arm in ("random", "sal"):
+    for arm, title in (("random", "random start"), ("sal", "SAL pre-trained")):
         folder = out / "finetune" / arm / f"m{config.labelled or 'all'}_f0"
-        models[arm], about = load_unet(folder / MODEL)
+        models[title], about = load_unet(folder / MODEL)
         held_out = about["held_out"]
     device = Device.of(replace(config, out=out)).exact()
     for model in models.values():

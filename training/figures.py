@@ -194,10 +194,9 @@ def matches(out: Path, cache: VolumeCache, config: PretrainConfig) -> None:
     for axes, (title, field) in zip(panels[1:], fields.items(), strict=True):
         _match_panel(axes, pair[1, 0], window, cache, field, to_match=True)
         axes.set_title(f"slice {first + 1 + apart}: matches {title} pre-training", fontsize=9)
-        axes.set_xlabel(
-            f"cosine with the match {field.similarity.mean():.2f}, of any two {field.of_any_two:.2f}",
-            fontsize=8,
-        )
+        of_match, of_any_two = field.similarity.mean(), field.of_any_two
+        label = f"cosine with the match {of_match:.2f}, of any two {of_any_two:.2f}"
+        axes.set_xlabel(label, fontsize=8)
     name = unmarked(cache.volumes[scan].name)
     figure.suptitle(
         f"{name}: best match in the window (ω = {window}), by the encoder's features at scale "

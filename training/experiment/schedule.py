@@ -75,7 +75,7 @@ def run_cells(
                 raise RunError(f"{waiting[0].needs} is missing, which no planned run makes")
             time.sleep(0.2)
             if running and rhythm.due():
-                _tell(bar, {cell.name: _last_line(_log(cell, out)) for cell in running})
+                _tell(bar, {cell.name: _last_line(cell, out) for cell in running})
             if stop.signal:
                 for process in running.values():
                     process.send_signal(signal.SIGTERM)
@@ -105,8 +105,9 @@ def _tell(bar: tqdm[Any], doing: dict[str, str]) -> None:
         bar.set_postfix_str("; ".join(f"{name}: {line[:40]}" for name, line in doing.items()))
 
 
-def _last_line(log: Path) -> str:
-    """What a run said last; it speaks at least every few seconds."""
+def _last_line(cell: Cell, out: Path) -> str:
+    """What a run said last; it speaks every few seconds."""
+    log = _log(cell, out)
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - 1000))
@@ -114,7 +115,7 @@ def _last_line(log: Path) -> str:
     except OSError:
         lines = []
     said = [line.strip() for line in lines if line.strip()]
-    return said[-1] if said else "starting"
+    return said[-1].removeprefix(f"{cell.config.out.name}: ") if said else "starting"
 
 
 class _Queue:
