@@ -16,7 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from .machine import describe, synchronise
+from salkernels._shared.files import write_atomically
+from salkernels._shared.tabular import markdown_table
+
+from .machine import conditions, describe, synchronise
 from .measure import Settings
 from .report import MACHINE, Results, Row, number
 
@@ -51,7 +54,7 @@ def measure_loading(
     results = Results(folder / f"{label}-loading.csv", COLUMNS, ("preset", "workers", "what"))
     results.add(named)
     table = _table(named)
-    results.path.with_suffix(".md").write_text(table)
+    write_atomically(results.path.with_suffix(".md"), table)
     return table
 
 
@@ -115,16 +118,14 @@ def _rates(samples: int, times: list[float]) -> Row:
 
 def _table(rows: list[Row]) -> str:
     first = rows[0]
-    lines = [
-        f"Views per second, preset {first['preset']} ({first['batch']} views of {first['crop']} x "
-        f"{first['crop']} per batch, {first['scans']} scans, {first['batches']} batches); "
-        f"{first['processor']}, {first['threads']} threads, torch {first['torch']}, commit "
-        f"{first['commit']}.\n",
-        "| workers | what | views/s | of single batches, 20–80 % |",
-        "| --: | :-- | --: | --: |",
-    ]
-    lines += [
-        f"| {row['workers']} | {row['what']} | {row['samples_per_s']} | {row['p20']}–{row['p80']} |"
+    heading = ["workers", "what", "views/s", "of single batches, 20–80 %"]
+    cells = [
+        [row["workers"], row["what"], row["samples_per_s"], f"{row['p20']}–{row['p80']}"]
         for row in rows
     ]
-    return "\n".join(lines) + "\n"
+    return (
+        f"Views per second, preset {first['preset']} ({first['batch']} views of {first['crop']} x "
+        f"{first['crop']} per batch, {first['scans']} scans, {first['batches']} batches); "
+        f"{conditions(first)}\n\n"
+        f"{markdown_table([heading, *cells], 'rlrr')}\n"
+    )

@@ -152,7 +152,9 @@ def make_parser(arguments: Sequence[str]) -> Parser:
             help=f"named settings to start from: {', '.join(get_args(PresetName))}",
         )
         sub.add_class_arguments(config)
-        sub.set_defaults(settings)
+        # A probe has no loss and the like.
+        own = {field.name for field in fields(config)}
+        sub.set_defaults({k: v for k, v in settings.items() if k.partition(".")[0] in own})
         parser.add_command(name, sub, help=text)
 
     parser.add_command("evaluate", _evaluate_parser(), help="Dice of a fine-tuned model")
@@ -251,8 +253,8 @@ def _experiment_parser(preset: PresetName, text: str) -> Parser:
     parser.add_class_arguments(PretrainConfig, "pretrain", skip=SET_BY_EXPERIMENT)
     parser.add_class_arguments(FinetuneConfig, "finetune", skip=SET_BY_EXPERIMENT)
     for stage, presets in (("pretrain", PRETRAIN), ("finetune", FINETUNE)):
-        chosen = presets[preset].items()
-        parser.set_defaults({f"{stage}.{name}": value for name, value in chosen})
+        chosen = {k: v for k, v in presets[preset].items() if k not in SET_BY_EXPERIMENT}
+        parser.set_defaults({f"{stage}.{name}": value for name, value in chosen.items()})
     return parser
 
 

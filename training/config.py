@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from .models import UNetConfig
 from .wording import closest
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+SegmentationLoss = Literal["dice+ce", "ce"]
 
 
 @dataclass
@@ -22,28 +23,36 @@ class OptimConfig:
     """Optimiser and schedule.
 
     Args:
-        name: "sgd" with Nesterov momentum, or "adamw".
+        name: "sgd", "adam" or "adamw".
         lr: learning rate after warm-up; it then falls along a cosine.
         final_lr: where the cosine ends, as a fraction of lr.
         momentum: of SGD.
-        weight_decay: L2 penalty (SGD) or decoupled decay (AdamW).
+        nesterov: whether that momentum is Nesterov's.
+        weight_decay: L2 penalty (SGD, Adam) or decoupled decay (AdamW).
+        decay_all: decay biases and norms too, and not only matrices and kernels.
         warmup: share of the steps over which the rate rises linearly from 0.
         clip: largest norm of the gradient; 0 does not clip.
-        steps: number of optimiser steps.
+        steps: number of optimiser steps; with `epochs`, at least so many.
+        epochs: passes over the slices that training draws from: a run takes epochs · slices / batch
+            steps, but no fewer than `steps`, so that its length follows the number of subjects
+            while few of them do not end it early. 0: `steps` alone.
         accumulate: k, batches per step on each process. In pre-training a step contrasts the
             samples of all of them, as with k times the processes; that takes a second forward pass.
             Batch norms see one batch at a time. In fine-tuning a step takes the mean of the
             batches' losses, which is not the loss of one large batch (Dice is no mean).
     """
 
-    name: Literal["sgd", "adamw"] = "sgd"
+    name: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: float = 0.05
     final_lr: float = 0.0
     momentum: float = 0.9
+    nesterov: bool = True
     weight_decay: float = 1e-4
+    decay_all: bool = False
     warmup: float = 0.05
     clip: float = 5.0
     steps: int = 2500
+    epochs: float = 0.0
     accumulate: int = 1
 
     def __post_init__(self) -> None:
@@ -52,11 +61,15 @@ class OptimConfig:
         for name in ("steps", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"optim.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("final_lr", "momentum", "weight_decay", "clip"):
-            if getattr(self, name) < 0:
+        for name in ("final_lr", "momentum", "weight_decay", "clip", "epochs"):
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"optim.{name} must be >= 0, got {getattr(self, name)}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"optim.warmup is a share of the steps in [0, 1), got {self.warmup}")
+
+    def for_slices(self, slices: int, per_step: int) -> OptimConfig:
+        """With the steps that a run on so many slices takes, `per_step` of them in each step."""
+        return replace(self, steps=max(self.steps, math.ceil(self.epochs * slices / per_step)))
 
 
 @dataclass
@@ -183,6 +196,8 @@ class PretrainConfig(RunConfig, MethodSettings):  # type: ignore[misc, valid-typ
         slices: n, slices per pair of subjects, half from each; each gives two views.
         pairs: pairs of subjects per batch. The paper has one; k pairs, or one pair on each of k
             processes, or in each of k accumulated batches, are one step over 2k subjects.
+        sampling: "subjects", as said; or "slices": n · pairs slices of whatever scans, in shuffled
+            passes over all of them, as the public code of PCL draws its batches.
         leave_out_fold: keep the held-out subjects of this fold out of pre-training; by default all
             subjects are used without their labels, as in the paper.
         num_folds: number of folds that leave_out_fold counts in.
@@ -195,6 +210,7 @@ class PretrainConfig(RunConfig, MethodSettings):  # type: ignore[misc, valid-typ
     method: str = "sal"
     slices: int = 16
     pairs: int = 1
+    sampling: Literal["subjects", "slices"] = "subjects"
     leave_out_fold: int | None = None
     num_folds: int = 5
     split_seed: int = 0
@@ -295,16 +311,22 @@ class FinetuneConfig(LabelledConfig):
 
     Args:
         batch_size: slices per step.
+        loss: "dice+ce", cross-entropy and soft Dice, or "ce", cross-entropy alone.
         encoder_lr: factor on the learning rate of the encoder.
         select: "last" evaluates the last weights; "best-on-test" keeps the weights that did best on
             the held-out subjects, as published code does, which flatters the result.
         select_every: steps between the evaluations of "best-on-test".
+        dice: "scans", the mean over scans, or "pooled", over the voxels of all scans together, as
+            published code does: a scan then weighs by its size, and a class that it lacks counts
+            nothing. Results have both; this is the one that is reported and selected by.
     """
 
     batch_size: int = 10
+    loss: SegmentationLoss = "dice+ce"
     encoder_lr: float = 1.0
     select: Literal["last", "best-on-test"] = "last"
     select_every: int = 100
+    dice: Literal["scans", "pooled"] = "scans"
 
     def __post_init__(self) -> None:
         super().__post_init__()

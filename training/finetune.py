@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .augment import augment
-from .config import FinetuneConfig, LabelledConfig
+from .config import FinetuneConfig, LabelledConfig, SegmentationLoss
 from .data.cache import VolumeCache, require_labels
 from .data.manifest import dataset_info
 from .data.review import (
@@ -90,21 +90,27 @@ class Finetuning:
     def __init__(
         self, config: FinetuneConfig, device: Device, cache: VolumeCache, start: Start
     ) -> None:
-        self.config, self.device, self.cache, self.start = config, device, cache, start
+        self.device, self.cache, self.start = device, cache, start
         self.log = RunLog(config, "finetune", device.describe(), start.believed)
+        self.data = LabelledSlices(
+            cache, start.labelled, config.batch_size, config.seed,
+            Shard(accumulate=config.optim.accumulate),
+        )  # fmt: skip
+        step = config.batch_size * config.optim.accumulate
+        optim = config.optim.for_slices(len(self.data.pool), step)
+        self.config = config = replace(config, optim=optim)
         self.model = start.model
         device.to(self.model)
         if config.compile:
             self.model.compile()  # in place: the keys of the weights stay
         self.store = resident(cache, config, device.device, labels=True)
-        self.criterion = segmentation_loss()
+        self.data.read = self.store is None
+        self.criterion = segmentation_loss(config.loss)
         self.best = BestOnTest(self.model, cache, start.fold, device.exact(), config)
 
     def fit(self) -> None:
         """All steps; the model then has the weights that are to be kept."""
-        config, read = self.config, self.store is None
-        own = Shard(accumulate=config.optim.accumulate)
-        labelled, size = self.start.labelled, config.batch_size
+        config = self.config
         selects = config.select == "best-on-test"
         fit(
             self.model,
@@ -113,7 +119,7 @@ class Finetuning:
                 {"params": list(self.model.decoder.parameters())},
             ],
             Task(self.prepare, self.loss),
-            LabelledSlices(self.cache, labelled, size, config.seed, own, read),
+            self.data,
             without_loaders(config, self.store),
             self.log,
             self.device,
@@ -156,6 +162,7 @@ class Finetuning:
         save_unet(config.out / MODEL, self.model, about)
         exact = self.device.exact()
         scores = evaluate(self.model, self.cache, start.fold.test, exact, progress=True)
+        scores.pooled = config.dice == "pooled"
         write_scores(config.out, scores, for_results(about))
         say("drawing figures")
         from .figures import finetuning as finetuning_figures  # matplotlib takes seconds
@@ -189,15 +196,18 @@ def identity(
     return replace(believed, encoder=encoder, mismatches=tuple(dict.fromkeys(marks)))
 
 
-def segmentation_loss() -> torch.nn.Module:
+def segmentation_loss(kind: SegmentationLoss = "dice+ce") -> torch.nn.Module:
     """Cross-entropy + soft Dice: logits (B, K, H, W), labels (B, 1, H, W); background counts too.
+
+    kind: "ce" leaves the Dice out.
 
     Dice is that of the batch as a whole. Taken per slice, a class that a slice does not hold would
     cost nearly 1 whatever the prediction, and many slices lack one.
     """
     from monai.losses import DiceCELoss  # MONAI takes seconds, when it is used
 
-    return DiceCELoss(to_onehot_y=True, softmax=True, batch=True)
+    weight = 1.0 if kind == "dice+ce" else 0.0
+    return DiceCELoss(to_onehot_y=True, softmax=True, batch=True, lambda_dice=weight)
 
 
 def split(config: LabelledConfig, cache: VolumeCache) -> tuple[Fold, tuple[str, ...]]:
@@ -243,6 +253,7 @@ class BestOnTest:
     ) -> None:
         self.model, self.cache, self.fold, self.device = model, cache, fold, device
         self.every, self.steps = config.select_every, config.optim.steps
+        self.pooled = config.dice == "pooled"
         self.path = config.out / "checkpoints" / "best_on_test.safetensors"
         self.best = load_unet(self.path)[1]["dice"] if self.path.exists() else -1.0
 
@@ -251,6 +262,7 @@ class BestOnTest:
 
     def look(self, step: int) -> dict[str, float]:
         scores = evaluate(self.model, self.cache, self.fold.test, self.device, progress=False)
+        scores.pooled = self.pooled
         self.model.train()
         if not scores.mean <= self.best:  # NaN, where no class is held out, is kept too
             self.best = scores.mean

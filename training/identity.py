@@ -15,10 +15,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from salkernels._shared.files import file_digest, write_atomically
+
 from .config import RunConfig
 from .data.cache import VolumeCache
 from .errors import RunError
-from .files import file_digest, write_atomically
 from .settings import read_record
 
 FILE = "identity.json"

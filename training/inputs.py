@@ -8,13 +8,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from salkernels._shared.files import write_atomically
+
 from .config import PretrainConfig, RunConfig
 from .data.cache import VolumeCache, open_cache
 from .data.manifest import dataset_info
 from .data.splits import folds_of, pick
 from .data.text import printable
 from .distributed import first
-from .files import write_atomically
 
 NOTES = "data.txt"  # in a run folder: what the user should know of its data
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from .config import PretrainConfig
 from .data.cache import VolumeCache
 from .data.errors import DataError, listed
 from .data.review import notices, spacing_recorded
-from .data.sampling import Shard, SliceBatch, TwoSubjects
+from .data.sampling import AnySlices, Shard, SliceBatch, TwoSubjects
 from .device import Device
 from .distributed import (
     first,
@@ -64,10 +65,13 @@ class Pretraining:
     """One run of pre-training."""
 
     def __init__(self, config: PretrainConfig, device: Device, cache: VolumeCache) -> None:
-        self.config, self.device, self.cache = config, device, cache
+        self.device, self.cache = device, cache
         self.seen = subjects(config, self.cache)
         self.corpus = Slices(self.cache, self.seen)
         self.log = RunLog(config, "pretrain", self.device.describe(), identity(config, self.cache))
+        step = config.slices * config.pairs * world() * config.optim.accumulate
+        optim = config.optim.for_slices(len(self.corpus.samples), step)
+        self.config = config = replace(config, optim=optim)
         torch.manual_seed(config.seed)
         self.method = METHODS[config.method](config.model, config.settings, self.corpus)
         first(self.keep_start)
@@ -86,12 +90,13 @@ class Pretraining:
         config = self.config
         own = Shard(rank(), world(), config.optim.accumulate)
         read = self.store is None
+        draw = TwoSubjects if config.sampling == "subjects" else AnySlices
         self.module = parallel(self.method, self.device.device)
         fit(
             self.module,
             [{"params": list(self.method.parameters())}],
             Task(self.prepare, self.loss),
-            TwoSubjects(self.cache, self.seen, config.slices, config.seed, config.pairs, own, read),
+            draw(self.cache, self.seen, config.slices, config.seed, config.pairs, own, read),
             without_loaders(config, self.store),
             self.log,
             self.device,

@@ -17,15 +17,15 @@ import torch
 import yaml
 
 import salkernels
+from salkernels._shared.files import write_atomically
+from salkernels._shared.revision import commit
 
 from .checkpoint import LAST, has_checkpoint
 from .config import Precision, RunConfig
 from .distributed import first, is_main, world
 from .errors import RunError
-from .files import write_atomically
 from .identity import Identity, read_identity, require_same, write_identity
 from .models.weights import ENCODER, MODEL
-from .revision import commit
 from .settings import damaged, read_record, read_settings
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 # What other packages call our settings: spelling does not lead from one to the other.
 CALLED = {
-    "learning_rate": "optim.lr", "epochs": "optim.steps", "iterations": "optim.steps",
+    "learning_rate": "optim.lr", "iterations": "optim.steps",
     "output": "out", "checkpoint": "encoder", "pretrained": "encoder", "lambda": "sal.lambda_",
     "weights": "encoder", "gpu": "device", "amp": "precision", "num_workers": "workers",
 }  # fmt: skip

@@ -31,8 +31,12 @@ def _stops(words, capsys) -> tuple[int, str, str]:
     [
         (["pretain"], "there is no command 'pretain'; did you mean pretrain?"),
         (["pretrain", "--stpes=5"], "there is no setting --stpes; did you mean --optim.steps?"),
-        (["pretrain", "--epochs=5"], "did you mean --optim.steps?"),
-        (["pretrain", "--preset=laptop"], "--preset must be one of phantom, mini, desk, acdc, chd"),
+        (["pretrain", "--iterations=5"], "did you mean --optim.steps?"),
+        (["pretrain", "--epochs=5"], "did you mean --optim.epochs?"),
+        (
+            ["pretrain", "--preset=laptop"],
+            "--preset must be one of phantom, mini, desk, acdc, chd, pcl",
+        ),
         (["pretrain", "--optim.name=sdg"], "sgd, adamw, got 'sdg'; did you mean sgd?"),
         (["pretrain", "--optim.lr=fast"], "--optim.lr must be a number, got 'fast'"),
         (["pretrain", "--seed=1.5"], "--seed must be a whole number, got '1.5'"),
@@ -162,7 +166,7 @@ def test_the_last_line_of_a_run_in_progress_is_shown(tmp_path, monkeypatch):
     monkeypatch.setattr(schedule, "_log", lambda cell, out: log)
 
     class Cell:
-        class config:  # noqa: N801
+        class config:
             out = tmp_path / "sal"
 
     assert schedule._last_line(Cell, tmp_path) == "starting"

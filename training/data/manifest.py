@@ -29,7 +29,8 @@ if __name__ == "__main__":
 
     leave_current_folder()
 
-from ..files import write_atomically
+from salkernels._shared.files import write_atomically
+
 from .datasets import DATASETS, DatasetInfo, Scan, require_own_files
 from .nifti import DataError, Spacing, Values, raise_problems
 from .patterns import matching, one_person

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from salkernels._shared.files import write_atomically
+
 from .. import finetune, pretrain
 from ..config import LabelledConfig, PretrainConfig
 from ..data.cache import VolumeCache
 from ..errors import RunError
-from ..files import write_atomically
 from ..identity import OPTION, Identity, differences, read_identity
 from ..models import load_encoder
 from ..settings import read_record

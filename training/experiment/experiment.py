@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import FinetuneConfig, PretrainConfig
+from ..config import FinetuneConfig, OptimConfig, PretrainConfig, RunConfig
 from ..identity import data_hash
 from ..inputs import open_dataset
 from ..probe import ENDPOINT
@@ -148,15 +148,31 @@ def _conditions(config: ExperimentConfig, cells: Sequence[Cell]) -> str:
         f"{run.model.width}), {_counted('seed', config.seeds)}"
     ]
     if pretraining:
-        parts.append(f"{pretraining.optim.steps:,} steps of pre-training")
+        parts.append(f"{_length(pretraining.optim)} of pre-training")
     if scoring:
         how = (
             f"{ENDPOINT} without fine-tuning; 3D Dice"
             if config.endpoint == "probe"
-            else f"{scoring.optim.steps:,} steps of fine-tuning; 3D Dice of the last weights"
+            else f"{_length(scoring.optim)} of fine-tuning; {_score(scoring)}"
         )
         parts.append(f"{how} on held-out subjects, mean (standard deviation) over {_units(config)}")
     return ", ".join(parts)
+
+
+def _length(optim: OptimConfig) -> str:
+    """How long a run is: "500 steps", or "30 passes over its slices (at least 500 steps)"."""
+    steps = f"{optim.steps:,} step{'s' * (optim.steps > 1)}"
+    if not optim.epochs:
+        return steps
+    return f"{optim.epochs:g} passes over the slices (at least {steps})"
+
+
+def _score(scoring: RunConfig) -> str:
+    """Which Dice of which weights."""
+    assert isinstance(scoring, FinetuneConfig)
+    pooled = "Dice pooled over voxels" if scoring.dice == "pooled" else "3D Dice"
+    last = scoring.select == "last"
+    return f"{pooled} of the {'last' if last else 'best (on the held-out subjects)'} weights"
 
 
 def _units(config: ExperimentConfig) -> str:

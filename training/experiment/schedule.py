@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 import salkernels
 import salkernels.training
+from salkernels._shared.files import write_atomically
 
 from ..checkpoint import stop_on_signal
 from ..data.saying import Rhythm, say
 from ..errors import RunError, Stopped
-from ..files import write_atomically
 from ..locks import in_use, sole_use
 from ..runlog import to_plain
 from ..startup import without_current_folder

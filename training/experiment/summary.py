@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from salkernels._shared.files import write_atomically
+from salkernels._shared.tabular import csv_text, markdown_table
+
 from ..errors import RunError
-from ..files import write_atomically
 from ..probe import ENDPOINT
 from ..runlog import ENVIRONMENT, read_metrics
 from ..settings import damaged, read_record
-from ..tabular import csv_text, markdown_table
 from .cells import Cell
 from .statistics import Difference, Summary, paired_difference, summarised
 from .tables import ALL, Table

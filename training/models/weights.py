@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from ..files import write_atomically
+from salkernels._shared.files import write_atomically
+
 from .unet import Encoder, UNet, UNetConfig
 
 KEY = "salkernels"  # of the entry in the header
