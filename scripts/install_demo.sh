@@ -22,7 +22,7 @@ if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then
 else
     export SALKERNELS_BUILD_CUDA="${SALKERNELS_BUILD_CUDA:-0}"
     say "No GPU is visible: the CPU build of torch, no CUDA kernels." \
-        "About 0.4 GB to download and 1.2 GB on disk, 3 to 5 minutes."
+        "About 0.3 GB to download and 1.3 GB on disk, 1 to 5 minutes."
 fi
 
 say "1 of 2: torch"

@@ -72,7 +72,7 @@ def test_without_a_gpu_the_demo_takes_the_cpu_build_and_no_cuda_kernels(venv):
     assert "config=/dev/null" in asked[0]
     assert second == "torch>=2.10", "what torch needs comes from the usual index"
     assert third == "-e .[training]"
-    assert "0.4 GB to download and 1.2 GB on disk, 3 to 5 minutes" in said
+    assert "0.3 GB to download and 1.3 GB on disk, 1 to 5 minutes" in said
     assert "Installed in" in said
 
 

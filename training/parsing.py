@@ -63,15 +63,16 @@ class Parser(ArgumentParser):
         self.exit(2)
         raise AssertionError("exit returned")
 
-    def format_help(self) -> str:
+    def format_help(self, *args: Any, **settings: Any) -> str:
         """For a parser with settings that matter most: these, and how to see the others."""
         if not self.first or self.whole:
-            return super().format_help()
+            return super().format_help(*args, **settings)
         name = self.prog.replace(" [options]", "")
         actions = {option: a for a in self._actions for option in a.option_strings or (a.dest,)}
         rows = [(option, actions[option.partition(" ")[0]]) for option in self.first]
         width = max(len(option) for option in self.first) + 2
-        lines = [f"usage: {name} {self.needed} [--SETTING VALUE ...]", "", self.description, ""]
+        lines = [f"usage: {name} {self.needed} [--SETTING VALUE ...]"]
+        lines += ["", self.description or "", ""]
         lines += ["what matters first:"]
         for option, action in rows:
             default = "" if action.default in (None, "", []) else f" (default: {action.default})"
