@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .config import PretrainConfig
 
 CLASS_COLOURS = ("#4fc3f7", "#ffb300", "#ef5350", "#66bb6a", "#ab47bc", "#8d6e63", "#26a69a")
+MOST_DOTS = 16  # on a side of a picture of matches
 MOST_SLICES = 16  # of a scan at once through a network: a CT has hundreds
 Array = npt.NDArray[Any]
 
@@ -182,9 +183,12 @@ def matches(out: Path, cache: VolumeCache, config: PretrainConfig) -> None:
     pair = slices[[first, first + apart]]
     for encoder in found.values():
         _settle_norms(encoder, slices[:: math.ceil(depth / MOST_SLICES)])
-    # The scale and window of SAL, whatever the method, so that methods can be compared.
+    # The scale and window of SAL, whatever the method, so that methods can be compared; of a coarse
+    # map the level before, with windows of the same part of the picture.
     scale = min(config.sal.scale, config.model.depth)
     window = min(config.sal.window_size, config.crop // 2 ** (scale - 1))
+    while scale > 1 and 2 * (config.crop // 2 ** (scale - 1)) <= MOST_DOTS:
+        scale, window = scale - 1, 2 * window
     fields = {title: match_field(found[title], scale, pair, window) for title in found}
     # 8 inches at 110 dpi: as wide as a page of a README, where letters of 8 points can be read.
     figure = _figure(8, 3.4)
