@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -164,11 +166,18 @@ class Finetuning:
         scores = evaluate(self.model, self.cache, start.fold.test, exact, progress=True)
         scores.pooled = config.dice == "pooled"
         write_scores(config.out, scores, for_results(about))
-        say("drawing figures")
-        from .figures import finetuning as finetuning_figures  # matplotlib takes seconds
-
         finetuning_figures(config.out, self.model, self.cache, start.fold.test, exact)
         return scores
+
+
+def finetuning_figures(
+    out: Path, model: UNet, cache: VolumeCache, subjects: Sequence[str], device: Device
+) -> None:
+    """All figures of a run."""
+    from .figures import finetuning  # matplotlib takes seconds, when it is used
+
+    say("drawing figures")
+    finetuning(out, model, cache, subjects, device)
 
 
 def identity(

@@ -146,9 +146,6 @@ class Pretraining:
         steps = config.optim.steps if self.method.trains else 0
         save_encoder(config.out / ENCODER, self.method.encoder, self.about(steps))
         if self.method.trains:
-            from .figures import pretraining as pretraining_figures  # matplotlib takes seconds
-
-            say("drawing figures")
             pretraining_figures(config.out, self.cache, config, self.method)
 
     def about(self, step: int) -> dict[str, Any]:
@@ -166,6 +163,16 @@ class Pretraining:
             "spacing": spacing_recorded(self.cache),
             "identity": self.log.identity.plain(),
         }
+
+
+def pretraining_figures(
+    out: Path, cache: VolumeCache, config: PretrainConfig, method: Method
+) -> None:
+    """All figures of a run."""
+    from .figures import pretraining  # matplotlib takes seconds, when it is used
+
+    say("drawing figures")
+    pretraining(out, cache, config, method)
 
 
 class Slices:

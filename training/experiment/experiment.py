@@ -16,7 +16,7 @@ from ..runlog import environment, to_plain
 from .audit import Audit, own_name, require_own_table
 from .cells import Cell, folds_by_seed, plan
 from .schedule import run_cells
-from .summary import collect, write
+from .summary import Results, collect, write
 from .tables import SCORED, TABLES, Endpoint, Table
 
 
@@ -109,12 +109,17 @@ def experiment(
         )
     finally:
         _report(config, table, cells, audit, name)
-        from .plots import draw  # matplotlib takes seconds, when it is used
-
-        say("drawing figures")
         results = collect(table, cells, audit)
         draw(results, _folder(config), config.document, _conditions(config, cells))
     return (_folder(config) / f"{config.document}.md").read_text()
+
+
+def draw(results: Results, folder: Path, name: str, conditions: str) -> list[Path]:
+    """All figures of an experiment; returns their paths."""
+    from . import plots  # matplotlib takes seconds, when it is used
+
+    say("drawing figures")
+    return plots.draw(results, folder, name, conditions)
 
 
 def _report(
