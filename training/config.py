@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass, field, make_dataclass, replace
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from .augment import AugmentConfig, Geometry
-from .data.manifest import DATASET_NAMES
+from .data.manifest import dataset_names
 from .data.preprocess import PreprocessConfig
-from .methods import METHODS
+from .methods import METHODS, Method
 from .models import UNetConfig
 from .wording import closest
 
@@ -132,9 +133,10 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
-        if self.dataset not in DATASET_NAMES:
+        if self.dataset not in dataset_names():
             raise ValueError(
-                f"unknown dataset {self.dataset!r}; expected one of {', '.join(DATASET_NAMES)}"
+                f"unknown dataset {self.dataset!r}; expected one of {', '.join(dataset_names())}, "
+                f"or one of a plug-in"
             )
         for name in ("log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
@@ -232,8 +234,8 @@ class PretrainConfig(RunConfig, MethodSettings):  # type: ignore[misc, valid-typ
         if self.method not in METHODS:
             close = closest(self.method, METHODS)
             raise ValueError(
-                f"unknown method {self.method!r}; expected one of {', '.join(METHODS)}"
-                + (f"; did you mean {close[0]}?" if close else "")
+                f"unknown method {self.method!r}; expected one of {', '.join(METHODS)}, or one of "
+                f"a plug-in" + (f"; did you mean {close[0]}?" if close else "")
             )
         if self.slices < 4 or self.slices % 2:
             raise ValueError(f"slices must be an even number of at least 4, got {self.slices}")
@@ -243,7 +245,36 @@ class PretrainConfig(RunConfig, MethodSettings):  # type: ignore[misc, valid-typ
         if self.leave_out_fold is not None:
             self.require_fold("leave_out_fold", self.leave_out_fold, self.num_folds)
         kind = METHODS[self.method]
+        if kind.Settings is not None and self.settings is None:
+            raise ValueError(
+                f"the settings of {self.method}, a plug-in, are no field of PretrainConfig; make "
+                f"the configuration with config.pretrain_config()(...)"
+            )
         kind.check(self.settings, self)
+
+
+def pretrain_config() -> type[PretrainConfig]:
+    """PretrainConfig with fields for the settings of all methods known by now: of plug-ins too."""
+    own = {field.name for field in fields(PretrainConfig)}
+    return _with_settings_of(tuple(item for item in METHODS.items() if item[0] not in own))
+
+
+@functools.cache
+def _with_settings_of(added: tuple[tuple[str, type[Method]], ...]) -> type[PretrainConfig]:
+    if not added:
+        return PretrainConfig
+    own = [
+        (name, kind.Settings, field(default_factory=kind.Settings))
+        for name, kind in added
+        if kind.Settings is not None
+    ]
+    made: type[PretrainConfig] = make_dataclass("PretrainConfig", own, bases=(PretrainConfig,))
+    words = "name of the pre-training method"
+    made.__doc__ = str(PretrainConfig.__doc__).replace(
+        f"{words}.", f"{words}: {', '.join(METHODS)}."
+    )
+    made.__module__ = __name__
+    return made
 
 
 @dataclass

@@ -39,6 +39,7 @@ from .inputs import open_dataset, tell
 from .locks import sole_use
 from .models import UNet, load_encoder, load_unet, save_unet
 from .models.weights import ENCODER, MODEL, weights_file
+from .plugins import used_by
 from .progress import say
 from .resident import resident, without_loaders
 from .runlog import RunLog
@@ -194,6 +195,7 @@ def identity(
         with_labels=labelled,
         held_out=fold.test,
         split=split_of(config, "fold", "num_folds", "split_seed"),
+        plugins=used_by(config),
     )
     if config.encoder is None or pretraining is None:
         return believed

@@ -34,6 +34,7 @@ from .inputs import open_dataset, subjects, tell
 from .methods import METHODS, Method, Outcome, Views
 from .models import save_encoder
 from .models.weights import ENCODER
+from .plugins import used_by
 from .progress import say
 from .resident import resident, without_loaders
 from .runlog import WARNINGS, RunLog, read_metrics
@@ -235,6 +236,7 @@ def identity(config: PretrainConfig, cache: VolumeCache) -> Identity:
         held_out=tuple(sorted(set(cache.subjects) - set(seen))),
         split=split_of(config, "leave_out_fold", "num_folds", "split_seed") if strict else {},
         strict=strict,
+        plugins=used_by(config),
     )
 
 
