@@ -21,13 +21,14 @@ from jsonargparse import ArgumentParser, Namespace
 from salkernels import __version__
 
 from . import plugins
-from .config import FinetuneConfig, Precision, ProbeConfig, RunConfig, pretrain_config
+from .config import FinetuneConfig, ProbeConfig, RunConfig, pretrain_config
 from .data.nifti import DataError
 from .data.text import printable
 from .distributed import require_one_process
 from .errors import RunError, Stopped
 from .experiment.launcher import add_options, launch_settings
 from .experiment.tables import TABLES, Endpoint
+from .options import add_allow_mismatch, evaluate_parser, predict_parser
 from .parsing import Parser, require_settings_files
 from .presets import BEST, FINETUNE, PRETRAIN, PresetName
 
@@ -167,8 +168,8 @@ def make_parser(arguments: Sequence[str]) -> Parser:
         sub.set_defaults({k: v for k, v in settings.items() if k.partition(".")[0] in own})
         parser.add_command(name, sub, help=text)
 
-    parser.add_command("evaluate", _evaluate_parser(), help="Dice of a fine-tuned model")
-    parser.add_command("predict", _predict_parser(), help="segment NIfTI images")
+    parser.add_command("evaluate", evaluate_parser(), help="Dice of a fine-tuned model")
+    parser.add_command("predict", predict_parser(), help="segment NIfTI images")
 
     show = Parser(description="Redraw the curves of a run and list its figures.")
     show.add_argument("run", type=Path, help="run folder")
@@ -183,42 +184,6 @@ def make_parser(arguments: Sequence[str]) -> Parser:
 
     text = "a table of the paper: pre-train every method, fine-tune on folds x M, compare"
     parser.add_command("experiment", _experiment_parser(preset, text), help=text)
-    return parser
-
-
-def _evaluate_parser() -> Parser:
-    parser = Parser(description="Dice of a fine-tuned model on labelled scans.")
-    _add_model(parser)
-    parser.add_argument("--data", type=Path, required=True, help="folder of the data set")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--cache", type=Path | None, default=None, help="preprocessed slices")
-    parser.add_argument(
-        "--subjects", type=str, nargs="+", default=None,
-        help="subjects to evaluate, or `all` that have labels; by default those that were held out "
-        "in fine-tuning, and all of a data set that has none of them",
-    )  # fmt: skip
-    parser.add_argument(
-        "--dataset", type=str | None, default=None,
-        help="layout of the data where it is not that of the training: acdc, chd or manifest",
-    )  # fmt: skip
-    parser.add_argument("--overwrite", type=bool, default=False, help="replace earlier scores")
-    plugins.add_option(parser)
-    _add_spacing(parser)
-    _add_allow_mismatch(parser)
-    return parser
-
-
-def _predict_parser() -> Parser:
-    parser = Parser(description="Label maps of NIfTI images, on the images' own grid.")
-    _add_model(parser)
-    parser.add_argument(
-        "--input", type=Path, nargs="+", required=True,
-        help="NIfTI files, folders of them (of any layout; label maps are left out), lists of "
-        "paths (.txt) or manifests (.json)",
-    )  # fmt: skip
-    parser.add_argument("--out", type=Path, required=True, help="folder for the label maps")
-    parser.add_argument("--overwrite", type=bool, default=False, help="replace existing files")
-    _add_spacing(parser)
     return parser
 
 
@@ -263,7 +228,7 @@ def _experiment_parser(preset: PresetName, text: str) -> Parser:
     parser.add_argument(
         "--baseline", type=str, default="", help="arm to compare with; by default the table's"
     )
-    _add_allow_mismatch(parser)
+    add_allow_mismatch(parser)
     parser.add_class_arguments(pretrain_config(), "pretrain", skip=SET_BY_EXPERIMENT)
     parser.add_class_arguments(FinetuneConfig, "finetune", skip=SET_BY_EXPERIMENT)
     for stage, presets in (("pretrain", PRETRAIN), ("finetune", FINETUNE)):
@@ -476,32 +441,6 @@ def _build(kind: type[Config], namespace: Namespace, **known: Any) -> Config:
     for name in set(vars(namespace)) - names:
         del plain[name]
     return kind(**vars(parser.instantiate(plain)), **known)
-
-
-def _add_model(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", type=Path, required=True, help="run folder of finetune, or model.safetensors"
-    )
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--precision", type=Precision, default="fp32", help="of the forward pass")
-
-
-def _add_spacing(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--spacing", type=float, default=0.0,
-        help="in-plane pixel size in mm of scans whose header records none",
-    )  # fmt: skip
-    parser.add_argument(
-        "--mixed_spacing", type=bool, default=False,
-        help="accept scans with a recorded spacing beside ones without",
-    )  # fmt: skip
-
-
-def _add_allow_mismatch(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--allow_mismatch", type=bool, default=False,
-        help="go on although data, split or encoder do not fit; the result says so",
-    )  # fmt: skip
 
 
 def _load_model(namespace: Namespace) -> Any:

@@ -8,6 +8,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from salkernels._shared.tabular import markdown_table
+
 from .closing import duration, warnings
 from .config import FinetuneConfig, PretrainConfig
 from .data.phantom import write_phantom
@@ -20,7 +22,6 @@ from .inputs import open_dataset
 from .models import load_unet
 from .models.weights import MODEL
 from .progress import say
-from .tabular import markdown_table
 
 SUBJECTS = 12
 JOBS = 2  # runs at a time: the random starts do not wait for pre-training

@@ -163,7 +163,7 @@ def test_times_are_words():
 
 def test_the_last_line_of_a_run_in_progress_is_shown(tmp_path, monkeypatch):
     log = tmp_path / "run.log"
-    monkeypatch.setattr(schedule, "_log", lambda cell, out: log)
+    monkeypatch.setattr(schedule, "log_of", lambda cell, out: log)
 
     class Cell:
         class config:

@@ -24,6 +24,7 @@ from .launcher import Launcher, Running, tell
 
 LAST_LINES = 15  # of a failed run's log, in the error message
 POLL = 0.2  # seconds
+MOST_TOLD = 4  # runs in progress whose last line is shown
 REFUSED = 2  # exit status of a run that would be refused again: settings, data
 
 
@@ -78,7 +79,7 @@ def run_cells(
                 raise RunError(f"{waiting[0].needs} is missing, which no planned run makes")
             time.sleep(launcher.interval if launcher else POLL)
             if running and rhythm.due():
-                _tell(bar, {cell.name: _last_line(cell, out) for cell in running})
+                _tell(bar, {cell.name: _last_line(cell, out) for cell in [*running][:MOST_TOLD]})
             if stop.signal:
                 for process in running.values():
                     process.send_signal(signal.SIGTERM)
