@@ -28,7 +28,7 @@ from .distributed import require_one_process
 from .errors import RunError, Stopped
 from .experiment.launcher import add_options, launch_settings
 from .experiment.tables import TABLES, Endpoint
-from .options import add_allow_mismatch, evaluate_parser, predict_parser
+from .options import add_allow_mismatch, demo_parser, evaluate_parser, predict_parser
 from .parsing import Parser, require_settings_files
 from .presets import BEST, FINETUNE, PRETRAIN, PresetName
 
@@ -129,12 +129,7 @@ def make_parser(arguments: Sequence[str]) -> Parser:
     parser.words = arguments
     preset = _named_preset(arguments)
 
-    demo = Parser(description="Phantom data, SAL pre-training, fine-tuning, comparison.")
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for all of it")
-    demo.add_argument("--draws", type=int, default=5, help="folds to fine-tune on")
-    demo.add_argument("--pretrain_steps", type=int, default=0, help="0: the phantom preset's")
-    demo.add_argument("--finetune_steps", type=int, default=0, help="0: the phantom preset's")
-    parser.add_command("demo", demo, help="run everything on a generated phantom")
+    parser.add_command("demo", demo_parser(), help="run everything on a generated phantom")
 
     kind, pretraining = pretrain_config(), {**PRETRAIN[preset], **BEST.get(preset, {})}
     for name, config, settings, text in (

@@ -11,6 +11,15 @@ from .config import Precision
 from .parsing import Parser
 
 
+def demo_parser() -> Parser:
+    parser = Parser(description="Phantom data, SAL pre-training, fine-tuning, comparison.")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for all of it")
+    parser.add_argument("--draws", type=int, default=5, help="folds to fine-tune on")
+    parser.add_argument("--pretrain_steps", type=int, default=0, help="0: the phantom preset's")
+    parser.add_argument("--finetune_steps", type=int, default=0, help="0: the phantom preset's")
+    return parser
+
+
 def evaluate_parser() -> Parser:
     parser = Parser(description="Dice of a fine-tuned model on labelled scans.")
     add_model(parser)

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,7 @@ def run_cells(
         nonlocal done
         done += 1
         bar.update()
-        if bar.disable:
-            say(f"{cell.name}: done, {done} of {len(cells)}")
+        _tell(bar, {cell.name: f"done, {done} of {len(cells)}"})
         finished(cell)
 
     with _only_one(out), bar, stop_on_signal() as stop:
@@ -72,14 +71,11 @@ def run_cells(
                     ended(cell)
                     continue
                 running[cell] = launcher.start(cell, out) if launcher else _start(cell, out)
-                if bar.disable:
-                    say(f"{cell.name}: started, {done} of {len(cells)} runs done")
-                bar.set_postfix_str("; ".join(c.name for c in running))
+                _tell(bar, {cell.name: f"started, {done} of {len(cells)} runs done"})
             if waiting and not running and not queue.possible():
                 raise RunError(f"{waiting[0].needs} is missing, which no planned run makes")
             time.sleep(launcher.interval if launcher else POLL)
-            if running and rhythm.due():
-                _tell(bar, {cell.name: _last_line(cell, out) for cell in [*running][:MOST_TOLD]})
+            _tell_now_and_then(bar, rhythm, running, out)
             if stop.signal:
                 for process in running.values():
                     process.send_signal(signal.SIGTERM)
@@ -101,6 +97,11 @@ def run_cells(
         log = log_of(failed, out)
         end = "\n".join(log.read_text(errors="replace").splitlines()[-LAST_LINES:])
         raise RunError(f"the run {failed.name} failed; its log {log} ends:\n{end}")
+
+
+def _tell_now_and_then(bar: tqdm[Any], rhythm: Rhythm, running: Iterable[Cell], out: Path) -> None:
+    if rhythm.due():
+        _tell(bar, {cell.name: _last_line(cell, out) for cell in [*running][:MOST_TOLD]})
 
 
 def _tell(bar: tqdm[Any], doing: dict[str, str]) -> None:
