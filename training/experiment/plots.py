@@ -179,7 +179,7 @@ def curve(results: Results) -> Figure | None:
             axes.axhline(level.mean, ls=":", color="C0", label=table.arm(without).label)
         axes.set_xticks(range(len(varied)), [f"{arm.value:g}" for arm in varied])
         axes.set(title=f"M = {m or 'all'}", xlabel=table.varies, ylabel=results.measure)
-        axes.legend(frameon=False, fontsize=8)
+    _legend(*panels)
     return figure
 
 
