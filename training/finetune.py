@@ -125,7 +125,7 @@ class Finetuning:
         self.best = BestOnTest(self.model, cache, start.fold, device.exact(), config)
 
     def fit(self) -> None:
-        """All steps; the model then has the weights that are to be kept."""
+        """Runs all steps; afterwards the model has the weights to keep."""
         config = self.config
         selects = config.select == "best-on-test"
         fit(

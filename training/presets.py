@@ -29,7 +29,7 @@ _DESK = {
     "model.width": 16,
 }
 # The field of the desk at 5/8 of its resolution: pre-training takes about a minute of one core.
-# For screening: what orders arms here is to be shown again on the desk.
+# For screening: an order of arms found here must be confirmed with `desk`.
 _MINI = {
     "preprocess.spacing": 4.48,
     "preprocess.unknown_zoom": 0.3125,
