@@ -63,6 +63,14 @@ def test_plain_pytorch():
     assert all(math.isfinite(loss) for loss in losses)
 
 
+def test_views_are_drawn_where_the_images_are():
+    """Of another device than the CPU there is always one: numbers drawn elsewhere are refused."""
+    from plain_pytorch import augment
+
+    images = torch.empty(4, 1, 8, 8, device="meta")
+    assert augment(images).device == images.device
+
+
 def test_lightning(tmp_path, monkeypatch):
     pytest.importorskip("lightning", reason="lightning is not installed (the interop extra)")
     from lightning_module import main
