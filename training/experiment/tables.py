@@ -222,6 +222,11 @@ TABLES: dict[str, Table] = {
                       sal__pairs="other"),
             _contrast("contrast-roll", "contrast, placebo: keys rolled by half a map",
                       sal__roll=True),
+            # The terms of VICReg on E's output, in that paper's proportion of 25 : 25 : 1.
+            _sal("sal-vicreg", "E, with variance and covariance (VICReg)",
+                 sal__variance=1.0, sal__covariance=0.04),
+            # Baselines of another kind: pixels against pixels of the other view, slices apart.
+            Arm("densecl", METHODS["densecl"].label, "densecl"),
             _sal("sal-noE-s3", "no E, s = 3", sal__embedding="none", sal__scale=3),
             _sal("sal-noE-s5", "no E, s = 5", sal__embedding="none", sal__scale=5),
         ),
