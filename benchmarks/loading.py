@@ -110,7 +110,7 @@ def _measure(config: Any, settings: Settings) -> Iterator[Row]:
 
 
 def _rates(samples: int, times: list[float]) -> Row:
-    """Of all batches together, since workers deliver in bursts; and what single batches reached."""
+    """Rate over all batches, since workers deliver in bursts, and percentiles of single batches."""
     low, high = np.quantile([samples / seconds for seconds in times], (0.2, 0.8))
     mean = samples * len(times) / sum(times)
     return {"samples_per_s": number(mean), "p20": number(low), "p80": number(high)}

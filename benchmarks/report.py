@@ -58,7 +58,7 @@ class Results:
         write_atomically(self.path, csv_of_records(self.columns, self.rows))
 
     def has(self, case: str, provider: str, machine: Row) -> bool:
-        """Whether this provider's answer for the case, on this machine and commit, is there."""
+        """Whether the file has this provider's answer for the case, machine and commit."""
         return any(
             row["case"] == case
             and row["provider"] == provider
@@ -76,7 +76,7 @@ def number(value: float) -> str:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """One table per case, fastest first, and the reasons of those who have no time."""
+    """One table per case, fastest first, and the reasons of providers without a time."""
     if not rows:
         return "No results.\n"
     cases = dict.fromkeys(row["case"] for row in rows)
@@ -139,7 +139,7 @@ def _case_table(rows: Sequence[Row]) -> str:
 
 
 def _variant(case: str) -> str:
-    """What the key of a case says beyond shape, dtype and layout."""
+    """The part of a case's key beyond shape, dtype and layout."""
     parsed = Case.parse(case)
     words = {"views": "", "scans": ", scan after scan"}[parsed.order]
     return words if parsed.threshold == THRESHOLD else f"{words}, t = {parsed.threshold:g}"

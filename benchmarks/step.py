@@ -159,7 +159,7 @@ class Parts:
 
 
 def _timed(parts: Parts, settings: Settings) -> dict[str, list[float]]:
-    """Seconds of each part in each round; the order is another in every round."""
+    """Seconds of each part in each round; in a new random order every round."""
     chosen = parts.all()
     times: dict[str, list[float]] = {name: [] for name in chosen}
     for _, _, run in chosen.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("benchmarks", "buildtools", "csrc", "docs", "salkernels", "tests", "tools", "training")
 KINDS = {".py", ".cpp", ".h", ".cu", ".cuh"}
 FILE, FUNCTION = 500, 60
+# "Eq. 2 there" makes the reader look for what "there" is.
+FILE_NAME = Path(__file__).name
+NAMELESS = re.compile(r"\b(?:Eqs?|Sec|Table|Fig)\. *\d[\d. to]* there\b")
 
 pytestmark = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="needs a source tree")
 
@@ -50,6 +54,19 @@ def test_functions_are_short():
         if count >= FUNCTION
     }
     assert not long, f"expected functions of fewer than {FUNCTION} lines, got {long}"
+
+
+def test_equations_are_named_with_their_paper():
+    pages = [path for path in (ROOT / "docs").rglob("*.md") if path.is_file()]
+    found = {
+        path.relative_to(ROOT).as_posix(): words
+        for path in [*sources(), *pages]
+        if (words := NAMELESS.findall(path.read_text(encoding="utf-8"))) and path.name != FILE_NAME
+    }
+    assert not found, "expected such as 'Eq. 2 of Peng et al.'"
+    assert NAMELESS.search("the loss (Eq. 1 there) over 2n views")
+    assert NAMELESS.search("that of Eqs. 3 to 5 there:")
+    assert not NAMELESS.search("Eq. 1 of Chen et al., and there is more")
 
 
 def test_lengths_leave_out_docstrings_alone():

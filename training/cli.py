@@ -344,11 +344,11 @@ def run_evaluate(namespace: Namespace) -> None:
 
 
 def run_predict(namespace: Namespace) -> None:
-    from .predict import predict
+    from .predict import predict_files
 
     model, about, device = _load_model(namespace)
     options = {name: namespace[name] for name in ("overwrite", "spacing", "mixed_spacing")}
-    predict(model, about, namespace.input, namespace.out, device, **options)
+    predict_files(model, about, namespace.input, namespace.out, device, **options)
 
 
 def run_cache(namespace: Namespace) -> None:

@@ -6,14 +6,16 @@ import functools
 import math
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from .augment import AugmentConfig, Geometry
 from .data.manifest import dataset_names
 from .data.preprocess import PreprocessConfig
 from .methods import METHODS, Method
 from .models import UNetConfig
+from .presets import STARTS, build
 
+Config = TypeVar("Config")
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 SegmentationLoss = Literal["dice+ce", "ce"]
 
@@ -131,7 +133,26 @@ class RunConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
 
+    STAGE: ClassVar[str] = "finetune"  # whose presets it starts from
+
+    @classmethod
+    def preset(cls: type[Config], name: str, **changes: Any) -> Config:
+        """The settings that `--preset NAME` gives on the command line, with changes.
+
+        Args:
+            name: "phantom", "mini", "desk", "acdc" or "chd".
+            changes: settings by name; those of a part as `optim__steps=100`.
+
+        Raises:
+            ValueError: there is no such preset, or a value does not do.
+            TypeError: there is no such setting.
+        """
+        return build(cls, STARTS[cls.STAGE], name, changes)  # type: ignore[attr-defined]
+
     def __post_init__(self) -> None:
+        for name in ("data", "out", "cache", "splits", "encoder"):
+            if isinstance(value := getattr(self, name, None), str):
+                setattr(self, name, Path(value))
         if self.dataset not in dataset_names():
             raise ValueError(
                 f"unknown dataset {self.dataset!r}; expected one of {', '.join(dataset_names())}, "
@@ -207,6 +228,8 @@ class PretrainConfig(RunConfig, MethodSettings):  # type: ignore[misc, valid-typ
 
     And the settings of each method, under its name.
     """
+
+    STAGE: ClassVar[str] = "pretrain"
 
     method: str = "sal"
     slices: int = 16

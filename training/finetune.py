@@ -10,6 +10,7 @@ from monai.losses import DiceCELoss
 from torch import Tensor
 
 from .augment import augment
+from .callable_module import make_callable
 from .config import FinetuneConfig, LabelledConfig, SegmentationLoss
 from .data.cache import VolumeCache, require_labels
 from .data.manifest import dataset_info
@@ -47,7 +48,20 @@ from .transfer import to_device
 
 
 def finetune(config: FinetuneConfig) -> Scores:
-    """Runs fine-tuning and evaluation in `config.out`."""
+    """Fine-tunes a U-Net on a few labelled subjects and scores it, as the command `finetune` does.
+
+    Args:
+        config: such as `FinetuneConfig.preset("desk", data="acdc", encoder="runs/sal", labelled=2,
+            out="runs/m2")`.
+
+    Returns:
+        The `Scores` on the held-out subjects, with `scores.mean`, `scores.per_class()`, and a row
+        for each scan. The model is in `config.out`/model.safetensors.
+
+    Raises:
+        RunError: `config.out` holds another run; the encoder does not fit.
+        DataError: the data cannot be read, or lack labels.
+    """
     device = Device.of(config)
     cache = open_dataset(config)
     start = Start.of(config, cache)
@@ -111,7 +125,7 @@ class Finetuning:
         self.best = BestOnTest(self.model, cache, start.fold, device.exact(), config)
 
     def fit(self) -> None:
-        """All steps; the model then has the weights that are to be kept."""
+        """Runs all steps; afterwards the model has the weights to keep."""
         config = self.config
         selects = config.select == "best-on-test"
         fit(
@@ -296,3 +310,6 @@ def about_labelled(
         "held_out": list(fold.test),
         "seed": config.seed,
     }
+
+
+make_callable(__name__)  # so that `salkernels.training.finetune` is this module, and the function

@@ -37,7 +37,7 @@ def open_dataset(config: RunConfig) -> VolumeCache:
 
 
 def subjects(config: PretrainConfig, cache: VolumeCache) -> tuple[str, ...]:
-    """The subjects that pre-training sees: all, unless a fold is to be left out."""
+    """The subjects that pre-training sees: all, or all outside the fold that is left out."""
     if config.leave_out_fold is None:
         return tuple(cache.subjects)
     folds = folds_of(cache, config.num_folds, config.split_seed, config.splits)
@@ -46,7 +46,7 @@ def subjects(config: PretrainConfig, cache: VolumeCache) -> tuple[str, ...]:
 
 
 def tell(out: Path, lines: Sequence[str]) -> None:
-    """Says on the screen, and in `out`/data.txt, what is to be known of the data."""
+    """Prints the notes on the data, and writes them to `out`/data.txt."""
     for line in lines:
         tqdm.write(f"note: {printable(line)}", file=sys.stderr)
     if lines:

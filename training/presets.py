@@ -6,7 +6,10 @@ replace more.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import difflib
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any, Literal, TypeVar
 
 PresetName = Literal["phantom", "mini", "desk", "acdc", "chd", "pcl"]
 
@@ -26,7 +29,7 @@ _DESK = {
     "model.width": 16,
 }
 # The field of the desk at 5/8 of its resolution: pre-training takes about a minute of one core.
-# For screening: what orders arms here is to be shown again on the desk.
+# For screening: an order of arms found here must be confirmed with `desk`.
 _MINI = {
     "preprocess.spacing": 4.48,
     "preprocess.unknown_zoom": 0.3125,
@@ -196,3 +199,53 @@ FINETUNE: dict[PresetName, dict[str, Any]] = {
         "dice": "pooled",
     },
 }
+
+# What the command line starts from, by stage.
+STARTS: dict[str, dict[PresetName, dict[str, Any]]] = {
+    "pretrain": {name: {**values, **BEST.get(name, {})} for name, values in PRETRAIN.items()},
+    "finetune": FINETUNE,
+}
+
+Config = TypeVar("Config")
+
+
+def build(
+    kind: type[Config],
+    presets: Mapping[Any, Mapping[str, Any]],
+    name: str,
+    changes: Mapping[str, Any],
+) -> Config:
+    """A configuration by a preset and changes: fields, those of a part as a.b or a__b.
+
+    Raises:
+        ValueError: there is no such preset, or a value does not do.
+        TypeError: there is no such setting.
+    """
+    if name not in presets:
+        raise ValueError(f"unknown preset {name!r}; expected one of {', '.join(presets)}")
+    whole: dict[str, Any] = {}
+    parts: dict[str, dict[str, Any]] = {}
+    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
+    # A probe has no loss and the like, which presets set for those that have.
+    settings = {key: v for key, v in presets[name].items() if key.partition(".")[0] in known}
+    settings |= {key.replace("__", "."): value for key, value in changes.items()}
+    for key, value in settings.items():
+        head, _, rest = key.partition(".")
+        if rest:
+            parts.setdefault(head, {})[rest] = value
+        else:
+            whole[head] = value
+    _require_known(set(whole) | set(parts), set(known), "")
+    for head, inner in parts.items():
+        make: Any = known[head].default_factory
+        base = whole.get(head) or make()
+        _require_known(set(inner), {field.name for field in fields(base)}, f"{head}.")
+        whole[head] = replace(base, **inner)
+    return kind(**whole)
+
+
+def _require_known(given: set[str], known: set[str], prefix: str) -> None:
+    for name in sorted(given - known):
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"; did you mean {prefix}{near[0]}?" if near else ""
+        raise TypeError(f"there is no setting {prefix}{name}{hint}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .callable_module import make_callable
 from .config import PretrainConfig
 from .data.cache import VolumeCache
 from .data.errors import DataError, listed
@@ -45,7 +46,17 @@ INITIAL = "encoder_initial.safetensors"
 
 
 def pretrain(config: PretrainConfig) -> Path:
-    """Runs pre-training in `config.out` and returns the path of the encoder's weights.
+    """Pre-trains an encoder on scans without labels, as the command `pretrain` does.
+
+    Args:
+        config: such as `PretrainConfig.preset("desk", data="acdc", out="runs/sal")`.
+
+    Returns:
+        The path of the encoder's weights, `config.out`/encoder.safetensors.
+
+    Raises:
+        RunError: `config.out` holds another run; the device does not do.
+        DataError: the data cannot be read.
 
     Under torchrun the processes share each step: see `distributed`.
     """
@@ -161,6 +172,7 @@ class Pretraining:
             "num_folds": config.num_folds,
             "split_seed": config.split_seed,
             "scans": len(self.cache.volumes),
+            "preprocess": asdict(config.preprocess),
             "spacing": spacing_recorded(self.cache),
             "identity": self.log.identity.plain(),
         }
@@ -251,3 +263,6 @@ class CollapseWatch:
                     file.write(f"{kind}: {sentence}\n")
                 tqdm.write(f"warning: {sentence}", file=sys.stderr)
         return now
+
+
+make_callable(__name__)  # so that `salkernels.training.pretrain` is this module, and the function

@@ -69,7 +69,7 @@ class TwoSubjects(Dataset[SliceBatch]):
     """Pre-training batches: n/2 slices from one scan of each of two subjects (paper, Sec. 2.4).
 
     A scan with fewer than n/2 slices is drawn from with replacement. With several pairs of subjects
-    in a step, be it in one batch, on other processes or in later batches, no subject comes twice
+    in a step, whether in one batch, on other processes or in later batches, no subject comes twice
     before all have come; so a scan's slices are never on two processes while there are enough.
     """
 

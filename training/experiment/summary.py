@@ -318,7 +318,7 @@ def _explained(results: Results, baseline: str) -> str:
     if any(results.best_of(m)[1] for m in results.labelled):
         best = (
             " The highest is marked as the best of n, with the p of n tries (Bonferroni): that "
-            "choice flatters its mean and interval, so it is to be run again with fresh seeds."
+            "choice flatters its mean and interval, so it must be confirmed with fresh seeds."
         )
     if results.unit == "fold":
         return (

@@ -16,7 +16,6 @@ from salkernels import (
     positional_positives,
     slice_pairs,
     wla_contrast,
-    wla_loss,
     wla_set_loss,
 )
 
@@ -392,19 +391,17 @@ def alignment(
 
     stop_gradient: keys get no gradient. roll: keys are rolled by half a map.
     """
-    if not (stop_gradient or roll):
-        return wla_set_loss(features, pairs, window_size, valid=valid)
-    # The operator on a set has one map, and one gradient, for both roles of a sample: gather the
-    # pairs instead.
-    query, key = (to_device(place, features.device) for place in pairs.nonzero(as_tuple=True))
-    keys, keys_valid = (features.detach() if stop_gradient else features), valid
-    if roll:
-        keys = rolled(keys)
-        keys_valid = None if valid is None else rolled(valid)
-    both = None
-    if valid is not None and keys_valid is not None:
-        both = valid[query], keys_valid[key]
-    return wla_loss(features[query], keys[key], window_size, valid=both)
+    if not roll:
+        return wla_set_loss(features, pairs, window_size, detach_keys=stop_gradient, valid=valid)
+    both = None if valid is None else (valid, rolled(valid))
+    return wla_set_loss(
+        features,
+        pairs,
+        window_size,
+        keys=rolled(features),
+        detach_keys=stop_gradient,
+        valid=both,
+    )
 
 
 def contrast(
