@@ -9,10 +9,10 @@ DEMO := $(VENV)/.demo
 SOURCES := pyproject.toml setup.py $(shell find csrc buildtools -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench docs lint types format clean
+.PHONY: help install demo test bench docs docs-serve lint types format clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 install: $(STAMP)  ## make the virtual environment and install the package with all extras
 
@@ -51,6 +51,9 @@ bench: $(STAMP)  ## time the loss against its peers (about 15 minutes on a quiet
 # Not --quiet: what is not logged is not counted as a warning either.
 docs: $(STAMP)  ## build the documentation into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: $(STAMP)  ## show the documentation at http://127.0.0.1:8000 while you write
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 lint: $(STAMP)  ## check format and style
 	$(BIN)/ruff format --check .

@@ -37,16 +37,18 @@ def main(steps: int = 30) -> BasicUNet:
     """Trains the contracting path for some steps; returns the network, ready for fine-tuning."""
     with tempfile.TemporaryDirectory() as folder:
         slices = Slices(phantom_files(folder))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     unet = BasicUNet(
         spatial_dims=2, in_channels=1, out_channels=4, features=(16, 16, 32, 64, 128, 16)
-    )
+    ).to(device)
     encoder = [unet.conv_0, unet.down_1, unet.down_2, unet.down_3, unet.down_4]
-    projection = nn.Linear(128, 64)
+    projection = nn.Linear(128, 64).to(device)
     trained = nn.ModuleList([*encoder, projection])
     optimiser = torch.optim.AdamW(trained.parameters(), lr=1e-3)
     sampler = TwoScans(slices, n=16, steps=steps)
     for batch in DataLoader(TwoViews(slices), batch_sampler=sampler, collate_fn=list_data_collate):
-        maps = [torch.as_tensor(batch["image"])]
+        batch = {key: torch.as_tensor(value).to(device) for key, value in batch.items()}
+        maps = [batch["image"]]
         for level in encoder:
             maps.append(level(maps[-1]))
         features = maps[4]  # scale 4, at 1/8 of the resolution

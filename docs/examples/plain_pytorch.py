@@ -34,7 +34,7 @@ class Model(nn.Module):
 
 def augment(images: Tensor) -> Tensor:
     """Another contrast, brightness and noise for each slice; its pixels stay where they are."""
-    gain, bias = torch.rand(2, len(images), 1, 1, 1)
+    gain, bias = torch.rand(2, len(images), 1, 1, 1, device=images.device)
     return (0.8 + 0.4 * gain) * images + 0.4 * (bias - 0.5) + 0.05 * torch.randn_like(images)
 
 
@@ -42,11 +42,14 @@ def main(steps: int = 30) -> list[float]:
     """Trains for some steps; returns the loss of each."""
     with tempfile.TemporaryDirectory() as folder:
         data = Slices(phantom_files(folder))
-    model = Model().to(memory_format=torch.channels_last)  # the layout that the loss reads fastest
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # channels_last is the layout that the loss reads fastest.
+    model = Model().to(device, memory_format=torch.channels_last)
     criterion = salkernels.SALLoss(window_size=2, lambda_=1.0, t=0.35)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
     for batch in DataLoader(data, batch_sampler=TwoScans(data, n=16, steps=steps)):
+        batch = {key: value.to(device) for key, value in batch.items()}
         # Both views of all slices: the other view of a slice is one of its partners.
         images = torch.cat((augment(batch["image"]), augment(batch["image"])))
         images = images.contiguous(memory_format=torch.channels_last)

@@ -85,6 +85,14 @@ def test_plain_pytorch():
     assert all(math.isfinite(loss) for loss in losses)
 
 
+def test_views_are_drawn_where_the_images_are():
+    """Of another device than the CPU there is always one: numbers drawn elsewhere are refused."""
+    from plain_pytorch import augment
+
+    images = torch.empty(4, 1, 8, 8, device="meta")
+    assert augment(images).device == images.device
+
+
 def test_use_elsewhere():
     pytest.importorskip("segmentation_models_pytorch", reason="the interop extra is not installed")
     names = runpy.run_path(str(EXAMPLES / "use_elsewhere.py"))

@@ -49,6 +49,17 @@ def test_every_public_name_is_in_the_reference():
     assert shown == set(salkernels.__all__) - {"__version__"}
 
 
+def test_the_citation_is_of_this_version_and_paper():
+    page = (DOCS / "cite.md").read_text()
+    cff = (ROOT / "CITATION.cff").read_text()
+    assert f"version = {{{salkernels.__version__}}}" in page
+    assert f"version: {salkernels.__version__}" in cff
+    for text in ("Self-supervised Alignment Learning for Medical Image Segmentation", "2406.15699"):
+        assert text in page
+        assert text in cff
+    assert page.count("@") == 2
+
+
 def test_every_equation_of_a_docstring_can_be_shown():
     pytest.importorskip("latex2mathml", reason="the docs extra is not installed")
     from latex2mathml.converter import convert
