@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -103,11 +104,12 @@ def test_every_flag_in_the_pages_exists(capsys):
     from salkernels.training.cli import COMMANDS
     from salkernels.training.cli import main as train
     from salkernels.training.data.manifest import main as manifest
+    from salkernels.training.parsing import HELP_ALL
 
-    programs = [(train, [command]) for command in COMMANDS] + [(manifest, [])]
-    for program, command in programs:
-        with pytest.raises(SystemExit):
-            program([*command, "--help"])
+    programs = [(train, [command, what]) for command in COMMANDS for what in ("--help", HELP_ALL)]
+    for program, words in [*programs, (manifest, ["--help"])]:
+        with suppress(SystemExit):
+            program(words)
     known = set(re.findall(r"--[a-z][\w.]*", capsys.readouterr().out))
     assert len(known) > 60
     known |= {"--config_file", "--dataset_dir", "--output_dir"}  # of a MONAI bundle
