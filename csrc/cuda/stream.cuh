@@ -93,25 +93,23 @@ struct ListedPair {
 // How many parts a row of a tile falls into, or a column: the warps that share it.
 constexpr int kRowParts = kTile / kWarpColumns, kColumnParts = kTile / kWarpRows;
 
-// The pairs that a block works on.
+// The pairs that a block works on. Of both directions the query is the sample that comes first,
+// also where the other direction alone is asked for: the same bits whatever else is listed.
 struct StreamPairs {
   ListedPair pair;
-  int64_t slot, reverse;  // of the other direction; -1: it is not asked for here
+  int64_t slot, reverse;  // of this direction, and of the other; -1: not asked for
   bool other_block;       // which has this pair as the reverse of its own
 
   __device__ static StreamPairs of(const Problem& p, int64_t slot) {
     StreamPairs all{ListedPair::of(p, slot), slot, -1, false};
-    const ListedPair& pair = all.pair;
-    if (pair.query < 0 || !p.tiling.both || pair.query == pair.key) return all;
+    const int64_t group = all.pair.group, query = all.pair.query, key = all.pair.key;
+    if (query < 0 || !p.tiling.both || query == key) return all;
     const int64_t samples = p.maps[0].samples;
-    const int64_t place = (pair.group * samples + pair.key) * samples + pair.query;
+    const int64_t place = (group * samples + key) * samples + query;
     const int64_t at = pairs_before(p, place);
-    if (at >= p.num_pairs || pair_place(p, at) != place) return all;
-    if (at < slot) {
-      all.other_block = true;
-    } else {
-      all.reverse = at;
-    }
+    const bool listed = at < p.num_pairs && pair_place(p, at) == place;
+    if (query > key) return {{group, key, query}, -1, slot, listed};
+    if (listed) all.reverse = at;
     return all;
   }
 };
@@ -277,7 +275,9 @@ __device__ void stream(const Problem& p) {
       if (both) merge_keys(shared, keys + column, columns);
     }
     if (both) __syncthreads();
-    store_rows(p, shared, unit, shared.pairs.slot, row, pixels, best);
+    if (shared.pairs.slot >= 0) {
+      store_rows(p, shared, unit, shared.pairs.slot, row, pixels, best);
+    }
   }
   for (int i = threadIdx.x; both && i < count; i += kThreads) {
     store_found(p, unit, shared.pairs.reverse, i, keys[i]);

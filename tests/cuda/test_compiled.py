@@ -147,6 +147,21 @@ def test_ptx_loads_no_pixel_that_takes_no_part(window, compiled):
     }
 
 
+def test_ptx_of_both_directions_of_a_pair_by_one_block(compiled):
+    """Windows of 2 x 2 tiles. The pairs (0, 1) and (1, 0) share their products where there is
+    enough to do without; (2, 1) and (2, 2) have their own."""
+    query = maps(1, 3, 64, 12, 12)
+    pairs = torch.tensor([1, 3, 7, 8])
+    products = []
+    for room in (0, 1024):
+        compiled.stats.clear()
+        listed = torch.cat((pairs, pairs.new_full((room,), -1)))
+        compare(compiled, query, None, listed, None, (12, 12))
+        streamed = next(s for s in compiled.stats if "stream" in s["kernel"])
+        products.append(sum(executed for executed, _ in streamed["mma"].values()))
+    assert products[1] == 0.75 * products[0]
+
+
 def test_ptx_of_gradients_of_any_kind(compiled):
     for window in ((2, 2), (6, 8)):
         query = maps(1, 5, 24, 6, 8)
