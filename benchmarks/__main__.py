@@ -8,9 +8,12 @@ from pathlib import Path
 
 import torch
 
+from salkernels._shared.files import write_atomically
+from salkernels._shared.tabular import read_csv
+
 from .cases import SUITES, SWEEPS, Case
 from .measure import Settings
-from .report import markdown, read
+from .report import markdown
 from .runner import RESULTS, Options, run, say
 
 SHORT_BUDGET, BUDGET = 0.2, 2.0
@@ -92,8 +95,8 @@ def main(words: list[str] | None = None) -> int:
     except ValueError as error:
         say(f"error: {error}")
         return 2
-    table = markdown(read(path))
-    path.with_suffix(".md").write_text(table)
+    table = markdown(read_csv(path))
+    write_atomically(path.with_suffix(".md"), table)
     print(table)
     try:
         from .plots import draw

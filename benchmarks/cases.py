@@ -31,7 +31,7 @@ class Problem(NamedTuple):
     window: int
 
     def gradient(self, loss: Tensor) -> Tensor:
-        """Of the loss by the features; in fp16 times `FP16_SCALE`, as a GradScaler has it."""
+        """Gradient by the features; in fp16 times `FP16_SCALE`, as a GradScaler scales it."""
         scale = FP16_SCALE if self.features.dtype == torch.float16 else 1.0
         return torch.autograd.grad(loss, self.features, loss.new_full(loss.shape, scale))[0]
 

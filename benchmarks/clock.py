@@ -1,4 +1,4 @@
-"""Time on a GPU: what the device takes and what the host takes, apart from each other.
+"""Time on a GPU: device time and host time, measured separately.
 
 A call that is timed on an idle GPU is charged for the host, too: the device waits between kernels
 until the next one has been queued. So the device is kept busy until all of the call is in its
@@ -43,22 +43,22 @@ class Queue(Protocol):
     def mark(self) -> Event: ...
 
     def flush(self) -> None:
-        """Queues what leaves nothing of use in the cache."""
+        """Queues work that evicts the features from the cache."""
         ...
 
     def spin(self, seconds: float) -> None:
-        """Queues work of about so long."""
+        """Queues work that takes about this long."""
         ...
 
     def synchronise(self) -> None: ...
 
     def capture(self, run: Callable[[], object]) -> Callable[[], None]:
-        """What replays the device's part of `run` at once; raises if it cannot be captured."""
+        """Captures `run` as a graph and returns its replay; raises if it cannot be captured."""
         ...
 
 
 class Round(NamedTuple):
-    """One call, in the parts that its marks cut it into.
+    """One call, divided into parts by its marks.
 
     Args:
         device: seconds of each part on the device.
@@ -231,7 +231,7 @@ class HostEvent:
 
 @functools.cache
 def cuda_queue() -> CudaQueue:
-    """One for all: its buffer and its calibration are not made again for each case."""
+    """Shared by all cases, so that its buffer and its calibration are made once."""
     return CudaQueue()
 
 

@@ -16,7 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from .machine import describe, synchronise
+from salkernels._shared.files import write_atomically
+from salkernels._shared.tabular import markdown_table
+
+from .machine import conditions, describe, synchronise
 from .measure import Settings
 from .report import MACHINE, Results, Row, number
 
@@ -51,7 +54,7 @@ def measure_loading(
     results = Results(folder / f"{label}-loading.csv", COLUMNS, ("preset", "workers", "what"))
     results.add(named)
     table = _table(named)
-    results.path.with_suffix(".md").write_text(table)
+    write_atomically(results.path.with_suffix(".md"), table)
     return table
 
 
@@ -107,7 +110,7 @@ def _measure(config: Any, settings: Settings) -> Iterator[Row]:
 
 
 def _rates(samples: int, times: list[float]) -> Row:
-    """Of all batches together, since workers deliver in bursts; and what single batches reached."""
+    """Rate over all batches, since workers deliver in bursts, and percentiles of single batches."""
     low, high = np.quantile([samples / seconds for seconds in times], (0.2, 0.8))
     mean = samples * len(times) / sum(times)
     return {"samples_per_s": number(mean), "p20": number(low), "p80": number(high)}
@@ -115,16 +118,14 @@ def _rates(samples: int, times: list[float]) -> Row:
 
 def _table(rows: list[Row]) -> str:
     first = rows[0]
-    lines = [
-        f"Views per second, preset {first['preset']} ({first['batch']} views of {first['crop']} x "
-        f"{first['crop']} per batch, {first['scans']} scans, {first['batches']} batches); "
-        f"{first['processor']}, {first['threads']} threads, torch {first['torch']}, commit "
-        f"{first['commit']}.\n",
-        "| workers | what | views/s | of single batches, 20–80 % |",
-        "| --: | :-- | --: | --: |",
-    ]
-    lines += [
-        f"| {row['workers']} | {row['what']} | {row['samples_per_s']} | {row['p20']}–{row['p80']} |"
+    heading = ["workers", "what", "views/s", "of single batches, 20–80 %"]
+    cells = [
+        [row["workers"], row["what"], row["samples_per_s"], f"{row['p20']}–{row['p80']}"]
         for row in rows
     ]
-    return "\n".join(lines) + "\n"
+    return (
+        f"Views per second, preset {first['preset']} ({first['batch']} views of {first['crop']} x "
+        f"{first['crop']} per batch, {first['scans']} scans, {first['batches']} batches); "
+        f"{conditions(first)}\n\n"
+        f"{markdown_table([heading, *cells], 'rlrr')}\n"
+    )

@@ -5,9 +5,8 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from statistics import median
@@ -16,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 import salkernels
+from salkernels._shared.revision import commit
 
 PACKAGES = ("pykeops", "late-interaction-kernels", "flash-maxsim", "maxsim-cpu", "triton")
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}  # far beyond any cache
@@ -86,9 +86,17 @@ def describe(device: str, threads: int) -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "versions": "; ".join(versions),
-        "commit": commit(),
+        "commit": commit() or "",
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
+
+
+def conditions(row: Mapping[str, str]) -> str:
+    """What stands above a table: where its rows were measured, and of which commit."""
+    return (
+        f"{row['processor']}, {row['threads']} threads, torch {row['torch']}, "
+        f"commit {row['commit']}."
+    )
 
 
 def _cpu() -> str:
@@ -102,22 +110,3 @@ def _cpu() -> str:
 def _gpu() -> str:
     properties = torch.cuda.get_device_properties(0)
     return f"{properties.name}, {properties.total_memory >> 30} GiB, CUDA {torch.version.cuda}"
-
-
-def commit() -> str:
-    """Short commit of the working tree, with "+" if the code differs from it; "" outside git."""
-    here = Path(__file__).parent
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], cwd=here, capture_output=True, text=True, check=True
-        ).stdout
-
-    try:
-        name = git("rev-parse", "--short=10", "HEAD").strip()
-        # Results are written while this runs: only code counts as a difference.
-        code = [":/", ":(exclude,top)benchmarks/results"]
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", *code)
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return name + ("+" if changed.strip() else "")

@@ -125,12 +125,12 @@ def try_job(job: Job, case: Case, device: str, truth: str) -> Trial:
 
 
 def first_call(provider: Provider, problem: Problem, mode: str) -> float:
-    """Seconds of a call that nothing has prepared."""
+    """Seconds of the first call, before any warm-up."""
     return _seconds(functools.partial(run_once, provider, problem, mode), problem.features.device)
 
 
 def trial(provider: Provider, problem: Problem, mode: str, expected: verify.Truth) -> Trial:
-    """One call that has been prepared: is it right, and what does it take?"""
+    """One call after the warm-up: whether it is right, and its memory."""
     device = problem.features.device.type
     memory = PeakMemory(device)
     start = time.perf_counter()
@@ -145,7 +145,7 @@ def trial(provider: Provider, problem: Problem, mode: str, expected: verify.Trut
 
 
 def _seconds(run: Callable[[], object], device: str | torch.device) -> float:
-    """Of one call, from an idle device to an idle device."""
+    """Seconds of one call, from an idle device to an idle device."""
     synchronise(str(device))
     start = time.perf_counter()
     run()
@@ -186,7 +186,7 @@ class PeakMemory:
 
 
 def rounds_for(seconds: float, settings: Settings) -> int:
-    """As many as the budget allows, but a few at least: the fewer, the slower the provider."""
+    """As many as the budget allows, but at least a few; slow providers get fewer."""
     least = 5 if seconds < 1.5 else 3 if seconds < 5 else 2
     return int(min(max(settings.budget / max(seconds, 1e-9), least), settings.max_rounds))
 
@@ -194,7 +194,7 @@ def rounds_for(seconds: float, settings: Settings) -> int:
 def time_jobs(
     jobs: dict[Job, float], case: Case, settings: Settings
 ) -> Iterator[Rates | Job | tuple[Job, Times]]:
-    """Interleaved rounds of all jobs, so that drift of the machine hits all alike.
+    """Interleaved rounds of all jobs, so that drift of the machine affects all equally.
 
     Args:
         jobs: each with the seconds that a run is expected to take.
@@ -214,7 +214,7 @@ def time_jobs(
 def interleaved(
     jobs: dict[Job, float], problem: Problem, settings: Settings, graphs: bool = True
 ) -> Iterator[Job | tuple[Job, Times]]:
-    """The rounds of `time_jobs` on features that are there already; `graphs`: replay, too."""
+    """The rounds of `time_jobs` on existing features; `graphs`: also time their replay."""
     found = providers()
     queue = queue_for(settings.device)
     times = {job: Times() for job in jobs}

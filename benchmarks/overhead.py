@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 import salkernels
+from salkernels._shared.files import write_atomically
+from salkernels._shared.tabular import markdown_table
 
 from .cases import Problem
-from .machine import describe, synchronise
+from .machine import conditions, describe, synchronise
 from .measure import Settings
 from .provider import Run
 from .providers import providers
@@ -131,7 +133,7 @@ def measure_overhead(label: str, settings: Settings, folder: Path) -> str:
     results = Results(folder / f"{label}-overhead.csv", COLUMNS, ("call", "pass"))
     results.add(rows)
     table = _table(rows)
-    results.path.with_suffix(".md").write_text(table)
+    write_atomically(results.path.with_suffix(".md"), table)
     return table
 
 
@@ -167,18 +169,16 @@ def _row(
 
 
 def _table(rows: list[Row]) -> str:
-    lines = [
-        f"One call on {' x '.join(map(str, SHAPE))}, window {WINDOW}, fp32; "
-        f"{rows[0]['processor']}, {rows[0]['threads']} threads, torch {rows[0]['torch']}, "
-        f"commit {rows[0]['commit']}.\n",
-        "| call | pass | µs (20–80 %) | above the empty operator |",
-        "| :-- | :-- | --: | --: |",
-    ]
-    lines += [
-        f"| {row['call']} | {row['pass']} | {row['median_us']} ({row['p20_us']}–{row['p80_us']}) "
-        f"| {row['above_empty_us']} |"
+    shape = " x ".join(map(str, SHAPE))
+    heading = ["call", "pass", "µs (20–80 %)", "above the empty operator"]
+    cells = [
+        [row["call"], row["pass"], f"{row['median_us']} ({row['p20_us']}–{row['p80_us']})",
+         row["above_empty_us"]]
         if row["status"] == "ok"
-        else f"| {row['call']} | {row['pass']} | {row['status']} | |"
+        else [row["call"], row["pass"], row["status"], ""]
         for row in rows
-    ]
-    return "\n".join(lines) + "\n"
+    ]  # fmt: skip
+    return (
+        f"One call on {shape}, window {WINDOW}, fp32; {conditions(rows[0])}\n\n"
+        f"{markdown_table([heading, *cells], 'llrr')}\n"
+    )

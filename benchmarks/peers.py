@@ -1,4 +1,4 @@
-"""Kernels of others that compute the same row-max, on windows gathered for every pair.
+"""Kernels of other projects that compute the same row-max, on windows gathered for every pair.
 
 Late-interaction retrieval scores a query of L tokens against a document: the sum over its tokens of
 the largest cosine. With a window of one sample as query and the same window of its partner as

@@ -12,8 +12,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
+from salkernels._shared.tabular import read_csv
+
 from .cases import DESK, PAPER, Case
-from .report import Row, read
+from .report import Row
 
 # Colour and line by provider, the same in all figures; names that are not here get the rest.
 COLOURS = {
@@ -29,7 +31,7 @@ COLOURS = {
 
 def draw(path: Path) -> list[Path]:
     """Every figure that the rows suffice for; returns what was written."""
-    rows = [row for row in read(path) if row["status"] == "ok"]
+    rows = [row for row in read_csv(path) if row["status"] == "ok"]
     stem = path.with_suffix("")
     written = []
     for name, rows_of_figure, function in (

@@ -1,4 +1,4 @@
-"""Who computes the loss: plain torch in three ways, torch.compile of each, peers, our backends.
+"""The providers of the loss: plain torch in three ways, torch.compile of each, peers, our backends.
 
 Every provider is a function from a `Problem` to the mean loss over its pairs, differentiable with
 respect to the features unless it says otherwise. Letters: P pairs, S samples, T windows of a map,
@@ -26,7 +26,7 @@ def aligned(sim: Tensor) -> Tensor:
 
 
 def naive(problem: Problem) -> Tensor:
-    """The paper's text, word for word, for all pairs at once."""
+    """The paper's formula, literally, for all pairs at once."""
     features = widen(problem.features)
     x = F.normalize(features[problem.query], dim=1)  # (P, C, H, W)
     y = F.normalize(features[problem.key], dim=1)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from salkernels._shared.files import write_atomically
+from salkernels._shared.tabular import csv_of_records, markdown_table, read_csv
 
 from .cases import THRESHOLD, Case
 
@@ -40,7 +41,7 @@ class Results:
         self, path: Path, columns: Sequence[str] = COLUMNS, key: Sequence[str] = RESULT_KEY
     ) -> None:
         self.path, self.columns, self.key = path, tuple(columns), tuple(key)
-        self.rows: list[Row] = read(path) if path.exists() else []
+        self.rows: list[Row] = read_csv(path) if path.exists() else []
         unknown = set(self.rows[0]) - set(self.columns) if self.rows else set()
         if unknown:
             raise ValueError(
@@ -49,21 +50,15 @@ class Results:
             )
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Puts the rows in and writes the file, by a new file that then takes its name."""
+        """Puts the rows in and writes the file."""
         new = [{column: row.get(column, "") for column in self.columns} for row in rows]
         replaced = {self._name(row) for row in new}
         self.rows = [row for row in self.rows if self._name(row) not in replaced] + new
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = self.path.with_suffix(".csv.new")
-        with fresh.open("w", newline="") as file:
-            # Rows of an earlier version lack the columns that came later.
-            writer = csv.DictWriter(file, self.columns, restval="", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows)
-        os.replace(fresh, self.path)
+        # Rows of an earlier version lack the columns that came later.
+        write_atomically(self.path, csv_of_records(self.columns, self.rows))
 
     def has(self, case: str, provider: str, machine: Row) -> bool:
-        """Whether this provider's answer for the case, on this machine and commit, is there."""
+        """Whether the file has this provider's answer for the case, machine and commit."""
         return any(
             row["case"] == case
             and row["provider"] == provider
@@ -75,18 +70,13 @@ class Results:
         return tuple(row[column] for column in self.key)
 
 
-def read(path: Path) -> list[Row]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def number(value: float) -> str:
     """Four significant digits, "" for NaN."""
     return "" if value != value else f"{value:.4g}"
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """One table per case, fastest first, and the reasons of those who have no time."""
+    """One table per case, fastest first, and the reasons of providers without a time."""
     if not rows:
         return "No results.\n"
     cases = dict.fromkeys(row["case"] for row in rows)
@@ -128,11 +118,10 @@ def _case_table(rows: Sequence[Row]) -> str:
         f"### {first['suite']}: S = {first['samples']}, C = {first['channels']}, "
         f"{first['height']} x {first['width']}, window {first['window']}, "
         f"{first['pairs']} pairs, {first['dtype']}, {first['layout']}{_variant(first['case'])}\n",
-        f"| {' | '.join(heading)} |",
-        "| :-- |" + " --: |" * (len(heading) - 1),
     ]
     ranked = sorted(timed, key=lambda name: _milliseconds(timed[name].get("both")))
-    lines += [_line(name, timed[name], by_provider, on_gpu) for name in ranked]
+    body = [_cells(name, timed[name], by_provider, on_gpu) for name in ranked]
+    lines.append(markdown_table([heading, *body], "l" + "r" * (len(heading) - 1)))
     lines += [
         f"\n- {name}, {what}: **{row['status']}**"
         + (f" ({row['reason']})" if row["reason"] else "")
@@ -150,15 +139,15 @@ def _case_table(rows: Sequence[Row]) -> str:
 
 
 def _variant(case: str) -> str:
-    """What the key of a case says beyond shape, dtype and layout."""
+    """The part of a case's key beyond shape, dtype and layout."""
     parsed = Case.parse(case)
     words = {"views": "", "scans": ", scan after scan"}[parsed.order]
     return words if parsed.threshold == THRESHOLD else f"{words}, t = {parsed.threshold:g}"
 
 
-def _line(
+def _cells(
     name: str, passes: dict[str, Row], by_provider: dict[str, dict[str, Row]], on_gpu: bool
-) -> str:
+) -> list[str]:
     empty = dict.fromkeys(COLUMNS, "")
     forward, backward, both = (passes.get(p, empty) for p in ("forward", "backward", "both"))
     main = both if both["median_ms"] else forward
@@ -183,7 +172,7 @@ def _line(
         # Where the device had to wait for the host, its time is no time of the device alone.
         waits = " (device waits)" if main.get("queued") == "no" else ""
         cells += [f"{main['host_us']}{waits}", main["graph_ms"], main["first_s"]]
-    return "| " + " | ".join(cells) + " |"
+    return cells
 
 
 def _milliseconds(row: Row | None) -> float:

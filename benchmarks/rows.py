@@ -1,4 +1,4 @@
-"""What was measured as rows of a CSV file; the columns are those of `report`."""
+"""Measurements as rows of a CSV file, with the columns of `report`."""
 
 from __future__ import annotations
 

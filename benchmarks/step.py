@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from salkernels import gp_loss, positional_positives, slice_pairs, wla_set_loss
+from salkernels._shared.files import write_atomically
+from salkernels._shared.tabular import markdown_table
 
 from .loading import preset_config, write_small_phantom
-from .machine import describe, synchronise
+from .machine import conditions, describe, synchronise
 from .measure import Settings
 from .report import MACHINE, Results, Row, number
 
@@ -65,7 +67,7 @@ def measure_step(
     results = Results(folder / f"{label}-step.csv", COLUMNS, ("preset", "part"))
     results.add(rows)
     table = _table(rows)
-    (folder / f"{label}-step-{preset}.md").write_text(table)
+    write_atomically(folder / f"{label}-step-{preset}.md", table)
     return table
 
 
@@ -157,7 +159,7 @@ class Parts:
 
 
 def _timed(parts: Parts, settings: Settings) -> dict[str, list[float]]:
-    """Seconds of each part in each round; the order is another in every round."""
+    """Seconds of each part in each round; in a new random order every round."""
     chosen = parts.all()
     times: dict[str, list[float]] = {name: [] for name in chosen}
     for _, _, run in chosen.values():
@@ -194,18 +196,15 @@ def _rows(times: dict[str, list[float]], parts: Parts) -> list[Row]:
 
 def _table(rows: list[Row]) -> str:
     first = rows[0]
-    lines = [
+    heading = ["part", "on", "s", "20–80 %", "share"]
+    spreads = [f"{row['p20']}–{row['p80']}" if "p20" in row else "" for row in rows]
+    cells = [
+        [row["part"], row["on"], row["seconds"], spread, f"{row['share_percent']} %"]
+        for row, spread in zip(rows, spreads, strict=True)
+    ]
+    return (
         f"Parts of a step of SAL, preset {first['preset']}, {first['batch']} views, "
         f"{first['precision']}, each timed alone (median of rounds); the encoder on "
-        f"{first['views_timed']} views, scaled. {first['processor']}, {first['threads']} threads, "
-        f"torch {first['torch']}, commit {first['commit']}.\n",
-        "| part | on | s | 20–80 % | share |",
-        "| :-- | :-- | --: | --: | --: |",
-    ]
-    for row in rows:
-        spread = f"{row['p20']}–{row['p80']}" if "p20" in row else ""
-        lines.append(
-            f"| {row['part']} | {row['on']} | {row['seconds']} | {spread} | "
-            f"{row['share_percent']} % |"
-        )
-    return "\n".join(lines) + "\n"
+        f"{first['views_timed']} views, scaled. {conditions(first)}\n\n"
+        f"{markdown_table([heading, *cells], 'llrrr')}\n"
+    )

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from salkernels import backends, slice_pairs
+from salkernels._shared.files import write_atomically
+from salkernels._shared.tabular import markdown_table
 
 from .cases import THRESHOLD, Problem
-from .machine import describe, synchronise
+from .machine import conditions, describe, synchronise
 from .measure import Settings, run_once
 from .provider import Provider
 from .providers import providers
@@ -178,7 +180,7 @@ def measure_training(label: str, settings: Settings, folder: Path, window: int =
     results = Results(folder / f"{label}-training.csv", COLUMNS, ("loss", "window"))
     results.add(rows)
     table = _table(rows, problem)
-    results.path.with_suffix(".md").write_text(table)
+    write_atomically(results.path.with_suffix(".md"), table)
     return table
 
 
@@ -205,18 +207,16 @@ def _figures(step: list[float], alignment: list[float]) -> Row:
 
 def _table(rows: list[Row], problem: Problem) -> str:
     shape = " x ".join(str(extent) for extent in problem.features.shape)
-    lines = [
-        f"Step of pre-training, alignment loss on {shape}, window {problem.window}, "
-        f"{len(problem.query)} pairs; {rows[0]['processor']}, {rows[0]['threads']} threads, "
-        f"torch {rows[0]['torch']}, commit {rows[0]['commit']}.\n",
-        "| loss | step ms (20–80 %) | alignment loss alone ms | share of the step |",
-        "| :-- | --: | --: | --: |",
-    ]
-    lines += [
-        f"| {row['loss']} | {row['step_ms']} ({row['step_p20_ms']}–{row['step_p80_ms']}) "
-        f"| {row['alignment_ms']} | {row['share_percent']} % |"
+    heading = ["loss", "step ms (20–80 %)", "alignment loss alone ms", "share of the step"]
+    cells = [
+        [row["loss"], f"{row['step_ms']} ({row['step_p20_ms']}–{row['step_p80_ms']})",
+         row["alignment_ms"], f"{row['share_percent']} %"]
         if row["status"] == "ok"
-        else f"| {row['loss']} | {row['status']}: {row['reason']} | | |"
+        else [row["loss"], f"{row['status']}: {row['reason']}", "", ""]
         for row in rows
-    ]
-    return "\n".join(lines) + "\n"
+    ]  # fmt: skip
+    return (
+        f"Step of pre-training, alignment loss on {shape}, window {problem.window}, "
+        f"{len(problem.query)} pairs; {conditions(rows[0])}\n\n"
+        f"{markdown_table([heading, *cells], 'lrrr')}\n"
+    )

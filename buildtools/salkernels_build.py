@@ -253,7 +253,10 @@ class BuildExt(build_ext):
             target = objects / (source.replace("/", "_") + ".o")
             output = ["-c", str(ROOT / source), "-o", str(target)]
             if source.endswith(".cu"):
-                self._run([*nvcc_command(command), *output])
+                said = self._run([*nvcc_command(command), "-Xptxas=-v", *output])
+                log = nvcc.resource_log(ROOT, source, nvcc.architectures())
+                log.parent.mkdir(parents=True, exist_ok=True)
+                log.write_text(said, encoding="utf-8")
                 return str(target)
             arguments = [*COMPILE_FLAGS, *extra, "-isystem", str(torch / "include")]
             # Without it torch's headers do not declare what gives the current stream.
@@ -285,9 +288,10 @@ class BuildExt(build_ext):
         return [f"-L{stub}", "-ltorch_cuda", *directories, *runtime]
 
     @staticmethod
-    def _run(command: list[str]) -> None:
+    def _run(command: list[str]) -> str:
+        """Runs a command; what it says on stderr."""
         print(shlex.join(command))
-        subprocess.run(command, check=True, capture_output=True, text=True)
+        return subprocess.run(command, check=True, capture_output=True, text=True).stderr
 
 
 def nvcc_command(host_compiler: list[str]) -> list[str]:

@@ -7,10 +7,12 @@ CUDA_HOME               the toolkit, instead of the one on the PATH
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -137,6 +139,21 @@ def _visible() -> list[str]:
         return []
     text = _output("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
     return sorted(set(re.findall(r"^\d+\.\d$", text, flags=re.MULTILINE)))
+
+
+def resource_log(root: Path, source: str, compiled_for: Iterable[Architecture]) -> Path:
+    """Where what `ptxas -v` says of a source, registers and spills, is kept: the build writes it,
+    and the tests read it in place of a second compilation, which takes minutes.
+
+    Its name changes with the sources, the flags, nvcc and the architectures of machine code.
+    """
+    targets = [flag for a in compiled_for for flag in a._replace(ptx=False).flags()]
+    digest = hashlib.sha256(" ".join([version(), *FLAGS, *targets]).encode())
+    csrc = root / "csrc"
+    for path in [*sorted((csrc / "cuda").iterdir()), csrc / "geometry.h"]:
+        digest.update(path.read_bytes())
+    name = f"{Path(source).stem}-{digest.hexdigest()[:16]}.txt"
+    return root / "build" / "ptxas" / name
 
 
 def library_directories() -> list[str]:

@@ -1,4 +1,16 @@
 // How windows tile a map: shared by every C++ backend, on the host and on a device.
+//
+//      columns ->
+//      +----+----+----+--+
+//      | 0  | 1  | 2  | 3|   strip 0: `across` windows, of which the last may be narrower
+//      +----+----+----+--+
+//      | 0  | 1  | 2  | 3|   strip 1
+//      +----+----+----+--+
+//      | 0  | 1  | 2  | 3|   the last strip may be lower
+//      +----+----+----+--+
+//
+// Only windows at the right and lower edge differ in extent: within a strip, all but the last have
+// the same.
 #pragma once
 
 #include <cstdint>
@@ -38,7 +50,11 @@ struct Grid {
     return {row, column, rows, columns};
   }
 
-  // `argmax` counts in nominal columns, so that it can be read without knowing the edge.
+  // `argmax` counts in nominal columns, so that it can be read without knowing the edge:
+  //
+  //      nominal 2 x 3      at the edge, 2 x 2
+  //      0 1 2              pixels 0 1      offsets 0 1
+  //      3 4 5                     2 3              3 4
   SALKERNELS_HOST_DEVICE int64_t nominal_offset(int64_t pixel, int64_t columns) const {
     return columns == window_columns ? pixel
                                      : pixel / columns * window_columns + pixel % columns;

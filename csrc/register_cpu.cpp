@@ -1,5 +1,11 @@
 // The CPU operators as torch sees them, through the stable ABI: one binary serves torch 2.10 and
 // later, and every Python. The schemas stand in salkernels/schema.py.
+//
+//      match:           tensors -> Problem -> plan, work -> tiles, streamed pieces -> losses
+//      match_backward:  tensors -> Problem -> plan, work -> tiles, or norms and then gradients
+//
+// The units of work depend on shapes and pairs alone, and no two of them write the same element:
+// any number of threads gives the same bits.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -33,7 +39,8 @@ using salkernels::ScalarType;
 using salkernels::Sizes;
 using salkernels::Tensor;
 
-// The best instruction set of this machine, or the one named by SALKERNELS_CPU_ISA if it can run.
+// The best instruction set of this machine, or a lower one that SALKERNELS_CPU_ISA names, which the
+// tests do. v3 and v4 are the levels of the x86-64 ABI that the files are compiled for.
 const Kernels& choose_kernels() {
 #ifdef SALKERNELS_X86_LEVELS
   const char* name = std::getenv("SALKERNELS_CPU_ISA");
@@ -122,7 +129,8 @@ struct Free {
   void operator()(char* p) const { std::free(p); }
 };
 
-// Runs one kernel over all its items, in parallel, with scratch memory once per thread.
+// Runs one kernel over all its items, in parallel, with scratch memory once per thread: a unit
+// needs megabytes, and an allocation of that size for each would go to the system and back.
 template <class Item>
 void run_all(const Problem& problem, const std::vector<Item>& items,
              int64_t (*kernel)(const Problem&, const Item*, char*), bool serial) {
@@ -142,6 +150,8 @@ void run_all(const Problem& problem, const std::vector<Item>& items,
   }
 }
 
+// A pass of its own, since the windows of a pair belong to different tiles: each sum has its order
+// whatever thread computed a tile. The maxima were just written, and are small beside the features.
 void reduce_losses(Problem& problem, bool serial) {
   const auto run = [&](int64_t begin, int64_t end) {
     for (int64_t pair = begin; pair < end; ++pair) kernels().pair_loss(problem, pair);

@@ -17,11 +17,11 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from torch import Tensor
 from torch.nn import functional as F
 
 import salkernels
+from salkernels.plots import outline_windows
 from salkernels.training.data.datasets import DATASETS, read_scan
 from salkernels.training.data.phantom import write_phantom
 
@@ -91,34 +91,17 @@ def windows(height: int, width: int, window: int) -> Figure:
     for y in range(height):
         for x in range(width):
             axes[0].text(x, y, f"{number[0, y, x]}", ha="center", va="center", fontsize=8)
-    _outline_windows(axes[0], height, width, window, "black")
+    outline_windows(axes[0], height, width, (window, window), "black")
     axes[0].set_title(f"{height} × {width} map, ω = {window}: the numbers are those of argmax")
     return figure
 
 
 def matches(slices: Slices, window: int) -> Figure:
     """A slice, the one it is matched with, where the matches lie and how good they are."""
-    similarity, where = _match(slices.first, slices.near, window)
-    figure, axes = _figure(3, width=11, height=4)
-    row, column = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
-    titles = "query slice", "key slice, two further"
-    for ax, image, title in zip(axes, slices, titles, strict=False):
+    found = salkernels.align(features(slices.first), features(slices.near), window)
+    figure = salkernels.plot_matches(slices.first, slices.near, found, window, every=3)
+    for ax, title in zip(figure.axes, ("query slice", "key slice, two further"), strict=False):
         ax.set_title(title)
-        ax.imshow(image.numpy(), cmap="gray", vmax=float(image.quantile(0.98)))
-        _outline_windows(ax, SIDE, SIDE, window, "tab:cyan")
-    # Every third pixel, or nothing is to be seen; a dot has one colour in both pictures.
-    chosen = [(y, x) for y in range(1, SIDE, 3) for x in range(1, SIDE, 3)]
-    rows, columns = (torch.tensor(list(axis)) for axis in zip(*chosen, strict=True))
-    hue = torch.stack((columns / SIDE, 0.45 + 0.5 * rows / SIDE, torch.ones(len(chosen))), dim=1)
-    colours = hsv_to_rgb(hue.numpy())
-    axes[0].scatter(columns.numpy(), rows.numpy(), c=colours, s=14)
-    matched = where[rows, columns].numpy()
-    for (y, x), (to_y, to_x), colour in zip(chosen, matched.tolist(), colours, strict=True):
-        axes[1].plot([x, to_x], [y, to_y], color=colour, linewidth=1)
-    axes[1].scatter(matched[:, 1], matched[:, 0], c=colours, s=14)
-    picture = axes[2].imshow((1 - similarity).numpy(), cmap="magma", vmin=0, vmax=1)
-    axes[2].set_title(f"1 − max cos; its mean is the loss, {float((1 - similarity).mean()):.3f}")
-    figure.colorbar(picture, ax=axes[2], shrink=0.8)
     return figure
 
 
@@ -127,9 +110,9 @@ def window_sizes(slices: Slices) -> Figure:
     shown = (2, 6, SIDE)
     figure, axes = _figure(len(shown) + 1, width=12, height=3.4)
     for ax, window in zip(axes, shown, strict=False):
-        similarity, _ = _match(slices.first, slices.near, window)
+        similarity = salkernels.align(features(slices.first), features(slices.near), window)[0][0]
         ax.imshow((1 - similarity).numpy(), cmap="magma", vmin=0, vmax=1)
-        _outline_windows(ax, SIDE, SIDE, window, "tab:cyan")
+        outline_windows(ax, SIDE, SIDE, (window, window))
         whole = " (whole map)" if window == SIDE else ""
         ax.set_title(f"ω = {window}{whole}: {float((1 - similarity).mean()):.3f}")
     query = features(slices.first)
@@ -173,25 +156,12 @@ def pairs(t: float) -> Figure:
     return figure
 
 
-def _match(query: Tensor, key: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """Similarity (H, W) and position (H, W, 2), row and column, of each pixel's match."""
-    similarity, offset = salkernels.align(features(query), features(key), window)
-    return similarity[0], torch.stack(salkernels.match_pixels(offset[0], window), dim=-1)
-
-
 def _figure(columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for ax in axes:
         ax.set_axis_off()
     return figure, list(axes)
-
-
-def _outline_windows(ax: Axes, height: int, width: int, window: int, colour: str) -> None:
-    for y in range(0, height, window):
-        for x in range(0, width, window):
-            size = min(window, width - x), min(window, height - y)
-            ax.add_patch(Rectangle((x - 0.5, y - 0.5), *size, fill=False, color=colour))
 
 
 if __name__ == "__main__":

@@ -38,15 +38,18 @@ from .functional import (
     wla_set_loss,
 )
 from .matching import Matches, align, align_set, match_pixels
-from .modules import GPLoss, SALLoss, WLALoss
+from .modules import GPLoss, LALoss, SALLoss, WLALoss, WLASetLoss
 from .pairs import positional_positives, slice_pairs
+from .plots import plot_matches
 
 __all__ = [
     "GPLoss",
+    "LALoss",
     "Matches",
     "SALLoss",
     "SALTerms",
     "WLALoss",
+    "WLASetLoss",
     "__version__",
     "align",
     "align_set",
@@ -55,6 +58,7 @@ __all__ = [
     "gp_loss",
     "la_loss",
     "match_pixels",
+    "plot_matches",
     "positional_positives",
     "sal_loss",
     "slice_pairs",

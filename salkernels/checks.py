@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -25,6 +27,9 @@ FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WindowSize = int | Sequence[int]
 # Which pixels of two maps take part: one mask for both, or one for each; None means every pixel.
 Valid = Tensor | tuple[Tensor | None, Tensor | None] | None
+# Rows of one table, or of pairs of indices; and one number for each sample, or for all.
+Rows = Tensor | Sequence[Sequence[float]] | npt.NDArray[Any]
+Column = Tensor | Sequence[float] | npt.NDArray[Any] | float
 
 
 def values_visible(tensor: Tensor) -> bool:
@@ -50,6 +55,14 @@ def check_tensor(name: str, x: object) -> Tensor:
     return x
 
 
+# What features of other shapes may be, and how they become maps: see docs/training/own-loop.md.
+_OTHER_SHAPES = {
+    3: "; give one map as {name}[None], and tokens (samples, tokens, channels) of a transformer as "
+    "{name}.mT.unflatten(2, (rows, columns)), without the class token",
+    5: "; give volumes (samples, channels, depth, height, width) as the maps of their slices, "
+    "{name}.movedim(2, 1).flatten(0, 1), or compare them along another axis",
+}
+
 # Extents beyond this overflow the arithmetic of sizes long before they fit a memory: only maps that
 # are expanded, and have no memory of their own, can be so large.
 LARGEST_EXTENT = 2**31 - 1
@@ -61,7 +74,7 @@ def check_features(name: str, x: object) -> Tensor:
     if x.dim() != 4:
         raise ValueError(
             f"{name} must have 4 dimensions (samples, channels, height, width), "
-            f"got shape {tuple(x.shape)}"
+            f"got shape {tuple(x.shape)}{_OTHER_SHAPES.get(x.dim(), '').format(name=name)}"
         )
     if x.dtype not in FEATURE_DTYPES:
         raise TypeError(
@@ -186,9 +199,38 @@ def check_valid_pair(valid: object, x: Tensor) -> Tensor | None:
     return torch.stack([everything if mask is None else mask for mask in each], dim=1)
 
 
+def check_valid_each(valid: object, features: Tensor, keys: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(S, H, W) and (keys, H, W) bool for queries and keys of two sets, from one mask or two."""
+    if valid is None:
+        return None
+    if not isinstance(valid, (tuple, list)):
+        if len(keys) != len(features):
+            raise ValueError(
+                f"valid must be a pair of masks, one of the features and one of the keys, where "
+                f"there are {len(features)} and {len(keys)} of them; None in it means every pixel"
+            )
+        both = check_valid("valid", valid, features)
+        return None if both is None else (both, both)
+    if len(valid) != 2:
+        raise TypeError(
+            f"valid must be one tensor, or two, of features and of keys, got {len(valid)}"
+        )
+    if valid[0] is None and valid[1] is None:
+        return None
+    queries, others = (
+        maps.new_ones((maps.shape[0], *maps.shape[2:]), dtype=torch.bool) if own is None else own
+        for own, maps in zip(
+            (check_valid("valid[0]", valid[0], features), check_valid("valid[1]", valid[1], keys)),
+            (features, keys),
+            strict=True,
+        )
+    )
+    return queries, others
+
+
 def check_reduction(reduction: str) -> None:
-    if reduction not in ("mean", "none"):
-        raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
+    if reduction not in ("mean", "none", "sum"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
 
 
 def check_finite_number(
@@ -203,6 +245,25 @@ def check_finite_number(
             f"{name} must be a finite number {'>=' if inclusive else '>'} {above:g}, got {value}"
         )
     return value
+
+
+def check_number(
+    name: str, value: object, *, above: float, inclusive: bool = False
+) -> float | Tensor:
+    """As `check_finite_number`, or a tensor of one such number, which may be learnt: a scalar.
+
+    Its value is read only where that is free; where it is not, a wrong one shows in the loss.
+    """
+    if not isinstance(value, Tensor):
+        return check_finite_number(name, value, above=above, inclusive=inclusive)
+    if value.numel() != 1 or not value.dtype.is_floating_point:
+        raise TypeError(
+            f"{name} must be a number or a tensor of one floating-point number, got shape "
+            f"{tuple(value.shape)} of {value.dtype}"
+        )
+    if values_visible(value):
+        check_finite_number(name, value.item(), above=above, inclusive=inclusive)
+    return value.reshape(())
 
 
 def _number(name: str, value: object) -> float:
@@ -243,21 +304,17 @@ def check_threshold(t: object) -> float:
     return value
 
 
-def check_pairs(pairs: object, samples: int) -> Tensor:
-    """A square bool matrix, or weights >= 0, over the samples."""
-    pairs = check_tensor("pairs", pairs)
-    if pairs.shape != (samples, samples):
-        raise ValueError(
-            f"pairs must have shape (S, S) = ({samples}, {samples}) for {samples} samples, "
-            f"got {tuple(pairs.shape)}"
-        )
+def check_pairs(pairs: object, samples: int, keys: int | None = None) -> Tensor:
+    """A table (samples, keys) of bool or of weights >= 0; or integers (K, 2), which are indices.
+
+    keys: None where the samples themselves are the keys.
+    """
+    pairs = pairs if isinstance(pairs, Tensor) else _listed_pairs(pairs)
+    if not (pairs.dtype == torch.bool or pairs.dtype.is_floating_point):
+        return _check_indices(pairs, samples, samples if keys is None else keys)
+    _check_table("pairs", pairs, samples, keys)
     if pairs.dtype == torch.bool:
         return pairs
-    if not pairs.dtype.is_floating_point:
-        raise TypeError(
-            f"pairs must be bool, or floating-point weights, got {pairs.dtype}; "
-            f"use pairs.bool() for a mask or pairs.float() for weights"
-        )
     if values_visible(pairs) and not bool(((pairs >= 0) & pairs.isfinite()).all()):
         raise ValueError(
             f"weights in pairs must be finite and >= 0, got values from "
@@ -266,14 +323,66 @@ def check_pairs(pairs: object, samples: int) -> Tensor:
     return pairs
 
 
+def _check_table(
+    name: str, table: Tensor, samples: int, keys: int | None = None, of: str = "samples"
+) -> None:
+    if table.shape == (samples, samples if keys is None else keys):
+        return
+    if keys is None:
+        expected = f"(S, S) = ({samples}, {samples}) for {samples} {of}"
+    else:
+        expected = f"(S, keys) = ({samples}, {keys}) for {samples} {of} and {keys} keys"
+    raise ValueError(f"{name} must have shape {expected}, got {tuple(table.shape)}")
+
+
+def _listed_pairs(pairs: object) -> Tensor:
+    """Lists and arrays; an empty list holds no pair."""
+    pairs = as_tensor("pairs", pairs)
+    return pairs.new_empty((0, 2), dtype=torch.int64) if pairs.numel() == 0 else pairs
+
+
+def _check_indices(pairs: Tensor, samples: int, keys: int) -> Tensor:
+    """(K, 2) int64: query and key of each pair."""
+    if pairs.dtype.is_complex:
+        raise TypeError(f"pairs must be a table of bool or indices (K, 2), got {pairs.dtype}")
+    if pairs.dim() != 2 or pairs.shape[1] != 2:
+        raise ValueError(
+            f"pairs of {pairs.dtype} are indices (K, 2) of query and key, got shape "
+            f"{tuple(pairs.shape)}; use pairs.bool() for a table or pairs.float() for weights"
+        )
+    if values_visible(pairs) and len(pairs):
+        least, most = pairs.amin(dim=0).tolist(), pairs.amax(dim=0).tolist()
+        if min(least) < 0 or most[0] >= samples or most[1] >= keys:
+            raise ValueError(
+                f"indices in pairs must be in [0, {samples}) for queries and [0, {keys}) for keys, "
+                f"got {least[0]} to {most[0]} and {least[1]} to {most[1]}"
+            )
+    return pairs.long()
+
+
+def as_tensor(name: str, x: object, device: torch.device | None = None) -> Tensor:
+    """A tensor as it is; of lists, arrays and numbers a tensor."""
+    if isinstance(x, Tensor):
+        return x
+    if not isinstance(x, (list, tuple, np.ndarray)):
+        raise TypeError(
+            f"{name} must be a torch.Tensor, a list or an array, got {type(x).__name__}"
+        )
+    try:
+        return torch.as_tensor(x, device=device)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name} must hold numbers, in rows of one length; it cannot become a tensor: {error}"
+        ) from None
+
+
 def check_mask(name: str, mask: object, samples: int, of: str = "samples") -> Tensor:
     """A square bool matrix over the samples."""
-    mask = check_tensor(name, mask)
-    if mask.shape != (samples, samples):
-        raise ValueError(
-            f"{name} must have shape (S, S) = ({samples}, {samples}) for {samples} {of}, "
-            f"got {tuple(mask.shape)}"
-        )
+    if not isinstance(mask, Tensor):
+        mask = as_tensor(name, mask)
+        # In a list 0 and 1 are common; of a tensor integers may mean something else.
+        mask = mask if mask.dtype.is_floating_point else mask.bool()
+    _check_table(name, mask, samples, of=of)
     if mask.dtype != torch.bool:
         raise TypeError(f"{name} must be bool, got {mask.dtype}; use {name}.bool()")
     return mask
@@ -294,8 +403,11 @@ def check_embeddings(embeddings: object) -> Tensor:
 
 
 def check_per_sample(**columns: object) -> tuple[Tensor, ...]:
-    """One-dimensional tensors of one length on one device."""
-    tensors = {name: check_tensor(name, column) for name, column in columns.items()}
+    """One-dimensional tensors of one length on one device; lists and numbers become such."""
+    if all(isinstance(column, Tensor) for column in columns.values()):
+        tensors = cast("dict[str, Tensor]", columns)
+    else:
+        tensors = _columns(columns)
     shapes = {name: tuple(column.shape) for name, column in tensors.items()}
     if any(len(shape) != 1 for shape in shapes.values()) or len(set(shapes.values())) > 1:
         raise ValueError(f"expected one-dimensional tensors of one length, got shapes {shapes}")
@@ -303,6 +415,29 @@ def check_per_sample(**columns: object) -> tuple[Tensor, ...]:
     if len(set(devices.values())) > 1:
         raise ValueError(f"expected all tensors on one device, got {devices}")
     return tuple(tensors.values())
+
+
+def _columns(columns: dict[str, object]) -> dict[str, Tensor]:
+    """Lists beside tensors go to the tensors' device; a number stands for every sample."""
+    given = (column for column in columns.values() if isinstance(column, Tensor))
+    device = next((column.device for column in given), None)
+    numbers = {
+        name: column
+        for name, column in columns.items()
+        if isinstance(column, (Integral, float)) and not isinstance(column, bool)
+    }
+    tensors = {
+        name: as_tensor(name, column, device)
+        for name, column in columns.items()
+        if name not in numbers
+    }
+    if not tensors:
+        raise ValueError(f"one of {', '.join(columns)} must have an entry for each sample")
+    like = next(iter(tensors.values()))
+    for name, number in numbers.items():
+        plain = number if isinstance(number, float) else int(number)
+        tensors[name] = torch.full(like.shape, plain, device=like.device)
+    return {name: tensors[name] for name in columns}
 
 
 def check_integers(name: str, x: Tensor) -> None:

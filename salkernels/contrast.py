@@ -8,12 +8,14 @@ from torch.nn import functional as F
 
 from . import backends
 from ._pair_list import PairList, to_device
+from ._temperature import LEAST_TEMPERATURE, with_temperature
 from .checks import (
+    Rows,
     Valid,
     WindowSize,
     check_features,
-    check_finite_number,
     check_mask,
+    check_number,
     check_reduction,
     check_same_kind,
     check_same_shape,
@@ -29,10 +31,10 @@ from .reference import Outputs, no_match
 
 def wla_contrast(
     features: Tensor,
-    positives: Tensor,
-    negatives: Tensor,
+    positives: Rows,
+    negatives: Rows,
     window_size: WindowSize,
-    temperature: float = 0.1,
+    temperature: float | Tensor = 0.1,
     *,
     keys: Tensor | None = None,
     valid: Valid = None,
@@ -62,12 +64,13 @@ def wla_contrast(
             as those at other levels of any scan. The diagonal is ignored. A sample without
             negatives has no loss, and counts in the mean.
         window_size: ω, as in `wla_loss`.
-        temperature: τ > 0, which divides cosines before the exponential.
+        temperature: τ > 0, which divides cosines before the exponential: a number, or a tensor of
+            one, which may be learnt (1/1024 < τ; features are then copied, with their norms).
         keys: (S, C, H, W) maps in which matches and negatives are looked for, if they are not
             `features` themselves: `features.detach()`, say, or maps of a momentum encoder.
         valid: (S, H, W) bool, which pixels of each sample take part, as in `wla_set_loss`. With
             `keys` it may be a pair: of the features, and of the keys.
-        reduction: "mean" over the pairs, or "none".
+        reduction: "mean" over the pairs, "sum" of their losses, or "none".
         eps: as in `wla_loss`.
         backend: as in `wla_loss`. Where it has no kernel for the negatives yet (`explain` tells),
             it computes the matches and `reference` the rest.
@@ -85,7 +88,7 @@ def wla_contrast(
     positives = check_mask("positives", positives, len(features))
     negatives = _check_negatives(negatives, positives)
     window = check_window(window_size, features.shape[2], features.shape[3])
-    temperature = check_finite_number("temperature", temperature, above=0.0)
+    temperature = check_number("temperature", temperature, above=0.0)
     check_reduction(reduction)
     if keys is None:
         valid = check_valid("valid", valid, features)
@@ -100,10 +103,16 @@ def wla_contrast(
     found = match_set(features, chosen, valid, window, eps, backend, keys)
     against = PairList.of(negatives, features.device)
     name = backends.select(backend, features, keys, window)
-    lse = window_lse(*grouped(features, keys, valid, against), window, temperature, eps, name)
+    if isinstance(temperature, Tensor):
+        scaled = with_temperature(features, keys, valid, temperature, eps)
+        lse = window_lse(*grouped(*scaled, against), window, LEAST_TEMPERATURE, eps, name)
+    else:
+        lse = window_lse(*grouped(features, keys, valid, against), window, temperature, eps, name)
     loss, taking_part = _contrast(found, lse.flatten(0, 1), chosen, temperature, valid is not None)
     if reduction == "none":
         return chosen.spread(loss, len(features))
+    if reduction == "sum":
+        return loss.sum()
     if taking_part is None:
         return loss.sum() / max(1, len(loss))
     return loss.sum() / taking_part.sum().clamp_min(1)
@@ -113,7 +122,7 @@ def _contrast(
     found: Outputs,
     lse: Tensor,  # (S, H, W)
     pairs: PairList,
-    temperature: float,
+    temperature: float | Tensor,
     masked: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Losses (P,) as means over the pixels that take part, and which pairs have any; None: all."""

@@ -15,21 +15,21 @@ from . import backends
 from ._pair_list import PairList, to_device
 from .backends import BackendStatus
 from .checks import (
+    Column,
+    Rows,
     Valid,
     WindowSize,
     check_embeddings,
     check_features,
-    check_finite_number,
     check_mask,
-    check_pairs,
+    check_number,
     check_reduction,
     check_threshold,
-    check_valid,
     check_valid_pair,
     check_window,
 )
 from .library import without_autocast
-from .matching import EPS, check_pairwise, match_pairwise, match_set
+from .matching import EPS, SetInput, check_pairwise, check_set, match_pairwise, match_set
 from .pairs import near_positions, slice_pairs
 from .reference import Outputs, no_match
 
@@ -62,12 +62,13 @@ def wla_loss(
             every pixel. A pixel that is not valid is neither query nor key and gets no gradient,
             whatever its value. The mean of a pair is then over the valid pixels of `x` that have a
             valid pixel of `y` in their window; a pair without any has loss 0 and no weight.
-        reduction: "mean" over the pairs, or "none".
+        reduction: "mean" over the pairs, "sum" of their losses, or "none".
         eps: lower bound of a vector's norm; a vector at or below it gets no gradient.
         backend: name from `salkernels.backends()`, or None to take the first that can run.
 
     Returns:
-        The mean loss, a scalar (0 for an empty batch), or (B,) for "none"; fp32, or fp64 for fp64.
+        The mean or the sum, a scalar (0 for an empty batch), or (B,) for "none"; fp32, or fp64 for
+        fp64.
 
     Raises:
         ValueError: shapes or devices differ, the window is smaller than 1 or larger than the map.
@@ -80,14 +81,8 @@ def wla_loss(
     check_reduction(reduction)
     found = match_pairwise(x, y, valid, window, eps, backend)
     if valid is None:
-        loss, taking_part = found.loss, None
-    else:
-        loss, taking_part = _mean_over_pixels(found)
-    if reduction == "none":
-        return loss
-    if taking_part is not None:
-        return loss.sum() / taking_part.sum().clamp_min(1)
-    return loss.mean() if loss.shape[0] > 0 else loss.sum()
+        return _reduced(found.loss, None, reduction)
+    return _reduced(*_mean_over_pixels(found), reduction)
 
 
 def la_loss(
@@ -110,10 +105,12 @@ def la_loss(
 
 def wla_set_loss(
     features: Tensor,
-    pairs: Tensor,
+    pairs: Rows,
     window_size: WindowSize,
     *,
-    valid: Tensor | None = None,
+    keys: Tensor | None = None,
+    detach_keys: bool = False,
+    valid: Valid = None,
     reduction: str = "mean",
     eps: float = EPS,
     backend: str | None = None,
@@ -127,53 +124,65 @@ def wla_set_loss(
     Args:
         features: (S, C, H, W) feature maps of the samples, not yet normalised.
         pairs: (S, S), row i the query and column j the key: bool, or weights >= 0; see
-            `slice_pairs`. Best kept on the CPU, even if the features are on a GPU: the pairs are
-            then counted without waiting for the GPU, take no more memory than they need, and are
-            split into groups if the samples of each scan are adjacent, which is many times faster.
-            Weights on a GPU are not checked, since that would synchronise. Weights that require a
-            gradient get one, also where they are 0: all S² losses are then computed, and a NaN in
-            any of them reaches the result.
+            `slice_pairs`. Or integers (K, 2), a query and a key in each row, in any order; a pair
+            that is listed twice counts twice. Best kept on the CPU, even if the features are on a
+            GPU: the pairs are then counted without waiting for the GPU, take no more memory than
+            they need, and are split into groups if the samples of each scan are adjacent, which is
+            many times faster. Weights on a GPU are not checked, since that would synchronise.
+            Weights that require a gradient get one, also where they are 0: all S² losses are then
+            computed, and a NaN in any of them reaches the result.
         window_size: ω, as in `wla_loss`.
-        valid: (S, H, W) bool, as in `wla_loss`: which pixels of each sample take part.
-        reduction: "mean" weighted by `pairs`, or "none".
+        keys: (M, C, H, W) maps of other samples in which the matches are looked for, such as those
+            of a teacher or a memory bank; `pairs` are then (S, M), or pairs of indices into
+            `features` and `keys`. None: the samples themselves.
+        detach_keys: whether the gradient goes to the queries only: a feature moves towards its
+            match, and the match stays.
+        valid: (S, H, W) bool, as in `wla_loss`: which pixels of each sample take part. With `keys`
+            or `detach_keys` it may be a pair of masks, of the queries and of the keys, where None
+            means every pixel.
+        reduction: "mean" weighted by `pairs`, "sum" (Σ wL), or "none".
         eps: as in `wla_loss`.
         backend: as in `wla_loss`.
 
     Returns:
-        A scalar (0 with zero gradient if there is no pair), or for "none" the (S, S) losses,
-        0 where there is no pair.
+        A scalar (0 with zero gradient if there is no pair), or for "none" the (S, S) or (S, M)
+        losses, 0 where there is no pair; for "none" and indices (K,), in their order.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `wla_loss`, and for `pairs` of a wrong shape or
-            dtype, or with a negative weight.
+            dtype, with a negative weight, or with an index out of range.
     """
-    features = check_features("features", features)
-    pairs = check_pairs(pairs, features.shape[0])
+    given = check_set(features, pairs, keys, detach_keys, valid)
+    features = given.features
     window = check_window(window_size, features.shape[2], features.shape[3])
-    valid = check_valid("valid", valid, features)
     check_reduction(reduction)
-    weighted = pairs.dtype != torch.bool
-    table = pairs
-    if weighted:
-        table = torch.ones_like(pairs, dtype=torch.bool) if pairs.requires_grad else pairs > 0
-    chosen = PairList.of(table, features.device)
-    found = match_set(features, chosen, valid, window, eps, backend)
-    loss, taking_part = (found.loss, None) if valid is None else _mean_over_pixels(found)
+    chosen = _chosen(given)
+    found = match_set(features, chosen, given.valid, window, eps, backend, given.keys)
+    loss, taking_part = (found.loss, None) if given.valid is None else _mean_over_pixels(found)
+    table = given.pairs
+    if table.dtype == torch.int64:
+        if taking_part is not None:
+            taking_part = chosen.ordered(taking_part)
+        return _reduced(chosen.ordered(loss), taking_part, reduction)
     if reduction == "none":
-        return chosen.spread(loss, len(features))
-    if not weighted and chosen.exact and taking_part is None:
-        return loss.sum() / max(1, loss.shape[0])
+        return chosen.spread(loss, *table.shape)
+    if table.dtype == torch.bool:
+        if reduction == "sum":
+            return loss.sum()  # 0 where room is left over
+        if chosen.exact and taking_part is None:
+            return loss.sum() / max(1, loss.shape[0])
     # Shares are computed in the weights' own precision: a small weight must not vanish in fp32.
-    shares = to_device(chosen.pick(pairs), loss.device)
+    shares = to_device(chosen.pick(table), loss.device)
     shares = shares.to(torch.promote_types(shares.dtype, loss.dtype))
-    if taking_part is not None:
-        shares = torch.where(taking_part, shares, 0)
-    total = shares.sum()
-    shares = shares / torch.where(total > 0, total, 1)
+    if reduction == "mean":
+        if taking_part is not None:
+            shares = torch.where(taking_part, shares, 0)
+        total = shares.sum()
+        shares = shares / torch.where(total > 0, total, 1)
     return (shares.to(loss.dtype) * loss).sum()
 
 
-def gp_loss(embeddings: Tensor, positives: Tensor, temperature: float = 0.1) -> Tensor:
+def gp_loss(embeddings: Tensor, positives: Rows, temperature: float | Tensor = 0.1) -> Tensor:
     r"""Global positional contrastive loss (paper, Eq. 2; the first term of Eq. 3).
 
     .. math:: L_i = -\frac{1}{|P_i|} \sum_{j \in P_i}
@@ -185,7 +194,7 @@ def gp_loss(embeddings: Tensor, positives: Tensor, temperature: float = 0.1) -> 
         embeddings: (S, D) global features f, not yet normalised.
         positives: (S, S) bool, row i holds P_i; the diagonal is ignored. See
             `positional_positives`.
-        temperature: τ > 0.
+        temperature: τ > 0, a number, or a tensor of one, which may be learnt.
 
     Returns:
         A scalar, fp32 (fp64 for fp64); 0 with zero gradient if no sample has a positive.
@@ -196,7 +205,7 @@ def gp_loss(embeddings: Tensor, positives: Tensor, temperature: float = 0.1) -> 
     """
     embeddings = check_embeddings(embeddings)
     positives = check_mask("positives", positives, len(embeddings), "embeddings")
-    temperature = check_finite_number("temperature", temperature, above=0.0)
+    temperature = check_number("temperature", temperature, above=0.0)
     # At least fp32, whatever the input and the autocast state: exp(cos/τ) overflows in half.
     with without_autocast(embeddings.device.type):
         wide = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
@@ -224,15 +233,16 @@ class SALTerms(NamedTuple):
 def sal_loss(
     features: Tensor,
     embeddings: Tensor,
-    volume: Tensor,
-    index: Tensor,
-    num_slices: Tensor,
+    volume: Column,
+    index: Column,
+    num_slices: Column,
     window_size: WindowSize,
     *,
-    valid: Tensor | None = None,
-    lambda_: float = 1.0,
+    detach_keys: bool = False,
+    valid: Valid = None,
+    lambda_: float | Tensor = 1.0,
     t: float = 0.35,
-    temperature: float = 0.1,
+    temperature: float | Tensor = 0.1,
     eps: float = EPS,
     backend: str | None = None,
 ) -> SALTerms:
@@ -241,15 +251,17 @@ def sal_loss(
     Args:
         features: (S, C, H, W) maps after the embedding layer E, for LA.
         embeddings: (S, D) projected global features, for GP.
-        volume: (S,) integers, the scan of each sample.
+        volume: (S,) integers, the scan of each sample; a tensor or a list.
         index: (S,) integers, the slice's index in its scan.
-        num_slices: (S,) integers, the number of slices of that scan.
+        num_slices: (S,) integers, the number of slices of that scan; one number if all have it.
         window_size: ω of the LA term.
-        valid: (S, H, W) bool, pixels of the maps that take part in LA; as in `wla_loss`.
+        detach_keys: whether LA moves the queries only, as in `wla_set_loss`.
+        valid: (S, H, W) bool, pixels of the maps that take part in LA; as in `wla_set_loss`.
         lambda_: λ >= 0; with 0 LA is left out, which gives the loss of PCL. `features` still gets a
-            gradient of zeros, so that λ may start at 0 under DistributedDataParallel.
+            gradient of zeros, so that λ may start at 0 under DistributedDataParallel. A tensor of
+            one number is never left out: it may be learnt, or follow a schedule without `.item()`.
         t: threshold of both terms, a fraction of the scan.
-        temperature: τ of the GP term.
+        temperature: τ of the GP term, as in `gp_loss`.
         eps: as in `wla_loss`.
         backend: as in `wla_loss`.
 
@@ -260,15 +272,21 @@ def sal_loss(
         ValueError, TypeError, RuntimeError: as `gp_loss`, `wla_set_loss` and `slice_pairs`, and
             for a negative `lambda_`.
     """
-    lambda_ = check_finite_number("lambda_", lambda_, above=0.0, inclusive=True)
+    lambda_ = check_number("lambda_", lambda_, above=0.0, inclusive=True)
     pairs = slice_pairs(volume, index, num_slices, t)
     gp = gp_loss(embeddings, near_positions(index, num_slices, check_threshold(t)), temperature)
-    if lambda_ == 0:
+    if not isinstance(lambda_, Tensor) and lambda_ == 0:
         # No pixel is read, and yet the layers before `features` stay part of the graph: parameters
         # that sometimes get no gradient stop distributed training.
         nothing = features[:0].sum().to(gp.dtype)
         return SALTerms(gp + nothing, gp, nothing.detach())
-    la = wla_set_loss(features, pairs, window_size, valid=valid, eps=eps, backend=backend)
+    la = wla_set_loss(
+        *(features, pairs, window_size),
+        detach_keys=detach_keys,
+        valid=valid,
+        eps=eps,
+        backend=backend,
+    )
     return SALTerms(gp + lambda_ * la, gp, la)
 
 
@@ -289,6 +307,28 @@ def explain(
     if y is not None:
         x, y = check_pairwise(x, y)
     return backends.statuses_for(x, y, check_window(window_size, x.shape[2], x.shape[3]))
+
+
+def _chosen(given: SetInput) -> PairList:
+    """The pairs whose losses are computed."""
+    table = given.pairs
+    if table.dtype == torch.int64:
+        return given.listed()
+    if table.dtype != torch.bool:
+        table = torch.ones_like(table, dtype=torch.bool) if table.requires_grad else table > 0
+    return PairList.of(table, given.features.device)
+
+
+def _reduced(loss: Tensor, taking_part: Tensor | None, reduction: str) -> Tensor:
+    """Losses (P,) of pairs that count alike, or not at all; None: all count."""
+    if reduction == "none":
+        return loss
+    if reduction == "mean" and taking_part is None and loss.shape[0] > 0:
+        return loss.mean()
+    total = loss.sum()
+    if reduction == "sum" or taking_part is None:
+        return total
+    return total / taking_part.sum().clamp_min(1)
 
 
 def _mean_over_pixels(found: Outputs) -> tuple[Tensor, Tensor]:

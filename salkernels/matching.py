@@ -6,7 +6,7 @@ feature map.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ._dtensor import prepare
 from ._pair_list import PairList
 from ._torch_private import transforms_active
 from .checks import (
+    Rows,
     Valid,
     WindowSize,
     check_eps,
@@ -27,6 +28,7 @@ from .checks import (
     check_same_shape,
     check_tensor,
     check_valid,
+    check_valid_each,
     check_valid_pair,
     check_window,
 )
@@ -81,43 +83,52 @@ def align(
 
 def align_set(
     features: Tensor,
-    pairs: Tensor,
+    pairs: Rows,
     window_size: WindowSize,
     *,
-    valid: Tensor | None = None,
+    keys: Tensor | None = None,
+    detach_keys: bool = False,
+    valid: Valid = None,
     eps: float = EPS,
     backend: str | None = None,
 ) -> Matches:
-    """The matches of many pairs from one set of samples; each feature is read once.
+    """The matches of many pairs from one set of samples, or two; each feature is read once.
 
     Args:
         features: (S, C, H, W) feature maps of the samples.
-        pairs: (S, S) bool, row i the query and column j the key. They are counted, which waits for
-            the GPU if they are on one and costs nothing on the CPU; see `wla_set_loss`.
+        pairs: (S, S) bool, row i the query and column j the key, or indices (K, 2) of query and
+            key; (S, M) with M `keys`. A table is counted, which waits for the GPU if it is on one
+            and costs nothing on the CPU; see `wla_set_loss`.
         window_size: ω, as in `wla_loss`.
-        valid: (S, H, W) bool, as in `wla_set_loss`.
+        keys: (M, C, H, W), as in `wla_set_loss`.
+        detach_keys: as in `wla_set_loss`.
+        valid: (S, H, W) bool, or a pair of masks, as in `wla_set_loss`.
         eps: as in `wla_loss`.
         backend: as in `wla_loss`.
 
     Returns:
         `Matches(max_sim, argmax)`, (P, H, W) each, as from `align`: one row for each pair, in the
-        order of `pairs.nonzero()`.
+        order of `pairs.nonzero()`; of indices (K, H, W), in their own order.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `wla_set_loss`; TypeError for weights, which the
             caller applies.
     """
-    features = check_features("features", features)
-    pairs = check_pairs(pairs, features.shape[0])
-    if pairs.dtype != torch.bool:
+    given = check_set(features, pairs, keys, detach_keys, valid)
+    if given.pairs.dtype.is_floating_point:
         raise TypeError(
-            f"pairs must be bool, got {pairs.dtype}; multiply what you make of max_sim by weights"
+            f"pairs must be bool, or indices (K, 2), got {given.pairs.dtype}; multiply what you "
+            f"make of max_sim by weights"
         )
+    features = given.features
     window = check_window(window_size, features.shape[2], features.shape[3])
-    valid = check_valid("valid", valid, features)
-    places = pairs.reshape(-1).nonzero().squeeze(1)
-    chosen = PairList.exactly(places, len(features), features.device)
-    return _matches(match_set(features, chosen, valid, window, eps, backend))
+    if given.pairs.dtype == torch.bool:
+        places = given.pairs.reshape(-1).nonzero().squeeze(1)
+        chosen = PairList.exactly(places, len(features), features.device, given.pairs.shape[1])
+    else:
+        chosen = given.listed()
+    found = _matches(match_set(features, chosen, given.valid, window, eps, backend, given.keys))
+    return Matches(*map(chosen.ordered, found))
 
 
 def match_pixels(argmax: Tensor, window_size: WindowSize) -> tuple[Tensor, Tensor]:
@@ -152,6 +163,42 @@ def check_pairwise(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return x, y
 
 
+class SetInput(NamedTuple):
+    """The checked arguments of a loss on a set."""
+
+    features: Tensor  # (S, C, H, W)
+    keys: Tensor | None  # (M, C, H, W); None: the features themselves
+    pairs: Tensor  # (S, M) of bool or weights, or (K, 2) int64
+    valid: Tensor | tuple[Tensor, Tensor] | None  # (S, H, W); with keys also (M, H, W)
+
+    def listed(self) -> PairList:
+        """The pairs, where they are given as indices."""
+        keys = self.features if self.keys is None else self.keys
+        return PairList.listed(self.pairs, len(self.features), len(keys), self.features.device)
+
+
+def check_set(
+    features: object, pairs: object, keys: object, detach_keys: bool, valid: object
+) -> SetInput:
+    features = check_features("features", features)
+    if keys is None and not detach_keys:
+        table = check_pairs(pairs, features.shape[0])
+        return SetInput(features, None, table, check_valid("valid", valid, features))
+    if keys is None:
+        others, table = features, check_pairs(pairs, features.shape[0])
+    else:
+        others = check_features("keys", keys)
+        if others.shape[1:] != features.shape[1:]:
+            raise ValueError(
+                f"features and keys must have the same channels, height and width, got "
+                f"{tuple(features.shape)} and {tuple(others.shape)}"
+            )
+        check_same_kind("features", features, "keys", others)
+        table = check_pairs(pairs, features.shape[0], others.shape[0])
+    masks = check_valid_each(valid, features, others)
+    return SetInput(features, others.detach() if detach_keys else others, table, masks)
+
+
 def match_pairwise(
     x: Tensor,
     y: Tensor,
@@ -170,11 +217,11 @@ def match_pairwise(
 def match_set(
     features: Tensor,
     pairs: PairList,
-    valid: Tensor | None,  # (S, H, W); with keys (2, S, H, W)
+    valid: Tensor | tuple[Tensor, Tensor] | None,  # (S, H, W); with keys also (M, H, W)
     window: tuple[int, int],
     eps: float,
     backend: str | None,
-    keys: Tensor | None = None,
+    keys: Tensor | None = None,  # (M, C, H, W)
 ) -> Outputs:
     """Pairs within groups of samples, whose keys are its queries unless there are others."""
     eps = check_eps(eps)
@@ -184,15 +231,15 @@ def match_set(
 
 def grouped(
     features: Tensor,  # (S, C, H, W)
-    keys: Tensor | None,  # (S, C, H, W)
-    valid: Tensor | None,  # (S, H, W); with keys (2, S, H, W)
+    keys: Tensor | None,  # (M, C, H, W)
+    valid: Tensor | tuple[Tensor, Tensor] | None,  # (S, H, W); with keys also (M, H, W)
     pairs: PairList,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """Query, key, pairs and valid pixels as the operators take them, group by group."""
     query = _grouped(features, pairs.groups)
     if keys is None:
-        among = None if valid is None else _grouped(valid, pairs.groups)
-        return query, None, pairs.grouped, among
+        own = None if valid is None else _grouped(cast("Tensor", valid), pairs.groups)
+        return query, None, pairs.grouped, own
     among = None
     if valid is not None:  # queries then keys, in each group
         among = torch.cat([_grouped(own, pairs.groups) for own in valid], dim=1)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .checks import (
+    Column,
     check_integers,
     check_per_sample,
     check_threshold,
@@ -23,7 +24,7 @@ from .checks import (
 LARGEST_DENOMINATOR = 1_000_000
 
 
-def slice_pairs(volume: Tensor, index: Tensor, num_slices: Tensor, t: float) -> Tensor:
+def slice_pairs(volume: Column, index: Column, num_slices: Column, t: float) -> Tensor:
     r"""Ordered pairs of samples on which the local alignment loss acts (paper, Eq. 1).
 
     .. math:: P_{ij} = [i \ne j] \cdot [v_i = v_j] \cdot [\,|z_i - z_j| < t \cdot V_i\,]
@@ -31,10 +32,10 @@ def slice_pairs(volume: Tensor, index: Tensor, num_slices: Tensor, t: float) -> 
     Two augmented views of one slice are a pair: only the sample itself is left out.
 
     Args:
-        volume: (S,) integers, the scan each sample comes from. Use one number per *scan*,
-            not per subject, when a subject has several.
+        volume: (S,) integers, the scan each sample comes from: a tensor or a list, as the next
+            two. Use one number per *scan*, not per subject, when a subject has several.
         index: (S,) integers, the slice's index in its scan, counted from 0.
-        num_slices: (S,) integers, the number of slices V of that scan.
+        num_slices: (S,) integers, the number of slices V of that scan; one number if all have it.
         t: threshold as a fraction of the scan, in [0, 1] (0.35 for ACDC in the experiments).
 
     Returns:
@@ -50,7 +51,7 @@ def slice_pairs(volume: Tensor, index: Tensor, num_slices: Tensor, t: float) -> 
     return near & (volume[:, None] == volume[None, :]) & _others(volume)
 
 
-def positional_positives(position: Tensor, t: float) -> Tensor:
+def positional_positives(position: Column, t: float) -> Tensor:
     r"""Positives of the global positional loss: close relative positions, in any scan (Sec. 2.3).
 
     .. math:: P_{ij} = [i \ne j] \cdot [\,|p_i - p_j| < t\,]
@@ -80,7 +81,7 @@ def positional_positives(position: Tensor, t: float) -> Tensor:
     return near & _others(position)
 
 
-def near_positions(index: Tensor, num_slices: Tensor, t: float) -> Tensor:
+def near_positions(index: Column, num_slices: Column, t: float) -> Tensor:
     """`positional_positives` of the slices index / num_slices (S,), computed in integers."""
     index, num_slices = check_columns(index=index, num_slices=num_slices)
     crossed = index[:, None] * num_slices[None, :]  # i · W, over V · W

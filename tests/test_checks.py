@@ -51,6 +51,8 @@ def whole(features=X, embeddings=E, volume=INDEX, index=INDEX, num=SLICES, windo
 
 
 WINDOW = ("window_size", "integer", "two integers", "got")
+TOKENS = ("x[None]", "x.mT.unflatten(2, (rows, columns))", "class token")
+SLICES_OF = ("volumes", "features.movedim(2, 1).flatten(0, 1)")
 FOUR = ("4 dimensions", "(samples, channels, height, width)", "got shape")
 
 BAD = [
@@ -58,8 +60,14 @@ BAD = [
     Bad("list", wla(x=[1.0]), TypeError, ("x", "torch.Tensor", "got list")),
     Bad("second list", wla(y=[1.0]), TypeError, ("y", "torch.Tensor", "got list")),
     Bad("array", wset(features=X.numpy()), TypeError, ("features", "got ndarray")),
-    Bad("three dimensions", wla(x=X[0]), ValueError, (*FOUR, "(3, 4, 5)")),
-    Bad("five dimensions", wset(features=X[None]), ValueError, (*FOUR, "(1, 2, 3, 4, 5)")),
+    Bad("three dimensions", wla(x=X[0]), ValueError, (*FOUR, "(3, 4, 5)", *TOKENS)),
+    Bad(
+        "five dimensions",
+        wset(features=X[None]),
+        ValueError,
+        (*FOUR, "(1, 2, 3, 4, 5)", *SLICES_OF),
+    ),
+    Bad("two dimensions", wla(x=X[0, 0]), ValueError, (*FOUR, "(4, 5)")),
     Bad("integers", wla(X.int(), X.int()), TypeError, ("float32", "got torch.int32", "x.float()")),
     Bad("complex", wset(X.cfloat()), TypeError, ("got torch.complex64", "features.float()")),
     Bad("no channel", wla(X[:, :0], X[:, :0]), ValueError, ("channel", "got shape (2, 0, 4, 5)")),
@@ -88,8 +96,8 @@ BAD = [
     Bad("no window", wset(window=None), TypeError, (*WINDOW, "None")),
     Bad("window name", wset(window="2"), TypeError, (*WINDOW, "'2'")),
     # other settings
-    Bad("reduction", wla(reduction="sum"), ValueError, ("'mean' or 'none'", "got 'sum'")),
-    Bad("set reduction", wset(reduction=None), ValueError, ("'mean' or 'none'", "got None")),
+    Bad("reduction", wla(reduction="max"), ValueError, ("'mean', 'sum' or 'none'", "got 'max'")),
+    Bad("set reduction", wset(reduction=None), ValueError, ("'sum' or 'none'", "got None")),
     Bad("eps 0", wla(eps=0), ValueError, ("eps", "> 0", "got 0")),
     Bad("eps NaN", wset(eps=float("nan")), ValueError, ("eps", "finite", "got nan")),
     Bad("eps inf", wla(eps=float("inf")), ValueError, ("eps", "finite", "got inf")),
@@ -98,9 +106,37 @@ BAD = [
     Bad("align shapes", lambda: sal.align(X, X[1:], 2), ValueError, ("same shape", "got")),
     Bad("explain", lambda: sal.explain(X[0], 2), ValueError, FOUR),
     # pairs
-    Bad("pairs list", wset(pairs=[[True]]), TypeError, ("pairs", "torch.Tensor", "got list")),
+    Bad("pairs list", wset(pairs=[[True]]), ValueError, ("(S, S) = (2, 2)", "got (1, 1)")),
+    Bad("pairs text", wset(pairs="01"), TypeError, ("pairs", "torch.Tensor", "list", "got str")),
+    Bad("ragged pairs", wset(pairs=[(0, 1), (1,)]), TypeError, ("pairs", "rows of one length")),
+    Bad("complex pairs", wset(pairs=PAIRS.cfloat()), TypeError, ("indices (K, 2)", "complex64")),
+    Bad("index below", wset(pairs=[(0, -1)]), ValueError, ("[0, 2) for queries", "-1 to -1")),
+    Bad("index beyond", wset(pairs=[(0, 1), (2, 0)]), ValueError, ("[0, 2)", "got 0 to 2 and 0")),
+    Bad(
+        "key beyond",
+        wset(pairs=[(0, 3)], keys=X.repeat(2, 1, 1, 1)[:3]),
+        ValueError,
+        ("[0, 2) for queries and [0, 3) for keys", "and 3 to 3"),
+    ),
+    Bad("pairs of keys", wset(keys=X[:1]), ValueError, ("(S, keys) = (2, 1)", "got (2, 2)")),
+    Bad("keys list", wset(keys=[1]), TypeError, ("keys", "torch.Tensor", "got list")),
+    Bad("keys width", wset(keys=X[..., 1:]), ValueError, ("same channels", "(2, 3, 4, 4)")),
+    Bad("keys dtype", wset(keys=X.half()), TypeError, ("features and keys", "one dtype")),
+    Bad("keys device", wset(keys=X.to(META)), ValueError, ("features and keys", "one device")),
+    Bad(
+        "one mask for two sets",
+        wset(pairs=PAIRS[:, :1], keys=X[:1], valid=VALID),
+        ValueError,
+        ("pair of masks", "there are 2 and 1", "None"),
+    ),
+    Bad("three masks of sets", wset(keys=X, valid=(VALID,) * 3), TypeError, ("or two", "got 3")),
     Bad("pairs shape", wset(pairs=PAIRS[:1]), ValueError, ("(S, S) = (2, 2)", "got (1, 2)")),
-    Bad("pairs of integers", wset(pairs=PAIRS.long()), TypeError, ("bool", "int64", ".float()")),
+    Bad(
+        "table of integers",
+        wset(X.repeat(2, 1, 1, 1), torch.ones(4, 4, dtype=torch.int32)),
+        ValueError,
+        ("int32 are indices (K, 2)", "got shape (4, 4)", "pairs.bool()", "pairs.float()"),
+    ),
     Bad("negative", wset(pairs=-PAIRS.float()), ValueError, ("finite and >= 0", "got", "-1")),
     Bad("infinite", wset(pairs=PAIRS / 0), ValueError, ("finite and >= 0", "got", "inf")),
     Bad("NaN", wset(pairs=PAIRS * torch.nan), ValueError, ("finite and >= 0", "got", "nan")),
@@ -141,9 +177,14 @@ BAD = [
     Bad("weights", gp(positives=PAIRS.float()), TypeError, ("must be bool", "got", ".bool()")),
     Bad("τ 0", gp(temperature=0), ValueError, ("temperature", "> 0", "got 0")),
     Bad("τ negative", gp(temperature=-0.1), ValueError, ("temperature", "> 0", "got -0.1")),
+    Bad("τ tensor", gp(temperature=torch.tensor(0.0)), ValueError, ("temperature", "> 0")),
+    Bad("τ tensor of two", gp(temperature=torch.ones(2)), TypeError, ("temperature", "got shape")),
     Bad("τ None", gp(temperature=None), TypeError, ("temperature", "number", "got NoneType")),
     # pairs from positions
-    Bad("volume list", slices([0, 1]), TypeError, ("volume", "torch.Tensor", "got list")),
+    Bad("volume text", slices("ab"), TypeError, ("volume", "torch.Tensor", "list", "got str")),
+    Bad("volume names", slices(["a", "b"]), TypeError, ("volume must hold numbers",)),
+    Bad("only numbers", slices(0, 1, 2), ValueError, ("volume, index, num_slices", "each sample")),
+    Bad("a number of slices", slices(num_slices=9.0), TypeError, ("num_slices", "integer")),
     Bad("lengths", slices(index=INDEX[:1]), ValueError, ("one length", "got shapes", "(1,)")),
     Bad("dimensions", slices(INDEX[:, None]), ValueError, ("one-dimensional", "got shapes")),
     Bad("device", slices(INDEX.to(META)), ValueError, ("one device", "got", "meta")),
@@ -173,13 +214,19 @@ BAD = [
     Bad("contrast keys", contrast(keys=X[:1]), ValueError, ("features and keys", "same shape")),
     Bad("contrast dtype", contrast(keys=X.half()), TypeError, ("features and keys", "one dtype")),
     Bad("contrast window", contrast(window=9), ValueError, ("window_size (9, 9) is larger",)),
-    Bad("contrast reduction", contrast(reduction="sum"), ValueError, ("got 'sum'",)),
+    Bad("contrast reduction", contrast(reduction="max"), ValueError, ("got 'max'",)),
+    Bad(
+        "learnt τ", contrast(temperature=torch.tensor(1e-4)), ValueError, ("> 0.0009766", "0.0001")
+    ),
     Bad("contrast valid", contrast(valid=(VALID, VALID)), TypeError, ("valid", "torch.Tensor")),
     Bad("contrast backend", contrast(backend="gpu"), ValueError, ("unknown backend 'gpu'",)),
     # the whole loss
     Bad("λ", whole(lambda_=-1), ValueError, ("lambda_", ">= 0", "got -1")),
     Bad("samples", whole(features=X[:1]), ValueError, ("(S, S) = (1, 1)", "got (2, 2)")),
-    Bad("slices list", whole(num=[9, 9]), TypeError, ("num_slices", "torch.Tensor", "got list")),
+    Bad("slices dict", whole(num={}), TypeError, ("num_slices", "torch.Tensor", "got dict")),
+    Bad("λ tensor", whole(lambda_=torch.tensor(-1.0)), ValueError, ("lambda_", ">= 0", "got -1")),
+    Bad("two λ", whole(lambda_=torch.ones(2)), TypeError, ("one floating-point", "(2,)")),
+    Bad("λ of integers", whole(lambda_=torch.tensor(1)), TypeError, ("lambda_", "int64")),
     # modules check when they are made
     Bad("module λ", lambda: sal.SALLoss(lambda_=-1), ValueError, ("lambda_", "got -1")),
     Bad("module t", lambda: sal.SALLoss(t=2), ValueError, ("[0, 1]", "got 2")),
@@ -187,7 +234,16 @@ BAD = [
     Bad("module GP τ", lambda: sal.GPLoss(0), ValueError, ("temperature", "got 0")),
     Bad("module eps", lambda: sal.WLALoss(eps=-1), ValueError, ("eps", "got -1")),
     Bad("module SAL eps", lambda: sal.SALLoss(eps=0), ValueError, ("eps", "got 0")),
-    Bad("module reduction", lambda: sal.WLALoss(reduction="sum"), ValueError, ("got 'sum'",)),
+    Bad("module reduction", lambda: sal.WLALoss(reduction="max"), ValueError, ("got 'max'",)),
+    Bad("module set reduction", lambda: sal.WLASetLoss(reduction=1), ValueError, ("got 1",)),
+    Bad("module set window", lambda: sal.WLASetLoss(0), ValueError, ("at least 1", "got 0")),
+    Bad("module LA eps", lambda: sal.LALoss(eps=0), ValueError, ("eps", "got 0")),
+    Bad(
+        "module λ tensor",
+        lambda: sal.SALLoss(lambda_=torch.tensor(-1.0)),
+        ValueError,
+        ("lambda_", "got -1"),
+    ),
 ]
 
 

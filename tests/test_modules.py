@@ -19,11 +19,13 @@ MODULES = [
     salkernels.WLALoss((2, 3), reduction="none", eps=0.5, backend="reference"),
     salkernels.GPLoss(0.7),
     salkernels.SALLoss((2, 3), lambda_=0.5, t=0.6, temperature=0.7, eps=0.5, backend="reference"),
+    salkernels.LALoss(reduction="sum", eps=0.5, backend="reference"),
+    salkernels.WLASetLoss((2, 3), detach_keys=True, reduction="none", eps=0.5, backend="reference"),
 ]
 
 
 def test_same_values_as_the_functions():
-    wla, gp, sal = MODULES
+    wla, gp, sal, la, wla_set = MODULES
     assert torch.equal(
         wla(X, Y), salkernels.wla_loss(X, Y, (2, 3), reduction="none", eps=0.5, backend="reference")
     )
@@ -31,6 +33,27 @@ def test_same_values_as_the_functions():
     settings = {"lambda_": 0.5, "t": 0.6, "temperature": 0.7, "eps": 0.5, "backend": "reference"}
     expected = salkernels.sal_loss(X, EMBEDDINGS, *IDS, (2, 3), **settings)
     assert sal(X, EMBEDDINGS, *IDS) == expected
+    how = {"eps": 0.5, "backend": "reference"}
+    assert la(X, Y) == salkernels.la_loss(X, Y, reduction="sum", **how)
+    pairs, valid = [(0, 1), (3, 2)], (torch.rand(4, 4, 6) < 0.8, None)
+    query, held = X.clone().requires_grad_(), Y.clone().requires_grad_()
+    ours = wla_set(query, pairs, keys=held, valid=valid)
+    how |= {"keys": Y, "valid": valid, "reduction": "none"}
+    assert torch.equal(ours, salkernels.wla_set_loss(X, pairs, (2, 3), **how))
+    ours.sum().backward()
+    assert held.grad is None
+
+
+def test_the_whole_loss_moves_queries_alone_if_it_is_told_to():
+    x = X.clone().requires_grad_()
+    free = salkernels.SALLoss(2)(x, EMBEDDINGS, *IDS).la
+    held = salkernels.SALLoss(2, detach_keys=True)(x, EMBEDDINGS, *IDS).la
+    assert free == held
+    table = salkernels.slice_pairs(*IDS, 0.35)
+    expected = salkernels.wla_set_loss(x, table, 2, keys=X)
+    grads = [torch.autograd.grad(loss, x)[0] for loss in (held, expected, free)]
+    torch.testing.assert_close(grads[0], grads[1])
+    assert not torch.allclose(grads[0], grads[2])
 
 
 def test_each_setting_reaches_the_loss():
@@ -42,6 +65,10 @@ def test_each_setting_reaches_the_loss():
 
 def test_defaults_are_those_of_the_functions():
     assert torch.equal(salkernels.WLALoss()(X, Y), salkernels.wla_loss(X, Y, 2))
+    assert torch.equal(salkernels.LALoss()(X, Y), salkernels.la_loss(X, Y))
+    assert torch.equal(
+        salkernels.WLASetLoss()(X, POSITIVES), salkernels.wla_set_loss(X, POSITIVES, 2)
+    )
     assert torch.equal(
         salkernels.GPLoss()(EMBEDDINGS, POSITIVES), salkernels.gp_loss(EMBEDDINGS, POSITIVES)
     )

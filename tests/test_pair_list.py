@@ -84,7 +84,7 @@ def test_the_set_loss_runs_on_groups(monkeypatch, reduction, weighted):
     monkeypatch.setattr(matching, "match", look)
 
     @classmethod
-    def exactly(cls, found, samples, device):
+    def exactly(cls, found, samples, device, keys):
         groups = count_blocks(found, samples)
         return cls(found, True, groups, regroup(found, samples, groups))
 

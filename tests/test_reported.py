@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from cases import F64, MASKS
-from targets import of_dtype, runs_on
+from targets import of_dtype, runs_on, slow_in_the_interpreter
 
 import salkernels
 
@@ -88,10 +88,18 @@ def test_a_weight_of_zero_that_is_learnt_gets_its_gradient(backend, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("window", [(2, 2), (6, 6), (17, 18)])
-def test_squares_beyond_fp32_are_nan_and_not_zero(window, dtype, backend, device):
+@pytest.mark.parametrize(
+    ("size", "window"),
+    [
+        ((5, 6), (2, 2)),
+        ((17, 18), (6, 6)),
+        ((9, 10), (9, 10)),  # beyond a tile of Triton's
+        pytest.param((17, 18), (17, 18), marks=slow_in_the_interpreter),  # int32 indices
+    ],
+)
+def test_squares_beyond_fp32_are_nan_and_not_zero(size, window, dtype, backend, device):
     """‖x‖² overflows from 1.8e19 on: the loss was 1 with no gradient on some backends."""
-    features = maps(4, 8, 17, 18, device=device, dtype=dtype)
+    features = maps(4, 8, *size, device=device, dtype=dtype)
     with torch.no_grad():
         features[1, :, 3, 4] = 3e19
     pairs = MASKS["one"](4).to(device)

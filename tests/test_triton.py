@@ -381,7 +381,7 @@ def test_tiles_are_written_whole_or_not_at_all(tmp_path):
 
 @runs
 def test_nan_reaches_the_pixels_that_it_reaches_in_the_definition(small_tiles):  # noqa: F811
-    """In no other pixel of the window, be it held by a tile or streamed."""
+    """In no other pixel of the window, whether a tile holds it or it is streamed."""
     for size, window in ((4, 2), (7, 7)):
         x = maps(1, 3, 4, size, size)
         x[0, 1, 2, 1, 1] = torch.nan

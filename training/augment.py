@@ -31,8 +31,14 @@ class AugmentConfig:
             the pre-training method is defined on, and independent in fine-tuning.
         rotation: largest rotation in degrees.
         scale: largest zoom, as a factor: 1.25 means from 1/1.25 to 1.25.
+        zoom: law of that factor: "log", evenly over its logarithm, or "linear", evenly from
+            2 − scale to scale, the factor being that of the field which a view shows.
         shift: largest shift, as a fraction of the network's field of view.
         elastic: standard deviation of a smooth displacement, as a fraction of the field.
+        elastic_nodes: points along each side at which displacements are drawn; between them they
+            are interpolated, so more points bend more sharply.
+        probability: share of the transforms that take place at all; a view without one is shown
+            as it is, but for its mirror image and the intensities.
         flip: probability of a mirror image along each axis.
         jitter: strength of each view's own transform under "shared", relative to the strong one.
         brightness: standard deviation of an offset, in standard deviations of the volume.
@@ -45,8 +51,11 @@ class AugmentConfig:
     geometry: Literal["auto", "shared", "independent"] = "auto"
     rotation: float = 30.0
     scale: float = 1.25
+    zoom: Literal["log", "linear"] = "log"
     shift: float = 0.1
     elastic: float = 0.0
+    elastic_nodes: int = 5
+    probability: float = 1.0
     flip: float = 0.0
     jitter: float = 0.05
     brightness: float = 0.2
@@ -65,8 +74,17 @@ class AugmentConfig:
                 raise ValueError(
                     f"augment.{name} is a largest factor and must be >= 1, got {value}"
                 )
-        if not 0 <= self.flip <= 1:
-            raise ValueError(f"augment.flip is a probability in [0, 1], got {self.flip}")
+        for name in ("flip", "probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                value = getattr(self, name)
+                raise ValueError(f"augment.{name} is a probability in [0, 1], got {value}")
+        if self.zoom == "linear" and self.scale >= 2:
+            raise ValueError(
+                f"augment.zoom=linear goes from 2 − augment.scale up, so scale must be below 2, "
+                f"got {self.scale}"
+            )
+        if self.elastic_nodes < 2:
+            raise ValueError(f"augment.elastic_nodes must be at least 2, got {self.elastic_nodes}")
 
 
 class Augmented(NamedTuple):
@@ -152,8 +170,8 @@ def placement(
     """Random places of views on their images, in coordinates of [-1, 1], x before y.
 
     Returns:
-        (B, 2, 3), the affine map from a view to its image, and (B, 2, 5, 5), a coarse field of
-        displacements on top, or None without elastic ones.
+        (B, 2, 3), the affine map from a view to its image, and (B, 2, nodes, nodes), a coarse field
+        of displacements on top, or None without elastic ones.
     """
     batch = len(images)
     if group is None:
@@ -162,7 +180,12 @@ def placement(
     else:
         strong, own = to_device(group, images.device), config.jitter
         draws = int(group.max()) + 1
-    parameters = _draw(draws, config, images, generator)[strong]
+    parameters, takes_place = _draw(draws, config, images, generator), None
+    if config.probability < 1:
+        drawn = _uniform(draws, 1, like=images, generator=generator)
+        takes_place = (drawn < config.probability).to(parameters.dtype)
+        parameters = parameters * takes_place
+    parameters = parameters[strong]
     if own:
         parameters = parameters + own * _draw(batch, config, images, generator)
     angle, log_scale, shift = parameters[:, 0], parameters[:, 1], parameters[:, 2:4]
@@ -177,7 +200,10 @@ def placement(
     theta = torch.cat((linear, centre[:, :, None]), dim=2)
     if not config.elastic:
         return theta, None
-    coarse = torch.randn(draws, 2, 5, 5, device=images.device, generator=generator)
+    nodes = config.elastic_nodes
+    coarse = torch.randn(draws, 2, nodes, nodes, device=images.device, generator=generator)
+    if takes_place is not None:
+        coarse = coarse * takes_place[:, :, None, None]
     # 2 · field: the grid spans [-1, 1] over the whole canvas
     return theta, 2 * field * config.elastic * coarse[strong]
 
@@ -219,10 +245,15 @@ def change_intensity(views: Tensor, config: AugmentConfig, generator: torch.Gene
 
 def _draw(count: int, config: AugmentConfig, like: Tensor, generator: torch.Generator) -> Tensor:
     """(count, 4): angle in radians, log of the zoom, shift in x and y (1 = half the field)."""
-    largest = math.radians(config.rotation), math.log(config.scale), *2 * (2 * config.shift,)
     drawn = 2 * _uniform(count, 4, like=like, generator=generator) - 1
     # Numbers and not a tensor of them, for which the CPU would wait until the device has it.
-    return torch.stack([drawn[:, i] * most for i, most in enumerate(largest)], dim=1)
+    angle = drawn[:, 0] * math.radians(config.rotation)
+    if config.zoom == "linear":
+        log_scale = (drawn[:, 1] * (config.scale - 1)).log1p()
+    else:
+        log_scale = drawn[:, 1] * math.log(config.scale)
+    shift = drawn[:, 2:] * (2 * config.shift)
+    return torch.cat((angle[:, None], log_scale[:, None], shift), dim=1)
 
 
 def _uniform(rows: int, columns: int, *, like: Tensor, generator: torch.Generator) -> Tensor:

@@ -16,8 +16,9 @@ from typing import IO, Any
 
 import torch
 
+from salkernels._shared.files import stream_digest, temporary_name, write_atomically
+
 from .errors import RunError
-from .files import stream_digest, temporary_name, write_atomically
 
 LAST = Path("checkpoints", "last.pt")
 PREVIOUS = Path("checkpoints", "previous.pt")

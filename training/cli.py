@@ -17,11 +17,13 @@ from typing import Any, TypeVar, get_args
 
 from jsonargparse import ArgumentParser, Namespace
 
-from .config import FinetuneConfig, Precision, PretrainConfig, ProbeConfig, RunConfig
+from . import plugins
+from .config import FinetuneConfig, Precision, ProbeConfig, RunConfig, pretrain_config
 from .data.nifti import DataError
 from .data.text import printable
 from .distributed import require_one_process
 from .errors import RunError, Stopped
+from .experiment.launcher import add_options, launch_settings
 from .experiment.tables import TABLES, Endpoint
 from .parsing import Parser, require_settings_files
 from .presets import BEST, FINETUNE, PRETRAIN, PresetName
@@ -45,6 +47,11 @@ ERRORS = (RunError, DataError, ValueError, TypeError, OSError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns the exit status."""
     arguments = _spell_out(sys.argv[1:] if argv is None else argv)
+    try:
+        named = plugins.load_all(arguments)
+    except RunError as error:
+        print(f"salkernels-train: error: {printable(str(error))}", file=sys.stderr)
+        return 2
     parser = make_parser(arguments)
     if not arguments:
         parser.print_help()
@@ -57,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = namespace.command
     if namespace[command].get("preset", preset := _named_preset(arguments)) != preset:
         parser.error("preset is for the command line; a settings file cannot name it")
+    if namespace[command].get("plugin", named) != named:
+        parser.error("plugin is for the command line; a settings file cannot name code to run")
     name = f"{parser.prog} {command}"
     try:
         if command != "pretrain":
@@ -112,9 +121,9 @@ def make_parser(arguments: Sequence[str]) -> Parser:
     demo.add_argument("--finetune_steps", type=int, default=0, help="0: the phantom preset's")
     parser.add_command("demo", demo, help="run everything on a generated phantom")
 
-    pretraining = {**PRETRAIN[preset], **BEST.get(preset, {})}
+    kind, pretraining = pretrain_config(), {**PRETRAIN[preset], **BEST.get(preset, {})}
     for name, config, settings, text in (
-        ("pretrain", PretrainConfig, pretraining, "pre-train an encoder on scans without labels"),
+        ("pretrain", kind, pretraining, "pre-train an encoder on scans without labels"),
         (
             "finetune",
             FinetuneConfig,
@@ -131,13 +140,13 @@ def make_parser(arguments: Sequence[str]) -> Parser:
         sub = Parser(description=text[0].upper() + text[1:] + ".")
         sub.add_argument("--config", action="config", help="YAML file of settings")
         sub.add_argument(
-            "--preset",
-            type=PresetName,
-            default="desk",
-            help="named settings to start from",
+            "--preset", type=PresetName, default="desk", help="named settings to start from"
         )
+        plugins.add_option(sub)
         sub.add_class_arguments(config)
-        sub.set_defaults(settings)
+        # A probe has no loss and the like.
+        own = {field.name for field in fields(config)}
+        sub.set_defaults({k: v for k, v in settings.items() if k.partition(".")[0] in own})
         parser.add_command(name, sub, help=text)
 
     parser.add_command("evaluate", _evaluate_parser(), help="Dice of a fine-tuned model")
@@ -145,6 +154,7 @@ def make_parser(arguments: Sequence[str]) -> Parser:
 
     show = Parser(description="Redraw the curves of a run and list its figures.")
     show.add_argument("run", type=Path, help="run folder")
+    plugins.add_option(show)
     parser.add_command("show", show, help="figures and last figures of a run")
 
     cache = Parser(description="List preprocessed data, and remove what nobody uses.")
@@ -174,6 +184,7 @@ def _evaluate_parser() -> Parser:
         help="layout of the data where it is not that of the training: acdc, chd or manifest",
     )  # fmt: skip
     parser.add_argument("--overwrite", type=bool, default=False, help="replace earlier scores")
+    plugins.add_option(parser)
     _add_spacing(parser)
     _add_allow_mismatch(parser)
     return parser
@@ -207,6 +218,7 @@ def _experiment_parser(preset: PresetName, text: str) -> Parser:
     parser.add_argument(
         "--preset", type=PresetName, default="desk", help="named settings to start from"
     )
+    plugins.add_option(parser)
     parser.add_argument("--arms", type=str, nargs="+", default=[], help="by default all")
     parser.add_argument(
         "--labelled", type=int, nargs="+", default=[], help="M; 0 is all, by default the paper's"
@@ -218,6 +230,7 @@ def _experiment_parser(preset: PresetName, text: str) -> Parser:
     )  # fmt: skip
     parser.add_argument("--only_pretrain", type=bool, default=False, help="no fine-tuning")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    add_options(parser)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of each run; 0: all")
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0],
@@ -231,11 +244,11 @@ def _experiment_parser(preset: PresetName, text: str) -> Parser:
         "--baseline", type=str, default="", help="arm to compare with; by default the table's"
     )
     _add_allow_mismatch(parser)
-    parser.add_class_arguments(PretrainConfig, "pretrain", skip=SET_BY_EXPERIMENT)
+    parser.add_class_arguments(pretrain_config(), "pretrain", skip=SET_BY_EXPERIMENT)
     parser.add_class_arguments(FinetuneConfig, "finetune", skip=SET_BY_EXPERIMENT)
     for stage, presets in (("pretrain", PRETRAIN), ("finetune", FINETUNE)):
-        chosen = presets[preset].items()
-        parser.set_defaults({f"{stage}.{name}": value for name, value in chosen})
+        chosen = {k: v for k, v in presets[preset].items() if k not in SET_BY_EXPERIMENT}
+        parser.set_defaults({f"{stage}.{name}": value for name, value in chosen.items()})
     return parser
 
 
@@ -243,7 +256,7 @@ def run_pretrain(namespace: Namespace) -> None:
     from .distributed import is_main
     from .pretrain import pretrain
 
-    config = _build(PretrainConfig, namespace)
+    config = _build(pretrain_config(), namespace)
     path = pretrain(config)
     if is_main():
         _say(f"encoder: {path}\nfigures: {config.out / 'figures'}")
@@ -278,7 +291,7 @@ def run_demo(namespace: Namespace) -> None:
             options.append(f"--optim.steps={steps[command]}")
         arguments = [command, *options]
         configs.append(make_parser(arguments).parse_args(arguments)[command])
-    pretraining = _build(PretrainConfig, configs[0])
+    pretraining = _build(pretrain_config(), configs[0])
     finetuning = _build(FinetuneConfig, configs[1])
     if not 1 <= namespace.draws <= finetuning.num_folds:
         raise ValueError(
@@ -331,11 +344,11 @@ def run_evaluate(namespace: Namespace) -> None:
 
 
 def run_predict(namespace: Namespace) -> None:
-    from .predict import predict
+    from .predict import predict_files
 
     model, about, device = _load_model(namespace)
     options = {name: namespace[name] for name in ("overwrite", "spacing", "mixed_spacing")}
-    predict(model, about, namespace.input, namespace.out, device, **options)
+    predict_files(model, about, namespace.input, namespace.out, device, **options)
 
 
 def run_cache(namespace: Namespace) -> None:
@@ -349,7 +362,7 @@ def run_experiment(namespace: Namespace) -> None:
 
     common = {name: namespace[name] for name in ("data", "threads", "allow_mismatch")}
     common |= {"cache": namespace.out / "cache", "seed": namespace.seeds[0]}
-    pretraining = _build(PretrainConfig, namespace.pretrain, **common)
+    pretraining = _build(pretrain_config(), namespace.pretrain, **common)
     finetuning = _build(FinetuneConfig, namespace.finetune, **common)
     config = ExperimentConfig(
         name=namespace.name,
@@ -367,6 +380,7 @@ def run_experiment(namespace: Namespace) -> None:
         seeds=tuple(namespace.seeds),
         rotate_folds=namespace.rotate_folds,
         baseline=namespace.baseline,
+        **launch_settings(namespace),
     )
     _say(experiment(config, pretraining, finetuning))
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from .augment import AugmentConfig, Geometry
-from .data.manifest import DATASET_NAMES
+from .data.manifest import dataset_names
 from .data.preprocess import PreprocessConfig
-from .methods import METHODS
+from .methods import METHODS, Method
 from .models import UNetConfig
+from .presets import STARTS, build
 
+Config = TypeVar("Config")
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+SegmentationLoss = Literal["dice+ce", "ce"]
 
 
 @dataclass
@@ -21,28 +25,36 @@ class OptimConfig:
     """Optimiser and schedule.
 
     Args:
-        name: "sgd" with Nesterov momentum, or "adamw".
+        name: "sgd", "adam" or "adamw".
         lr: learning rate after warm-up; it then falls along a cosine.
         final_lr: where the cosine ends, as a fraction of lr.
         momentum: of SGD.
-        weight_decay: L2 penalty (SGD) or decoupled decay (AdamW).
+        nesterov: whether that momentum is Nesterov's.
+        weight_decay: L2 penalty (SGD, Adam) or decoupled decay (AdamW).
+        decay_all: decay biases and norms too, and not only matrices and kernels.
         warmup: share of the steps over which the rate rises linearly from 0.
         clip: largest norm of the gradient; 0 does not clip.
-        steps: number of optimiser steps.
+        steps: number of optimiser steps; with `epochs`, at least so many.
+        epochs: passes over the slices that training draws from: a run takes epochs · slices / batch
+            steps, but no fewer than `steps`, so that its length follows the number of subjects
+            while few of them do not end it early. 0: `steps` alone.
         accumulate: k, batches per step on each process. In pre-training a step contrasts the
             samples of all of them, as with k times the processes; that takes a second forward pass.
             Batch norms see one batch at a time. In fine-tuning a step takes the mean of the
             batches' losses, which is not the loss of one large batch (Dice is no mean).
     """
 
-    name: Literal["sgd", "adamw"] = "sgd"
+    name: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: float = 0.05
     final_lr: float = 0.0
     momentum: float = 0.9
+    nesterov: bool = True
     weight_decay: float = 1e-4
+    decay_all: bool = False
     warmup: float = 0.05
     clip: float = 5.0
     steps: int = 2500
+    epochs: float = 0.0
     accumulate: int = 1
 
     def __post_init__(self) -> None:
@@ -51,11 +63,15 @@ class OptimConfig:
         for name in ("steps", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"optim.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("final_lr", "momentum", "weight_decay", "clip"):
-            if getattr(self, name) < 0:
+        for name in ("final_lr", "momentum", "weight_decay", "clip", "epochs"):
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"optim.{name} must be >= 0, got {getattr(self, name)}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"optim.warmup is a share of the steps in [0, 1), got {self.warmup}")
+
+    def for_slices(self, slices: int, per_step: int) -> OptimConfig:
+        """With the steps that a run on so many slices takes, `per_step` of them in each step."""
+        return replace(self, steps=max(self.steps, math.ceil(self.epochs * slices / per_step)))
 
 
 @dataclass
@@ -117,10 +133,30 @@ class RunConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
 
+    STAGE: ClassVar[str] = "finetune"  # whose presets it starts from
+
+    @classmethod
+    def preset(cls: type[Config], name: str, **changes: Any) -> Config:
+        """The settings that `--preset NAME` gives on the command line, with changes.
+
+        Args:
+            name: "phantom", "mini", "desk", "acdc" or "chd".
+            changes: settings by name; those of a part as `optim__steps=100`.
+
+        Raises:
+            ValueError: there is no such preset, or a value does not do.
+            TypeError: there is no such setting.
+        """
+        return build(cls, STARTS[cls.STAGE], name, changes)  # type: ignore[attr-defined]
+
     def __post_init__(self) -> None:
-        if self.dataset not in DATASET_NAMES:
+        for name in ("data", "out", "cache", "splits", "encoder"):
+            if isinstance(value := getattr(self, name, None), str):
+                setattr(self, name, Path(value))
+        if self.dataset not in dataset_names():
             raise ValueError(
-                f"unknown dataset {self.dataset!r}; expected one of {', '.join(DATASET_NAMES)}"
+                f"unknown dataset {self.dataset!r}; expected one of {', '.join(dataset_names())}, "
+                f"or one of a plug-in"
             )
         for name in ("log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
@@ -182,6 +218,8 @@ class PretrainConfig(RunConfig, MethodSettings):  # type: ignore[misc, valid-typ
         slices: n, slices per pair of subjects, half from each; each gives two views.
         pairs: pairs of subjects per batch. The paper has one; k pairs, or one pair on each of k
             processes, or in each of k accumulated batches, are one step over 2k subjects.
+        sampling: "subjects", as said; or "slices": n · pairs slices of whatever scans, in shuffled
+            passes over all of them, as the public code of PCL draws its batches.
         leave_out_fold: keep the held-out subjects of this fold out of pre-training; by default all
             subjects are used without their labels, as in the paper.
         num_folds: number of folds that leave_out_fold counts in.
@@ -191,9 +229,12 @@ class PretrainConfig(RunConfig, MethodSettings):  # type: ignore[misc, valid-typ
     And the settings of each method, under its name.
     """
 
+    STAGE: ClassVar[str] = "pretrain"
+
     method: str = "sal"
     slices: int = 16
     pairs: int = 1
+    sampling: Literal["subjects", "slices"] = "subjects"
     leave_out_fold: int | None = None
     num_folds: int = 5
     split_seed: int = 0
@@ -214,7 +255,8 @@ class PretrainConfig(RunConfig, MethodSettings):  # type: ignore[misc, valid-typ
         super().__post_init__()
         if self.method not in METHODS:
             raise ValueError(
-                f"unknown method {self.method!r}; expected one of {', '.join(METHODS)}"
+                f"unknown method {self.method!r}; expected one of {', '.join(METHODS)}, or one of "
+                f"a plug-in"
             )
         if self.slices < 4 or self.slices % 2:
             raise ValueError(f"slices must be an even number of at least 4, got {self.slices}")
@@ -224,7 +266,36 @@ class PretrainConfig(RunConfig, MethodSettings):  # type: ignore[misc, valid-typ
         if self.leave_out_fold is not None:
             self.require_fold("leave_out_fold", self.leave_out_fold, self.num_folds)
         kind = METHODS[self.method]
+        if kind.Settings is not None and self.settings is None:
+            raise ValueError(
+                f"the settings of {self.method}, a plug-in, are no field of PretrainConfig; make "
+                f"the configuration with config.pretrain_config()(...)"
+            )
         kind.check(self.settings, self)
+
+
+def pretrain_config() -> type[PretrainConfig]:
+    """PretrainConfig with fields for the settings of all methods known by now: of plug-ins too."""
+    own = {field.name for field in fields(PretrainConfig)}
+    return _with_settings_of(tuple(item for item in METHODS.items() if item[0] not in own))
+
+
+@functools.cache
+def _with_settings_of(added: tuple[tuple[str, type[Method]], ...]) -> type[PretrainConfig]:
+    if not added:
+        return PretrainConfig
+    own = [
+        (name, kind.Settings, field(default_factory=kind.Settings))
+        for name, kind in added
+        if kind.Settings is not None
+    ]
+    made: type[PretrainConfig] = make_dataclass("PretrainConfig", own, bases=(PretrainConfig,))
+    words = "name of the pre-training method"
+    made.__doc__ = str(PretrainConfig.__doc__).replace(
+        f"{words}.", f"{words}: {', '.join(METHODS)}."
+    )
+    made.__module__ = __name__
+    return made
 
 
 @dataclass
@@ -292,16 +363,22 @@ class FinetuneConfig(LabelledConfig):
 
     Args:
         batch_size: slices per step.
+        loss: "dice+ce", cross-entropy and soft Dice, or "ce", cross-entropy alone.
         encoder_lr: factor on the learning rate of the encoder.
         select: "last" evaluates the last weights; "best-on-test" keeps the weights that did best on
             the held-out subjects, as published code does, which flatters the result.
         select_every: steps between the evaluations of "best-on-test".
+        dice: "scans", the mean over scans, or "pooled", over the voxels of all scans together, as
+            published code does: a scan then weighs by its size, and a class that it lacks counts
+            nothing. Results have both; this is the one that is reported and selected by.
     """
 
     batch_size: int = 10
+    loss: SegmentationLoss = "dice+ce"
     encoder_lr: float = 1.0
     select: Literal["last", "best-on-test"] = "last"
     select_every: int = 100
+    dice: Literal["scans", "pooled"] = "scans"
 
     def __post_init__(self) -> None:
         super().__post_init__()

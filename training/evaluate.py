@@ -6,15 +6,18 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
 from tqdm import tqdm
+
+from salkernels._shared.files import write_atomically
+from salkernels._shared.tabular import csv_text
 
 from .data.cache import VolumeCache
 from .data.datasets import DatasetInfo, read_truth
@@ -25,14 +28,24 @@ from .data.preprocess import Geometry, PreprocessConfig, preprocess
 from .data.review import require_scale_of_training
 from .data.text import printable
 from .device import Device
-from .files import write_atomically
 from .models import UNet
-from .tabular import csv_text
 
 MAX_FILE_NAME = 255  # bytes, on every common file system
 ALL = "all"  # in place of the names of subjects
 BATCH = 16  # slices per forward pass at most: a CT has hundreds ...
 BATCH_PIXELS = 2**20  # ... and no more than this at once: 16 of 256 x 256, 4 of 512 x 512
+
+
+class Overlap(NamedTuple):
+    """Voxels of a class that label map and prediction share, and the sum of what each has."""
+
+    both: int
+    either: int
+
+    @property
+    def dice(self) -> float:
+        """NaN where neither has any."""
+        return 2 * self.both / self.either if self.either else float("nan")
 
 
 @dataclass
@@ -41,18 +54,39 @@ class Scores:
 
     rows: one per scan: subject, frame, role and the Dice of each class but background; NaN where
         neither the label map nor the prediction holds the class.
+    overlaps: for each scan and class, the voxels that label map and prediction share, and the sum
+        of those that each of them has.
+    pooled: report Dice over the voxels of all scans together, and not the mean over scans.
     """
 
     class_names: tuple[str, ...]  # without background
     rows: list[dict[str, Any]]
+    overlaps: list[list[Overlap]] = field(default_factory=list)
+    pooled: bool = False
 
     def per_class(self) -> dict[str, float]:
-        """Mean over the scans that have a value, of each class; NaN where none has."""
+        """Mean over the scans that have a value, of each class; NaN where none has. Or pooled."""
+        return self.over_voxels() if self.pooled else self.over_scans()
+
+    def over_scans(self) -> dict[str, float]:
+        """Of each class the mean over the scans that have a value; NaN where none has."""
         return {name: _mean([row[name] for row in self.rows]) for name in self.class_names}
+
+    def over_voxels(self) -> dict[str, float]:
+        """Of each class the Dice of all scans' voxels as one; NaN where none holds it."""
+        totals = (
+            np.sum(self.overlaps, axis=0)
+            if self.overlaps
+            else [Overlap(0, 0)] * len(self.class_names)
+        )
+        return {
+            name: Overlap(*(int(count) for count in total)).dice
+            for name, total in zip(self.class_names, totals, strict=True)
+        }
 
     @property
     def mean(self) -> float:
-        """Mean over classes of the means over scans: the figure of the paper's tables."""
+        """Mean over the classes."""
         return _mean(list(self.per_class().values()))
 
 
@@ -84,19 +118,20 @@ def evaluate(
     """3D Dice of every labelled scan of the subjects, against the label map as it was stored."""
     info = cache.info
     scans = [i for s in subjects for i in cache.of_subject(s) if cache.volumes[i].labelled]
-    rows = []
+    rows, overlaps = [], []
     for scan in tqdm(scans, "evaluating", unit="scan", disable=None if progress else True):
         entry = cache.volumes[scan]
         predicted = segment(model, cache.image(scan), entry.geometry, device)
         truth = read_truth(entry, info)
         if truth is None:
             raise DataError(f"{entry.name}: its label map has gone since the cache was built")
-        dice = dice_per_class(predicted, truth, info)
+        overlaps.append(overlap_per_class(predicted, truth, info))
+        dice = [overlap.dice for overlap in overlaps[-1]]
         rows.append(
             {"subject": entry.subject, "frame": entry.frame, "role": entry.role}
             | dict(zip(info.class_names[1:], dice, strict=True))
         )
-    return Scores(tuple(info.class_names[1:]), rows)
+    return Scores(tuple(info.class_names[1:]), rows, overlaps)
 
 
 def dice_per_class(
@@ -107,21 +142,32 @@ def dice_per_class(
     A class that only one of the two holds scores 0, so an invented structure costs as much as a
     missed one; NaN where neither holds it.
     """
-    dice = []
+    return [overlap.dice for overlap in overlap_per_class(predicted, truth, info)]
+
+
+def overlap_per_class(
+    predicted: npt.NDArray[np.uint8], truth: npt.NDArray[np.uint8], info: DatasetInfo
+) -> list[Overlap]:
+    """The voxels behind the Dice of each class but background."""
+    found = []
     for label in range(1, info.num_classes):  # one by one: a volume of each at once is too much
         guess, answer = predicted == label, truth == label
-        either = np.count_nonzero(guess) + np.count_nonzero(answer)
-        both = np.count_nonzero(guess & answer)
-        dice.append(2 * both / either if either else float("nan"))
-    return dice
+        either = int(np.count_nonzero(guess)) + int(np.count_nonzero(answer))
+        found.append(Overlap(int(np.count_nonzero(guess & answer)), either))
+    return found
 
 
 def write_scores(out: Path, scores: Scores, about: dict[str, Any]) -> None:
     """results.json (means and conditions) and dice.csv (one row per scan)."""
-    # JSON has no NaN: a class that no scan holds is null.
-    dice = {name: None if np.isnan(v) else v for name, v in scores.per_class().items()}
-    mean = None if np.isnan(scores.mean) else scores.mean
-    result = {**about, "mean_dice": mean, "dice": dice}
+    pooled = scores.over_voxels()
+    result = {
+        **about,
+        "dice_over": "voxels of all scans" if scores.pooled else "scans",
+        "mean_dice": _or_null(scores.mean),
+        "dice": {name: _or_null(value) for name, value in scores.per_class().items()},
+        "mean_dice_pooled": _or_null(_mean(list(pooled.values()))),
+        "dice_pooled": {name: _or_null(value) for name, value in pooled.items()},
+    }
     write_atomically(out / "results.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
     columns = ["subject", "frame", "role", *scores.class_names]
     rows = [columns, *([row[column] for column in columns] for row in scores.rows)]
@@ -175,6 +221,11 @@ def predict_file(
         each = [_segmented(model, about, frame, image.path, device) for frame in single]
         labels = np.stack(each, axis=-1)
     write_labels(target, labels, volume)
+
+
+def _or_null(value: float) -> float | None:
+    """JSON has no NaN: a class that no scan holds is null."""
+    return None if np.isnan(value) else value
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -123,7 +123,10 @@ def _loss_panel(out: Path) -> tuple[str, list[tuple[str, str]]]:
     if method is None:
         return "training loss (cross-entropy + Dice)", [("loss", "")]
     if method not in METHODS:
-        raise damaged(out / CONFIG, f"it names no method that is known, but {method!r}")
+        raise damaged(
+            out / CONFIG,
+            f"it names no method that is known, but {method!r} (of a plug-in? pass --plugin FILE)",
+        )
     title, terms = METHODS[method].curves
     return title, [*terms.items()]
 

@@ -10,7 +10,8 @@ from monai.losses import DiceCELoss
 from torch import Tensor
 
 from .augment import augment
-from .config import FinetuneConfig, LabelledConfig
+from .callable_module import make_callable
+from .config import FinetuneConfig, LabelledConfig, SegmentationLoss
 from .data.cache import VolumeCache, require_labels
 from .data.manifest import dataset_info
 from .data.review import (
@@ -39,6 +40,7 @@ from .inputs import open_dataset, tell
 from .locks import sole_use
 from .models import UNet, load_encoder, load_unet, save_unet
 from .models.weights import ENCODER, MODEL, weights_file
+from .plugins import used_by
 from .resident import resident, without_loaders
 from .runlog import RunLog
 from .steps import Task
@@ -46,7 +48,20 @@ from .transfer import to_device
 
 
 def finetune(config: FinetuneConfig) -> Scores:
-    """Runs fine-tuning and evaluation in `config.out`."""
+    """Fine-tunes a U-Net on a few labelled subjects and scores it, as the command `finetune` does.
+
+    Args:
+        config: such as `FinetuneConfig.preset("desk", data="acdc", encoder="runs/sal", labelled=2,
+            out="runs/m2")`.
+
+    Returns:
+        The `Scores` on the held-out subjects, with `scores.mean`, `scores.per_class()`, and a row
+        for each scan. The model is in `config.out`/model.safetensors.
+
+    Raises:
+        RunError: `config.out` holds another run; the encoder does not fit.
+        DataError: the data cannot be read, or lack labels.
+    """
     device = Device.of(config)
     cache = open_dataset(config)
     start = Start.of(config, cache)
@@ -91,21 +106,27 @@ class Finetuning:
     def __init__(
         self, config: FinetuneConfig, device: Device, cache: VolumeCache, start: Start
     ) -> None:
-        self.config, self.device, self.cache, self.start = config, device, cache, start
+        self.device, self.cache, self.start = device, cache, start
         self.log = RunLog(config, "finetune", device.describe(), start.believed)
+        self.data = LabelledSlices(
+            cache, start.labelled, config.batch_size, config.seed,
+            Shard(accumulate=config.optim.accumulate),
+        )  # fmt: skip
+        step = config.batch_size * config.optim.accumulate
+        optim = config.optim.for_slices(len(self.data.pool), step)
+        self.config = config = replace(config, optim=optim)
         self.model = start.model
         device.to(self.model)
         if config.compile:
             self.model.compile()  # in place: the keys of the weights stay
         self.store = resident(cache, config, device.device, labels=True)
-        self.criterion = segmentation_loss()
+        self.data.read = self.store is None
+        self.criterion = segmentation_loss(config.loss)
         self.best = BestOnTest(self.model, cache, start.fold, device.exact(), config)
 
     def fit(self) -> None:
-        """All steps; the model then has the weights that are to be kept."""
-        config, read = self.config, self.store is None
-        own = Shard(accumulate=config.optim.accumulate)
-        labelled, size = self.start.labelled, config.batch_size
+        """Runs all steps; afterwards the model has the weights to keep."""
+        config = self.config
         selects = config.select == "best-on-test"
         fit(
             self.model,
@@ -114,7 +135,7 @@ class Finetuning:
                 {"params": list(self.model.decoder.parameters())},
             ],
             Task(self.prepare, self.loss),
-            LabelledSlices(self.cache, labelled, size, config.seed, own, read),
+            self.data,
             without_loaders(config, self.store),
             self.log,
             self.device,
@@ -157,6 +178,7 @@ class Finetuning:
         save_unet(config.out / MODEL, self.model, about)
         exact = self.device.exact()
         scores = evaluate(self.model, self.cache, start.fold.test, exact, progress=True)
+        scores.pooled = config.dice == "pooled"
         write_scores(config.out, scores, for_results(about))
         finetuning_figures(config.out, self.model, self.cache, start.fold.test, exact)
         return scores
@@ -176,6 +198,7 @@ def identity(
         with_labels=labelled,
         held_out=fold.test,
         split=split_of(config, "fold", "num_folds", "split_seed"),
+        plugins=used_by(config),
     )
     if config.encoder is None or pretraining is None:
         return believed
@@ -187,13 +210,16 @@ def identity(
     return replace(believed, encoder=encoder, mismatches=tuple(dict.fromkeys(marks)))
 
 
-def segmentation_loss() -> torch.nn.Module:
+def segmentation_loss(kind: SegmentationLoss = "dice+ce") -> torch.nn.Module:
     """Cross-entropy + soft Dice: logits (B, K, H, W), labels (B, 1, H, W); background counts too.
+
+    kind: "ce" leaves the Dice out.
 
     Dice is that of the batch as a whole. Taken per slice, a class that a slice does not hold would
     cost nearly 1 whatever the prediction, and many slices lack one.
     """
-    return DiceCELoss(to_onehot_y=True, softmax=True, batch=True)
+    weight = 1.0 if kind == "dice+ce" else 0.0
+    return DiceCELoss(to_onehot_y=True, softmax=True, batch=True, lambda_dice=weight)
 
 
 def split(config: LabelledConfig, cache: VolumeCache) -> tuple[Fold, tuple[str, ...]]:
@@ -239,6 +265,7 @@ class BestOnTest:
     ) -> None:
         self.model, self.cache, self.fold, self.device = model, cache, fold, device
         self.every, self.steps = config.select_every, config.optim.steps
+        self.pooled = config.dice == "pooled"
         self.path = config.out / "checkpoints" / "best_on_test.safetensors"
         self.best = load_unet(self.path)[1]["dice"] if self.path.exists() else -1.0
 
@@ -247,6 +274,7 @@ class BestOnTest:
 
     def look(self, step: int) -> dict[str, float]:
         scores = evaluate(self.model, self.cache, self.fold.test, self.device, progress=False)
+        scores.pooled = self.pooled
         self.model.train()
         if not scores.mean <= self.best:  # NaN, where no class is held out, is kept too
             self.best = scores.mean
@@ -282,3 +310,6 @@ def about_labelled(
         "held_out": list(fold.test),
         "seed": config.seed,
     }
+
+
+make_callable(__name__)  # so that `salkernels.training.finetune` is this module, and the function

@@ -15,10 +15,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from salkernels._shared.files import file_digest, write_atomically
+
 from .config import RunConfig
 from .data.cache import VolumeCache
 from .errors import RunError
-from .files import file_digest, write_atomically
 from .settings import read_record
 
 FILE = "identity.json"
@@ -39,6 +40,7 @@ class Identity:
     split: the settings that made the three.
     strict: whether those held out were to be unseen in pre-training too.
     encoder: digest of the weights that the run starts from, and their own identity.
+    plugins: those that method or data set came from: name -> digest of the source.
     mismatches: what was let pass although it does not fit.
     """
 
@@ -50,11 +52,14 @@ class Identity:
     split: dict[str, Any] = field(default_factory=dict)
     strict: bool = False
     encoder: dict[str, Any] | None = None
+    plugins: dict[str, str] = field(default_factory=dict)
     mismatches: tuple[str, ...] = ()
 
     def plain(self) -> dict[str, Any]:
         """As JSON-like values, with `data`, the hash of the data, and `hash`, that of it all."""
         values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        if not self.plugins:  # as in runs from before there were any
+            del values["plugins"]
         beliefs = {name: value for name, value in values.items() if name != "mismatches"}
         return {"hash": _hash(beliefs), "data": _hash(values["subjects"]), **values}
 
@@ -72,6 +77,7 @@ class Identity:
                 split=dict(values["split"]),
                 strict=bool(values["strict"]),
                 encoder=values["encoder"],
+                plugins={str(k): str(v) for k, v in values.get("plugins", {}).items()},
                 mismatches=tuple(values["mismatches"]),
             )
         except (KeyError, TypeError, AttributeError) as error:
@@ -167,14 +173,18 @@ def differences(before: Identity | None, now: Identity, *, labels: bool) -> list
         "without_labels": "trained on without labels",
         "held_out": "held out",
     }.items():
-        then, today = set(getattr(before, name)), set(getattr(now, name))
-        if then != today and not found:  # else it follows from what is said
+        earlier, later = set(getattr(before, name)), set(getattr(now, name))
+        if earlier != later and not found:  # else it follows from what is said
             found.append(
-                f"{text}: {listed(then) or 'nobody'} then, {listed(today) or 'nobody'} now"
+                f"{text}: {listed(earlier) or 'nobody'} then, {listed(later) or 'nobody'} now"
             )
     ours, theirs = ((i.encoder or {}).get("sha256") for i in (before, now))
     if ours != theirs:
         found.append(f"the encoder was {_brief(ours)}, and is {_brief(theirs)}")
+    for name in sorted({*before.plugins, *now.plugins}):
+        then, today = (identity.plugins.get(name) for identity in (before, now))
+        if then != today:
+            found.append(f"the plug-in {name} was {_brief(then)}, and is {_brief(today)}")
     return found
 
 

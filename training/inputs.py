@@ -8,13 +8,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from salkernels._shared.files import write_atomically
+
 from .config import PretrainConfig, RunConfig
 from .data.cache import VolumeCache, open_cache
 from .data.manifest import dataset_info
 from .data.splits import folds_of, pick
 from .data.text import printable
 from .distributed import first
-from .files import write_atomically
 
 NOTES = "data.txt"  # in a run folder: what the user should know of its data
 
@@ -36,7 +37,7 @@ def open_dataset(config: RunConfig) -> VolumeCache:
 
 
 def subjects(config: PretrainConfig, cache: VolumeCache) -> tuple[str, ...]:
-    """The subjects that pre-training sees: all, unless a fold is to be left out."""
+    """The subjects that pre-training sees: all, or all outside the fold that is left out."""
     if config.leave_out_fold is None:
         return tuple(cache.subjects)
     folds = folds_of(cache, config.num_folds, config.split_seed, config.splits)
@@ -45,7 +46,7 @@ def subjects(config: PretrainConfig, cache: VolumeCache) -> tuple[str, ...]:
 
 
 def tell(out: Path, lines: Sequence[str]) -> None:
-    """Says on the screen, and in `out`/data.txt, what is to be known of the data."""
+    """Prints the notes on the data, and writes them to `out`/data.txt."""
     for line in lines:
         tqdm.write(f"note: {printable(line)}", file=sys.stderr)
     if lines:

@@ -11,8 +11,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from salkernels._shared.files import remove_temporaries
+
 from .errors import RunError
-from .files import remove_temporaries
 
 LOCK = ".lock"
 PATIENCE = 3.0  # seconds: for a predecessor that was told to end and is just doing so

@@ -24,7 +24,7 @@ def learning_rate(step: int, optim: OptimConfig) -> float:
 def make_optimiser(groups: Iterable[dict[str, Any]], optim: OptimConfig) -> torch.optim.Optimizer:
     """The optimiser over parameter groups, each with a factor `scale` on the learning rate.
 
-    Weight decay acts on matrices and kernels, not on biases and norms.
+    Weight decay acts on matrices and kernels, not on biases and norms, unless `decay_all` is set.
     """
     split: list[dict[str, Any]] = []
     for group in groups:
@@ -33,9 +33,10 @@ def make_optimiser(groups: Iterable[dict[str, Any]], optim: OptimConfig) -> torc
         for decay in (True, False):
             chosen = [p for p in parameters if (p.dim() > 1) == decay]
             if chosen:
-                weight_decay = optim.weight_decay if decay else 0.0
+                weight_decay = optim.weight_decay if decay or optim.decay_all else 0.0
                 split.append({"params": chosen, "lr": lr, "weight_decay": weight_decay})
     if optim.name == "sgd":
-        nesterov = optim.momentum > 0
+        nesterov = optim.nesterov and optim.momentum > 0
         return torch.optim.SGD(split, lr=optim.lr, momentum=optim.momentum, nesterov=nesterov)
-    return torch.optim.AdamW(split, lr=optim.lr)
+    kind = torch.optim.Adam if optim.name == "adam" else torch.optim.AdamW
+    return kind(split, lr=optim.lr)

@@ -30,7 +30,7 @@ class Parser(ArgumentParser):
         set_loader(MODE, _load, exceptions=(yaml.YAMLError,))
         super().__init__(*args, parser_mode=MODE, **settings)
         self.commands: dict[str, Parser] = {}
-        self.words: Sequence[str] = ()  # what is to be parsed, for messages
+        self.words: Sequence[str] = ()  # the command line, for messages
 
     def parse_args(self, *args: Any, **settings: Any) -> Any:
         try:

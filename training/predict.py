@@ -1,15 +1,20 @@
-"""Label maps of NIfTI images, on the images' own grid."""
+"""Label maps of scans, on the scans' own grid: of an array, or of NIfTI files."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
 from tqdm import tqdm
 
+from .callable_module import make_callable
+from .config import RunConfig
 from .data.errors import listed
 from .data.images import find_images
 from .data.nifti import DataError
@@ -17,11 +22,45 @@ from .data.preprocess import PreprocessConfig
 from .data.text import printable
 from .device import Device
 from .errors import RunError
-from .evaluate import predict_file
-from .models import UNet
+from .evaluate import predict_file, segment
+from .models import UNet, load_unet
+from .preparing import prepare
 
 
 def predict(
+    model: str | Path | tuple[UNet, Mapping[str, Any]],
+    scan: str | Path | npt.NDArray[Any] | Tensor,
+    *,
+    spacing: Sequence[float] | float | None = None,
+    affine: npt.NDArray[Any] | None = None,
+    device: str = "auto",
+) -> npt.NDArray[np.uint8]:
+    """Segments one scan with a fine-tuned U-Net.
+
+    Args:
+        model: run folder of `finetune` or its model.safetensors; or what `load_unet` returned,
+            which is not read again for every scan.
+        scan: voxels (X, Y, Z), slices along the last axis; or the path of a NIfTI image.
+        spacing: of the voxels in mm, as in `prepare`.
+        affine: (4, 4), of an array, as in `prepare`.
+        device: "auto", "cpu", "cuda", ...; a model that was loaded before is moved there.
+
+    Returns:
+        (X, Y, Z) uint8, the class of each voxel on the scan's own grid, an index into
+        `about["class_names"]`. The command `predict` writes the same for files.
+
+    Raises:
+        ValueError: as `prepare`; not a U-Net.
+        DataError: the scan cannot be read, or has nothing to see.
+    """
+    unet, about = load_unet(model) if isinstance(model, (str, Path)) else model
+    ready = prepare(scan, about, spacing=spacing, affine=affine)
+    where = Device.of(RunConfig(device=device, precision="fp32")).exact()
+    slices = ready.slices[:, 0].numpy()
+    return segment(where.to(unet), slices, ready.geometry, where)
+
+
+def predict_files(
     model: UNet,
     about: dict[str, Any],
     inputs: Sequence[Path],
@@ -69,3 +108,6 @@ def predict(
     print(printable(f"{len(images) - len(failures)} label maps in {out}"))
     if failures:
         raise DataError("these files were left out:\n" + "\n".join(failures))
+
+
+make_callable(__name__)  # so that `salkernels.training.predict` is this module, and the function

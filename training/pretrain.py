@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .callable_module import make_callable
 from .config import PretrainConfig
 from .data.cache import VolumeCache
 from .data.errors import DataError, listed
 from .data.review import notices, spacing_recorded
-from .data.sampling import Shard, SliceBatch, TwoSubjects
+from .data.sampling import AnySlices, Shard, SliceBatch, TwoSubjects
 from .device import Device
 from .distributed import (
     first,
@@ -34,6 +36,7 @@ from .inputs import open_dataset, subjects, tell
 from .methods import METHODS, Method, Outcome, Views
 from .models import save_encoder
 from .models.weights import ENCODER
+from .plugins import used_by
 from .resident import resident, without_loaders
 from .runlog import WARNINGS, RunLog, read_metrics
 from .steps import Task
@@ -43,7 +46,17 @@ INITIAL = "encoder_initial.safetensors"
 
 
 def pretrain(config: PretrainConfig) -> Path:
-    """Runs pre-training in `config.out` and returns the path of the encoder's weights.
+    """Pre-trains an encoder on scans without labels, as the command `pretrain` does.
+
+    Args:
+        config: such as `PretrainConfig.preset("desk", data="acdc", out="runs/sal")`.
+
+    Returns:
+        The path of the encoder's weights, `config.out`/encoder.safetensors.
+
+    Raises:
+        RunError: `config.out` holds another run; the device does not do.
+        DataError: the data cannot be read.
 
     Under torchrun the processes share each step: see `distributed`.
     """
@@ -64,10 +77,13 @@ class Pretraining:
     """One run of pre-training."""
 
     def __init__(self, config: PretrainConfig, device: Device, cache: VolumeCache) -> None:
-        self.config, self.device, self.cache = config, device, cache
+        self.device, self.cache = device, cache
         self.seen = subjects(config, self.cache)
         self.corpus = Slices(self.cache, self.seen)
         self.log = RunLog(config, "pretrain", self.device.describe(), identity(config, self.cache))
+        step = config.slices * config.pairs * world() * config.optim.accumulate
+        optim = config.optim.for_slices(len(self.corpus.samples), step)
+        self.config = config = replace(config, optim=optim)
         torch.manual_seed(config.seed)
         self.method = METHODS[config.method](config.model, config.settings, self.corpus)
         first(self.keep_start)
@@ -86,12 +102,13 @@ class Pretraining:
         config = self.config
         own = Shard(rank(), world(), config.optim.accumulate)
         read = self.store is None
+        draw = TwoSubjects if config.sampling == "subjects" else AnySlices
         self.module = parallel(self.method, self.device.device)
         fit(
             self.module,
             [{"params": list(self.method.parameters())}],
             Task(self.prepare, self.loss),
-            TwoSubjects(self.cache, self.seen, config.slices, config.seed, config.pairs, own, read),
+            draw(self.cache, self.seen, config.slices, config.seed, config.pairs, own, read),
             without_loaders(config, self.store),
             self.log,
             self.device,
@@ -155,6 +172,7 @@ class Pretraining:
             "num_folds": config.num_folds,
             "split_seed": config.split_seed,
             "scans": len(self.cache.volumes),
+            "preprocess": asdict(config.preprocess),
             "spacing": spacing_recorded(self.cache),
             "identity": self.log.identity.plain(),
         }
@@ -220,6 +238,7 @@ def identity(config: PretrainConfig, cache: VolumeCache) -> Identity:
         held_out=tuple(sorted(set(cache.subjects) - set(seen))),
         split=split_of(config, "leave_out_fold", "num_folds", "split_seed") if strict else {},
         strict=strict,
+        plugins=used_by(config),
     )
 
 
@@ -244,3 +263,6 @@ class CollapseWatch:
                     file.write(f"{kind}: {sentence}\n")
                 tqdm.write(f"warning: {sentence}", file=sys.stderr)
         return now
+
+
+make_callable(__name__)  # so that `salkernels.training.pretrain` is this module, and the function

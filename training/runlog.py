@@ -18,15 +18,16 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 import salkernels
+from salkernels._shared.files import write_atomically
+from salkernels._shared.revision import commit
 
 from .checkpoint import LAST, has_checkpoint
 from .config import Precision, RunConfig
 from .distributed import first, is_main, world
 from .errors import RunError
-from .files import write_atomically
 from .identity import Identity, read_identity, require_same, write_identity
+from .methods import FILES, METHODS
 from .models.weights import ENCODER, MODEL
-from .revision import commit
 from .settings import damaged, read_record, read_settings
 
 CONFIG = "config.yaml"
@@ -192,7 +193,10 @@ def read_metrics(out: Path) -> list[dict[str, float]]:
 def to_plain(config: RunConfig) -> dict[str, Any]:
     """The configuration as JSON-like values."""
     plain: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
-    return plain
+    # Of plug-ins' methods that a run does not use it does not depend.
+    method = plain.get("method")
+    others = [name for name in METHODS if name not in FILES and name != method]
+    return {name: value for name, value in plain.items() if name not in others}
 
 
 def environment() -> dict[str, Any]:

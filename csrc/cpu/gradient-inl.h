@@ -7,7 +7,6 @@
 #include "pack-inl.h"
 #include "tile-inl.h"
 #include "ahead-inl.h"
-#include "match-inl.h"
 #include "terms-inl.h"
 #endif
 
@@ -36,10 +35,8 @@ static inline void gradient_row(const Term<T>* terms, const Term<T>* end, const 
   }
 }
 
-// The gradients of a packed window, to wherever its rows are to go.
-//
-// A few channels of all rows at a time, as many as have a register each and leave all rows in the
-// first-level cache:
+// The gradients of a packed window, to wherever its rows are to go. A few channels of all rows at a
+// time, as many as have a register each and leave all rows in the first-level cache:
 //
 //               channels ->
 //      row 0    [ 1st block | 2nd block | ...      the terms of a row add the same block of its
@@ -52,7 +49,7 @@ struct GradientRows {
 
   Out** out;  // (rows)
   int64_t rows, stride, channels;
-  bool around;  // whether the caches are to be written around; every row is whole lines then
+  bool around;  // whether to write around the caches; every row is whole lines then
 
   template <int Registers, bool Around>
   void columns(const TermLists<T>& lists, const T* unit, const T* inv_norm, int64_t c,
@@ -81,6 +78,8 @@ struct GradientRows {
     return c;
   }
 
+  // Whether kMost registers of each row fit the first-level cache together: a row is read once for
+  // its own gradient, and once for each term whose partner it is.
   static bool fits_many(int64_t rows) {
     return rows * kMost * SALKERNELS_VECTOR_BYTES <= kFirstLevel;
   }
@@ -110,7 +109,8 @@ static void rows_of_map(const TileShape& shape, const Window& window, Out** out)
   }
 }
 
-// NaN reaches the gradient of a row in a pair; a row in none has no gradient, and is no partner.
+// NaN reaches the gradient of a row in a pair, by way of x̂·V. A row in none has no gradient and is
+// no partner: its unit vector and 1 / ‖x‖ become 0, so that nothing multiplies a NaN.
 template <class T>
 static void apply_poison(TermLists<T>& lists, const TileShape& shape, const T* poison, T* unit,
                          T* inv_norm) {
@@ -227,126 +227,6 @@ static int64_t gradient_tile(const Problem& problem, const Tile* tile, char* mem
   } else {
     gradient_windows<T, In>(problem, shape, 0, scratch, Ahead{});
   }
-  if (problem.write_around) stream_end();
-  return arena.used;
-}
-
-// Pixels are numbered window after window here, so that a window's norms are contiguous.
-static inline int64_t window_start(const Grid& grid, const Window& window) {
-  return window.row * grid.width + window.column * window.rows;
-}
-
-template <class T, class In>
-static int64_t norms_streamed(const Problem& problem, const StreamedNorms* item, char* scratch) {
-  const int64_t stride = packed_stride<T>(problem.channels);
-  Arena arena{scratch};
-  int64_t* consecutive = arena.take<int64_t>(problem.grid.width);
-  T* rows = arena.take<T>(kBlock * stride);
-  if (scratch == nullptr) return arena.used;
-  const Window window = problem.grid.window(item->strip, item->window);
-  const int64_t start = item->node * problem.grid.pixels() + window_start(problem.grid, window);
-  fill_consecutive(consecutive, problem.grid.width, stride);
-  for (int64_t p = item->first_row; p < item->first_row + item->num_rows; p += kBlock) {
-    const int64_t count = least(kBlock, item->first_row + item->num_rows - p);
-    pack_pixels<T, In>(problem, problem.plan.nodes[item->node], window, p, count, rows,
-                       consecutive, static_cast<T*>(problem.norms) + start + p,
-                       static_cast<T*>(problem.poison) + start + p);
-  }
-  return arena.used;
-}
-
-// Some channels of one sample's gradient in a large window. V is a sum over channels of nothing:
-// given the norms, channels are independent, so a whole window of a few of them fits the cache.
-template <class T, class In>
-static int64_t gradient_streamed(const Problem& problem, const StreamedGradient* item,
-                                 char* scratch) {
-  constexpr int W = kLanes<T>;
-  const int64_t stride = packed_stride<T>(problem.work.max_streamed_channels);
-  Arena arena{scratch};
-  int64_t* consecutive = arena.take<int64_t>(problem.grid.width);
-  T* total_grad = arena.take<T>(problem.work.max_window_pixels * stride);  // V
-  T* unit = arena.take<T>(problem.work.max_window_pixels * stride);
-  T* along = arena.take<T>(problem.work.max_window_pixels);
-  uint8_t* touched = arena.take<uint8_t>(problem.work.max_window_pixels);  // by some pair
-  if (scratch == nullptr) return arena.used;
-
-  const Component& component = problem.plan.components[item->component];
-  const Node* nodes = &problem.plan.nodes[component.first_node];
-  const Window window = problem.grid.window(item->strip, item->window);
-  const int64_t pixels = window.pixels(), width = packed_width<T>(item->num_channels);
-  const T eps = T(problem.eps);
-  fill_consecutive(consecutive, problem.grid.width, stride);
-  auto table = [&](void* values, int64_t node) {
-    return static_cast<T*>(values) + (component.first_node + node) * problem.grid.pixels() +
-           window_start(problem.grid, window);
-  };
-  auto load_unit = [&](int64_t node) {
-    for_pixel_runs(window, 0, pixels, [&](int64_t row, int64_t column, int64_t run, int64_t at) {
-      pack_patch<T, In>(nodes[node],
-                        {row, column, 1, run, item->first_channel, item->num_channels},
-                        problem.grid.width, unit + at * stride, {0, consecutive});
-    });
-    const T* norms = table(problem.norms, node);
-    for (int64_t p = 0; p < pixels; ++p) {
-      scale_to_unit<T>(unit + p * stride, width, UnitScale<T>::of_norm(norms[p], eps));
-    }
-  };
-  for (int64_t i = 0; i < pixels * stride; ++i) total_grad[i] = 0;
-  for (int64_t p = 0; p < pixels; ++p) {
-    along[p] = 0;
-    touched[p] = 0;
-  }
-  // Adds weight times the partner's row to a row of this sample.
-  auto add = [&](int64_t own, int64_t partner, T max_sim, T gradient) {
-    along[own] += gradient * max_sim;
-    touched[own] = 1;
-    const Vec<T> weight = splat<T>(gradient);
-    T* to = total_grad + own * stride;
-    const T* from = unit + partner * stride;
-    for (int64_t c = 0; c < width; c += W) {
-      store<T>(to + c, load<T>(to + c) + weight * load<T>(from + c));
-    }
-  };
-  auto as_query = [&](int64_t p, int64_t l, T m, T gradient) { add(p, l, m, gradient); };
-  auto as_key = [&](int64_t p, int64_t l, T m, T gradient) { add(l, p, m, gradient); };
-
-  const Edge* edges = &problem.plan.edges[component.first_edge];
-  for (int64_t e = 0; e < component.num_edges; ++e) {
-    const Edge& edge = edges[e];
-    if (edge.first != item->node && edge.second != item->node) continue;
-    const bool is_first = edge.first == item->node;
-    load_unit(is_first ? edge.second : edge.first);
-    if (edge.first == edge.second) {
-      for_matches<T>(problem, edge.forward, window,
-                     [&](int64_t p, int64_t l, T max_sim, T gradient) {
-                       as_query(p, l, max_sim, gradient);
-                       as_key(p, l, max_sim, gradient);
-                     });
-    } else if (is_first) {
-      for_matches<T>(problem, edge.forward, window, as_query);
-      for_matches<T>(problem, edge.reverse, window, as_key);
-    } else {
-      for_matches<T>(problem, edge.forward, window, as_key);
-      for_matches<T>(problem, edge.reverse, window, as_query);
-    }
-  }
-
-  load_unit(item->node);
-  const T *norms = table(problem.norms, item->node), *poison = table(problem.poison, item->node);
-  for (int64_t p = 0; p < pixels; ++p) {
-    if (!touched[p]) continue;  // V is 0, and so is the gradient, be the features NaN
-    const T inv_norm = inverse_for_gradient<T>(norms[p], eps), part = along[p] + poison[p];
-    T* to = total_grad + p * stride;
-    const T* self = unit + p * stride;
-    for (int64_t c = 0; c < width; c += W) {
-      store<T>(to + c, (load<T>(to + c) - part * load<T>(self + c)) * inv_norm);
-    }
-  }
-  for_pixel_runs(window, 0, pixels, [&](int64_t row, int64_t column, int64_t run, int64_t at) {
-    unpack_patch<T, In>(nodes[item->node],
-                        {row, column, 1, run, item->first_channel, item->num_channels},
-                        total_grad + at * stride, {0, consecutive}, problem.write_around);
-  });
   if (problem.write_around) stream_end();
   return arena.used;
 }

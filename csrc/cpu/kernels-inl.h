@@ -1,5 +1,13 @@
 // The kernels of one instruction set: included by each isa_*.cpp, which names the set and its
 // register width. No guard: it is meant to be read once per set, in a namespace of its own.
+//
+//      isa_baseline.cpp   16 bytes --+
+//      isa_avx2.cpp       32 bytes --+--> kernels-inl.h --> kernels_<set>, a table of functions
+//      isa_avx512.cpp     64 bytes --+    (*-inl.h)
+//
+// register_cpu.cpp takes one of the tables when the library is first used. Nothing here may be an
+// inline function of a header that others include: the linker would keep one copy of it, perhaps
+// that of a set which the machine does not have.
 
 namespace salkernels {
 namespace SALKERNELS_ISA {
@@ -11,8 +19,10 @@ namespace SALKERNELS_ISA {
 #include "match-inl.h"
 #include "terms-inl.h"
 #include "gradient-inl.h"
+#include "streamed-inl.h"
 
-// Runs Function<accumulation dtype, storage dtype>(arguments...).
+// Runs Function<accumulation dtype, storage dtype>(arguments...). Half precision is a storage dtype
+// alone: products and sums are fp32.
 #define SALKERNELS_BY_DTYPE(FUNCTION, ...)                                \
   switch (problem.dtype) {                                                \
     case DType::f64: return FUNCTION<double, double>(__VA_ARGS__);        \

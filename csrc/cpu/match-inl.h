@@ -150,7 +150,12 @@ struct SimBlock {
   }
 };
 
-// Lane-wise maximum down the rows. The first of equals is kept, and the first NaN wins for good.
+// Lane-wise maximum down the rows. The first of equals is kept, and the first NaN wins for good:
+//
+//      next <= top    top == top    taken
+//      true           true          no       smaller, or equal and later
+//      false          true          yes      larger, or the first NaN: it compares false
+//      false          false         no       top is NaN already
 template <class T>
 static void running_max(const T* sims, int64_t rows, int64_t stride, int64_t lanes,
                         int64_t first_index, T* best, Index<T>* where) {
@@ -301,7 +306,13 @@ static void match_blocks(SimBlock<T>& sims, MatchState<T>& state, const T* query
   }
 }
 
-// All pairs of a component in one small window: each sample against its partners, several at once.
+// All pairs of a component in one small window: each sample against its partners, several at once,
+// as many as have kBlock rows together. A window of 2 x 2 pixels alone would not fill a register.
+//
+//                      partner 3     partner 5     partner 6
+//      lanes of        p p p p .     p p p p .     p p p p .      query pixels, once per partner
+//      `forward`       |------ pitch: pixels, rounded up to whole groups of query rows
+//      its rows        l = 0, 1, ...: key pixels; the maximum runs down them in all lanes at once
 template <class T>
 static void match_window(const Problem& problem, const TileShape& shape, const Window& window,
                          const T* pack, SimBlock<T>& sims, MatchState<T>& state,
@@ -387,81 +398,6 @@ static int64_t match_tile(const Problem& problem, const Tile* tile, char* scratc
              state.where_reverse, valid.of(edge.second));
     }
   }
-  return arena.used;
-}
-
-// Packs pixels [first, first + count) of one window of one sample as unit vectors.
-template <class T, class In>
-static void pack_pixels(const Problem& problem, const Node& node, const Window& window,
-                        int64_t first, int64_t count, T* out, const int64_t* consecutive,
-                        T* norms, T* poison) {
-  const int64_t stride = packed_stride<T>(problem.channels);
-  for_pixel_runs(window, first, count, [&](int64_t row, int64_t column, int64_t run, int64_t at) {
-    pack_patch<T, In>(node, {row, column, 1, run, 0, problem.channels}, problem.grid.width,
-                      out + at * stride, {0, consecutive});
-  });
-  normalise<T>(out, count, stride, packed_width<T>(problem.channels), T(problem.eps), norms,
-               poison);
-}
-
-static inline void fill_consecutive(int64_t* offsets, int64_t count, int64_t stride) {
-  for (int64_t i = 0; i < count; ++i) offsets[i] = i * stride;
-}
-
-// Keys are streamed in blocks of this many rows: 512 KB, half of a usual second-level cache.
-template <class T>
-static inline int64_t streamed_keys(const Problem& problem) {
-  const int64_t row = packed_stride<T>(problem.channels) * int64_t(sizeof(T));
-  return most(kBlock, (512 << 10) / row / kBlock * kBlock);
-}
-
-// A window too large to be packed for all samples: key blocks are streamed with running maxima.
-//
-//                 keys of one sample, a block of 512 KB at a time ->
-//      queries   [ block | block | block ]      each query keeps its best so far, and each key too
-//        64      [   x   |       |       ]      where the pair counts in both directions: that is
-//        rows    [   x   |       |       ]      why no more than one block is packed at a time
-//        at a    [   x   |       |       ]
-//        time
-template <class T, class In>
-static int64_t match_streamed(const Problem& problem, const StreamedMatch* match, char* scratch) {
-  const int64_t stride = packed_stride<T>(problem.channels);
-  const int64_t most_keys = least(streamed_keys<T>(problem), problem.work.max_window_pixels);
-  Arena arena{scratch};
-  int64_t* consecutive = arena.take<int64_t>(problem.grid.width);
-  T* keys = arena.take<T>(most_keys * stride);
-  T* queries = arena.take<T>(kBlock * stride);
-  SimBlock<T> sims = SimBlock<T>::allocate(arena);
-  MatchState<T> state = MatchState<T>::allocate(arena, problem.work.max_window_pixels);
-  WindowValid valid = WindowValid::allocate(arena, problem, 2 * problem.work.max_window_pixels);
-  if (scratch == nullptr) return arena.used;
-
-  const Component& component = problem.plan.components[match->component];
-  const Node* nodes = &problem.plan.nodes[component.first_node];
-  const Edge& edge = problem.plan.edges[component.first_edge + match->edge];
-  const Window window = problem.grid.window(match->strip, match->window);
-  const int64_t end = match->first_row + match->num_rows;
-  valid.read(problem, nodes[edge.first], window, 0);
-  valid.read(problem, nodes[edge.second], window, 1);
-  fill_consecutive(consecutive, problem.grid.width, stride);
-  for (int64_t l = 0; l < window.pixels(); l += most_keys) {
-    const int64_t num_keys = least(most_keys, window.pixels() - l);
-    pack_pixels<T, In>(problem, nodes[edge.second], window, l, num_keys, keys, consecutive,
-                       nullptr, nullptr);
-    for (int64_t p = match->first_row; p < end; p += kBlock) {
-      const int64_t num_queries = least(kBlock, end - p);
-      pack_pixels<T, In>(problem, nodes[edge.first], window, p, num_queries, queries, consecutive,
-                         nullptr, nullptr);
-      match_blocks<T>(sims, state, queries, p, num_queries, keys, l, num_keys, stride,
-                      packed_width<T>(problem.channels), edge.reverse >= 0, valid.of(0),
-                      valid.of(1));
-    }
-  }
-  put<T>(problem, edge.forward, window, match->first_row, match->num_rows,
-         state.best_forward + match->first_row, state.where_forward + match->first_row,
-         valid.of(0));
-  put<T>(problem, edge.reverse, window, 0, window.pixels(), state.best_reverse,
-         state.where_reverse, valid.of(1));
   return arena.used;
 }
 

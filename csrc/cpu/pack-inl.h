@@ -280,8 +280,14 @@ struct UnitScale {
   Vec<T> operator()(const Vec<T>& x) const { return divide ? x / divisor : x * factor; }
 };
 
-// The sum of squares of `channels` numbers in storage or packed, in one order for both: it is that
-// order which gives both layouts of a map the same bits.
+// The sum of squares of `channels` numbers, in storage or packed:
+//
+//      channels      0..W-1   W..2W-1   2W..3W-1   3W..4W-1   4W..5W-1   ...
+//      added to      sum[0]   sum[1]    sum[2]     sum[3]     sum[0]     ...
+//      result        lanes of (sum[0] + sum[1]) + (sum[2] + sum[3]), from the first to the last
+//
+// Four sums, since an addition waits about four cycles for the one before it. The order is the same
+// for either source, and that is what gives both layouts of a map the same bits.
 template <class T, class In>
 static inline T square_sum(const In* from, int64_t channels) {
   constexpr int W = kLanes<T>;

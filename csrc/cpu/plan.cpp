@@ -1,3 +1,12 @@
+// From pairs to units of work.
+//
+//      pairs of a group         components             units of each component
+//      (0,2) (2,5)              {0, 2, 5}              tiles: runs of windows in a strip, or,
+//      (1,3)               ->   {1, 3}           ->    for large windows, streamed pieces
+//      none of 4                {4} (backward only)
+//
+// Samples that no chain of pairs connects never meet in a product. Each component is therefore
+// packed, multiplied and written by itself, which keeps what must share the cache small.
 #include "plan.h"
 
 #include <algorithm>
@@ -61,6 +70,14 @@ void add_edges(Plan& plan, const PairSet& pairs, const std::vector<int32_t>& sam
   }
 }
 
+// How a window is computed follows from the bytes of its packed rows, over all samples of the
+// component, and from how many windows there are to share among threads:
+//
+//      bytes of a window     up to 2.5 MB                       more
+//      many windows          a tile packs several of them       streamed
+//      fewer than 8          the same; from 256 pixels on,      streamed
+//                            streamed
+//
 // Windows of one component that are packed whole are cut into tiles of at most this size. In NCHW a
 // tile should span whole rows of the map: at 16 samples of "paper" a tile of a whole strip took a
 // third less time than one that fits the second-level cache (1 MB) but reads 56 bytes at a time.
@@ -98,7 +115,9 @@ void add_tiles(Work& work, const Problem& problem, int32_t index, int64_t row_by
   const bool by_window = backward && component.by_window();
   const int64_t fitting = windows_of_tile(problem, component, row_bytes, by_window);
   const int64_t whole = grid.whole_across();
-  // Even pieces, not full ones and a rest.
+  // Even pieces rather than full ones and a rest, which would leave a thread with little to do:
+  //
+  //      9 windows, of which 4 fit      [0 1 2][3 4 5][6 7 8]      not [0 1 2 3][4 5 6 7][8]
   const int64_t pieces = (whole + fitting - 1) / fitting;
   for (int64_t strip = 0; strip < grid.strips(); ++strip) {
     const auto add = [&](int64_t first, int64_t count) {
@@ -120,6 +139,20 @@ void add_tiles(Work& work, const Problem& problem, int32_t index, int64_t row_by
   }
 }
 
+// The pieces of large windows.
+//
+//      forward, one pair                            backward, one sample
+//      one direction        both directions         norms, then the gradient
+//      +-------------+      +-------------+         +-------------+     +--+--+--+--+
+//      | 256 queries |      | all queries |         | 256 pixels  |     |  |  |  |  |
+//      +-------------+      | x all keys  |         +-------------+     |  |  |  |  |
+//      | 256 queries |      |             |         | 256 pixels  |     |  |  |  |  |
+//      +-------------+      +-------------+         +-------------+     +--+--+--+--+
+//      each x all keys                              all channels        some channels, all pixels
+//
+// A query's maximum is complete within its piece. A key's runs over all queries: two pieces would
+// each have a part of it, and no piece may wait for another. In the backward a norm needs all
+// channels of a pixel; once norms are known, channels are independent of each other.
 void add_streamed(Work& work, const Problem& problem, int32_t index, bool backward) {
   const Component& component = problem.plan.components[index];
   const Edge* edges = problem.plan.edges.data() + component.first_edge;
@@ -190,6 +223,7 @@ Plan make_plan(const PairSet& pairs, const Maps& query, const Maps& key, bool ke
       const auto in_group = [&](int64_t i) {
         return i < pairs.length && pairs.list[i] >= 0 && pairs.list[i] < (g + 1) * table;
       };
+      // The list is in ascending order, so each group's pairs follow those of the group before it.
       while (in_group(plan.num_pairs)) add_pair(pairs.list[plan.num_pairs] - g * table);
     }
     for (int64_t s = 0; s < samples; ++s) by_root[s].clear();

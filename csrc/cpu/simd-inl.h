@@ -225,8 +225,17 @@ static inline Vec<T> high_halves(const Vec<T>& a, const Vec<T>& b,
   return __builtin_shufflevector(a, b, ((J & Step) ? kLanes<T> + J : (J ^ Step))...);
 }
 
-// Lane j of the result is the sum over the lanes of v[j]; the order of additions is the same for
-// each j, so that a product does not depend on where in a block it was formed.
+// Lane j of the result is the sum over the lanes of v[j]. Two registers are halved into one at each
+// step, so W sums take W - 1 additions of whole registers rather than W · log2(W):
+//
+//      W = 4        a0 a1 a2 a3
+//                   b0 b1 b2 b3        a02 a13 c02 c13
+//                   c0 c1 c2 c3        b02 b13 d02 d13        a0213 b0213 c0213 d0213
+//                   d0 d1 d2 d3
+//                                      (a02 = a0 + a2)
+//
+// The order of additions is the same for each j, so that a product does not depend on where in a
+// block it was formed.
 template <class T, int Step = kLanes<T> / 2>
 static inline Vec<T> sum_lanes(Vec<T>* v) {
   using Lanes = std::make_integer_sequence<int, kLanes<T>>;
@@ -241,7 +250,13 @@ static inline Vec<T> sum_lanes(Vec<T>* v) {
   }
 }
 
-// Square transpose in registers.
+// Square transpose in registers: blocks off the diagonal change places, of half the size each time.
+//
+//      a0 a1 | a2 a3        a0 a1 | c0 c1        a0 b0 c0 d0
+//      b0 b1 | b2 b3        b0 b1 | d0 d1        a1 b1 c1 d1
+//      ------+------   ->   ------+------   ->   a2 b2 c2 d2
+//      c0 c1 | c2 c3        a2 a3 | c2 c3        a3 b3 c3 d3
+//      d0 d1 | d2 d3        b2 b3 | d2 d3
 template <class T, int Step = kLanes<T> / 2>
 static inline void transpose(Vec<T>* v) {
   using Lanes = std::make_integer_sequence<int, kLanes<T>>;

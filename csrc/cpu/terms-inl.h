@@ -116,7 +116,20 @@ struct Term {
 };
 
 // For each row of a packed window, the rows that V sums over, in an order that follows from the
-// pairs alone; and x̂·V, which the kept maxima give without another product.
+// pairs alone.
+//
+//      pixel p of a query matched pixel l of a key, with ∂L/∂m = w:
+//          the query's row p gets the term (row of l, w)     one for each pair of that query
+//          the key's row l gets the term (row of p, w)       as many as pixels have matched it
+//
+//      begin    [ 0      2   3           6 ]     row 0 has two terms, row 1 one, row 2 three
+//      terms    [ .  .   .   .   .   .     ]
+//
+// Scattering w · row into the gradients instead would need atomic additions or a copy for each
+// thread; with lists, each gradient is summed in registers and written once.
+//
+// x̂·V needs no product of its own: each term adds w times the cosine of its two rows, and that is
+// the maximum m that the forward kept.
 template <class T>
 struct TermLists {
   int32_t* begin;  // (rows + 1)
@@ -133,7 +146,7 @@ struct TermLists {
     return lists;
   }
 
-  // Two passes over the matches: how many terms each row has, then the terms.
+  // A counting sort in two passes over the matches: how many terms each row has, then the terms.
   void build(const Problem& problem, const TileShape& shape, const Match<T>* matches) {
     for (int64_t r = 0; r < shape.rows; ++r) {
       cursor[r] = 0;

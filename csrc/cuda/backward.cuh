@@ -1,4 +1,19 @@
-// The kernels of the backward and the plan that launches them.
+// The kernels of the backward and the plan that launches them:
+//
+//      sort_pairs             where the pairs of each query and of each key are
+//          |
+//      16-bit features, and all samples of a window fit a tile?
+//          | yes              | no
+//      gradient_tile      list_terms          the terms of every row, to memory
+//      V = W X on             |
+//      tensor cores       some channels of all rows of a window fit shared memory?
+//                             | yes              | no, or float64
+//                         gradient_rows       gather
+//                         terms read rows     terms read rows from memory, or from the
+//                         from shared memory  second-level cache
+//
+// gradient_tile needs no lists, since the weights of a window are a matrix in shared memory. The
+// gradient of a row is written by one block in every case: nothing is added atomically.
 #pragma once
 
 #include "plan.h"
@@ -10,7 +25,7 @@ SALKERNELS_BACKWARD_KERNELS(SALKERNELS_DEFINE_KERNEL)
 
 inline void add_gradient_rows(Plan& plan, const Problem& p) {
   const int64_t rows = p.nodes() * p.grid.pixels(), words = p.tiling.slice_words;
-  if (words == 0) {
+  if (words == 0) {  // no slice is narrow enough
     SALKERNELS_ADD_BY_DTYPE(plan, gather, p.dtype, ceil_div(rows, kWarps), 1, 0);
     return;
   }

@@ -54,7 +54,7 @@ __device__ inline int64_t map_offset(const int64_t* strides, const Unit& unit, i
          (unit.column + pixel % unit.columns) * strides[4];
 }
 
-// Whether a pixel takes part, be it as a query or as a key.
+// Whether a pixel takes part, as a query or as a key.
 __device__ inline bool is_valid(const Problem& p, const Maps& maps, const Unit& unit,
                                 int64_t sample, int pixel) {
   return maps.valid == nullptr ||

@@ -42,4 +42,38 @@ partner = features[key].detach().movedim(1, 3)  # (P, H, W, C)
 matched = partner[torch.arange(len(key))[:, None, None], rows.clamp_min(0), columns.clamp_min(0)]
 # --8<-- [end:places]
 
-(log + share + weighted + mean).backward()
+# --8<-- [start:plot]
+images = torch.rand(4, 96, 96)
+figure = salkernels.plot_matches(
+    images[query[0]], images[key[0]], salkernels.Matches(max_sim, argmax), window_size=2, pair=0
+)
+# --8<-- [end:plot]
+
+# --8<-- [start:sets]
+some = [(0, 1), (0, 3), (2, 1)]  # query and key of each pair, in any order; a tensor (K, 2) too
+one_by_one = salkernels.wla_set_loss(features, some, 2, reduction="none")  # (K,), in that order
+halfway = salkernels.wla_set_loss(features, some, 2, detach_keys=True)
+
+bank = torch.randn(50, 16, 24, 24)  # a memory bank, or the maps of a teacher
+near = torch.rand(4, 50) < 0.1  # (S, M) bool, or weights, or indices into both
+against_bank = salkernels.wla_set_loss(features, near, 2, keys=bank)
+# --8<-- [end:sets]
+
+# --8<-- [start:learnt]
+temperature = torch.nn.Parameter(torch.tensor(0.1))
+log_variance = torch.nn.Parameter(torch.zeros(()))
+embeddings = features.mean(dim=(2, 3))
+terms = salkernels.sal_loss(
+    features,
+    embeddings,
+    volume=[0, 0, 1, 1],  # lists and numbers are taken where a tensor of integers is meant
+    index=[3, 4, 2, 3],
+    num_slices=10,
+    window_size=2,
+    lambda_=torch.exp(-log_variance),  # uncertainty weighting: λ has a price
+    temperature=temperature,
+)
+weighed = terms.loss + log_variance
+# --8<-- [end:learnt]
+
+(log + share + weighted + mean + halfway + against_bank + weighed).backward()

@@ -26,6 +26,8 @@ from typing import Any
 
 import torch
 
+from .._shared.files import write_atomically
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -102,13 +104,10 @@ def read(path: str) -> dict[tuple[str, torch.dtype, int], Tile]:
 
 
 def write(path: Path, tiles: dict[tuple[str, torch.dtype, int], Tile]) -> None:
-    """The table as JSON, written beside and then renamed."""
+    """The table as JSON."""
     rows: list[dict[str, Any]] = [
         {"kernel": kernel, "dtype": str(dtype).removeprefix("torch."), "capability": capability}
         | asdict(tile)
         for (kernel, dtype, capability), tile in tiles.items()
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(rows, indent=1) + "\n")
-    draft.replace(path)
+    write_atomically(path, json.dumps(rows, indent=1) + "\n")

@@ -42,14 +42,14 @@ class Maps(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What `plan_kernel` makes."""
+    """Outputs of `plan_kernel`."""
 
     slots: Any  # (G, N, M) int32, the number of each pair or −1; None: all, row by row
     order: Any  # (G, V) int32, the node at each place; None: as they come
 
 
 class Matches(NamedTuple):
-    """What the forward gives, pixel by pixel, with the pairs (or the nodes) innermost."""
+    """Outputs of the forward, pixel by pixel, with the pairs (or the nodes) innermost."""
 
     max_sim: Any  # (H, W, P)
     argmax: Any  # (H, W, P)
@@ -57,7 +57,7 @@ class Matches(NamedTuple):
 
 
 class Extents(NamedTuple):
-    """How large all is."""
+    """Extents of the call."""
 
     groups: int
     N: int
@@ -74,7 +74,7 @@ class Extents(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What kind of call it is; compiled in."""
+    """The kind of call; compiled in."""
 
     SET: bool  # queries are the keys
     MERGED: bool  # a tile holds whole groups
@@ -91,7 +91,7 @@ class Cut(NamedTuple):
 
 
 class Product(NamedTuple):
-    """How `dot` multiplies; compiled in."""
+    """The arithmetic of `dot`; compiled in."""
 
     PRECISION: str
     UPCAST: bool
@@ -214,7 +214,7 @@ def pair_nodes(slot, listed, sizes, FORM: tl.constexpr):
     exists = slot < sizes.pairs
     place = slot
     if listed is not None:
-        # What is no place of a pair is room that is left over.
+        # A place without a pair is unused room.
         place = tl.load(listed + slot, mask=exists, other=-1)
         exists = exists & (place >= 0) & (place < sizes.groups * sizes.N * sizes.M)
         place = tl.where(exists, place, 0).to(tl.int32)
@@ -235,7 +235,7 @@ def slots_between(a, b, plan, sizes, FORM: tl.constexpr):
 
 @triton.jit
 def row_pointers(maps, rows, sizes, FORM: tl.constexpr):
-    """Where the channels of each pixel start."""
+    """The address of the first channel of each pixel."""
     group, node = rows.group.to(tl.int64), rows.node.to(tl.int64)
     row, column = rows.row.to(tl.int64), rows.column.to(tl.int64)
     step = maps.query_strides
@@ -265,7 +265,7 @@ def channel_offsets(channel, node, maps, sizes, FORM: tl.constexpr):
 def load_channels(
     pointers, start, node, loaded, maps, sizes, FORM: tl.constexpr, CUT: tl.constexpr
 ):
-    """A block of channels of some rows, 0 for those that are not to be loaded."""
+    """A block of channels of some rows; rows outside the mask are 0 and not loaded."""
     channel = start + tl.arange(0, CUT.CHANNELS)
     offset = channel_offsets(channel, node, maps, sizes, FORM)
     mask = loaded[:, None]
@@ -276,7 +276,7 @@ def load_channels(
 
 @triton.jit
 def node_pixels(rows, sizes, FORM: tl.constexpr):
-    """Where the norm of each row stands."""
+    """The index of the norm of each row."""
     nodes = count_nodes(sizes, FORM)
     pixel = (rows.row * sizes.width + rows.column).to(tl.int64)
     return pixel * (sizes.groups * nodes) + rows.group * nodes + rows.node

@@ -39,7 +39,7 @@ from .geometry import (
 
 
 class Terms(NamedTuple):
-    """What each pixel of each pair adds, pixel by pixel, with the pairs innermost: (H, W, P)."""
+    """The contribution of each pixel of each pair, with the pairs innermost: (H, W, P)."""
 
     max_sim: Any
     argmax: Any
@@ -47,7 +47,7 @@ class Terms(NamedTuple):
 
 
 class Partners(NamedTuple):
-    """Rows of features that weights are multiplied with."""
+    """Rows of features, the right operand of the product with weights."""
 
     pointers: Any
     node: Any

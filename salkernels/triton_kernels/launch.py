@@ -125,7 +125,7 @@ def _backward(signature: Signature, device: torch.device) -> Any:
 
 
 def forward(problem: Problem, loss: Tensor, max_sim: Tensor, argmax: Tensor, norm: Tensor) -> None:
-    """Fills loss (P,), max_sim and argmax (P, H, W) and norm (nodes, H, W), all of them."""
+    """Fills every element of loss (P,), max_sim and argmax (P, H, W) and norm (nodes, H, W)."""
     with _on_device(problem.query):
         signature = _signature(problem, FORWARD)
         call = _forward(signature, problem.query.device)
@@ -141,7 +141,7 @@ def backward(
     grad_query: Tensor,
     grad_key: Tensor | None,
 ) -> None:
-    """Fills the gradients, every element of them."""
+    """Fills every element of the gradients."""
     query, key = problem.query, problem.key
     key = None if key is None else addressable(key)
     problem = problem._replace(query=addressable(query), key=key)
@@ -185,7 +185,7 @@ def _capability(device: torch.device) -> int:
 
 
 def product(dtype: torch.dtype, capability: int, gradient: bool) -> Product:
-    """How products of fp32 are taken; those of 16 bits are exact in any case."""
+    """The arithmetic of fp32 products; those of 16 bits are always exact."""
     interpreted = capability == 0
     if torch.version.hip is not None or interpreted:
         precision = "ieee"

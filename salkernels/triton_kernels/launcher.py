@@ -39,7 +39,7 @@ class Launcher:
                 f"this input needs {programs} programs, more than the {MOST_PROGRAMS} of a grid; "
                 "split the pairs over several calls"
             )
-        # All that Triton would look at and that may differ between calls of one signature.
+        # Everything that Triton specialises on and that may differ between calls of one signature.
         key = _aligned(arguments)
         compiled = self.compiled.get(key)
         if compiled is None:

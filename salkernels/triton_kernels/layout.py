@@ -1,4 +1,4 @@
-"""How a call is cut into tiles: what decides it, and what follows."""
+"""How a call is divided into tiles: the signature that decides it, and the layout."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Problem(NamedTuple):
 
 
 class Signature(NamedTuple):
-    """What of a call decides how it is cut and compiled: not its data, nor its number of pairs."""
+    """The properties of a call that decide its layout and its kernels, not data or pairs."""
 
     query: torch.Size
     key: torch.Size | None

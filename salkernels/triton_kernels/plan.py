@@ -1,4 +1,4 @@
-"""Before the forward and the backward: numbers of pairs, an order of nodes, and their partners."""
+"""Lists made before the kernels run: indices of pairs, an order of nodes, and their partners."""
 
 # mypy: ignore-errors
 
@@ -31,7 +31,7 @@ def plan_kernel(
     for start in range(0, pairs, BLOCK):
         number = start + step
         place = tl.load(listed + number, mask=number < pairs, other=-1) - group * places
-        # What is no place of a pair is room that is left over.
+        # A place without a pair is unused room.
         tl.store(slots + place, number, mask=(place >= 0) & (place < places))
     if plan.order is not None:
         tl.debug_barrier()  # slots that other threads of the program have written
@@ -103,7 +103,7 @@ def partners_kernel(slots, partners, room, sizes, pairs, FORM: tl.constexpr, NOD
 
 @triton.jit
 def _append(list_, count, slot, other):
-    """Appends what pairs there are; returns how many are listed then."""
+    """Appends the existing pairs; returns the new length of the list."""
     exists = (slot >= 0).to(tl.int32)
     place = count + tl.cumsum(exists, 0) - exists
     word = (slot.to(tl.int64) << 32) + other

@@ -42,7 +42,7 @@ def _sum_rows(
     FORM: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr,
     UNIT: tl.constexpr, KEY_UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Some rows: those of the lists at some places, which are about equally long."""
+    """Sums some rows, whose lists are about equally long."""
     ROWS: tl.constexpr = r.shape[0]
     window_pixels = sizes.window_rows * sizes.window_columns
     line = index.to(tl.int64) * reach.room

@@ -6,7 +6,6 @@ memory that was never written, barriers that some threads miss.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import subprocess
 import sys
@@ -37,19 +36,18 @@ AT_MOST_128_REGISTERS = re.compile("match_(tf32|bf16|fp16)|gradient_(tile|rows)"
 
 
 def _ptxas_log(name: str) -> str:
-    """What `ptxas -v` says of one file for every architecture; kept until a source changes."""
+    """What `ptxas -v` says of one file for every architecture: to the build of the installed
+    library, or here if that was another one."""
     import salkernels_nvcc as nvcc
 
-    default = [a._replace(ptx=False) for a in nvcc.parse(nvcc.DEFAULT)]
-    targets = [flag for a in default if (a.major, a.minor) in nvcc.known() for flag in a.flags()]
-    cuda = ROOT / "csrc" / "cuda"
-    digest = hashlib.sha256(" ".join([nvcc.version(), *nvcc.FLAGS, *targets]).encode())
-    for source in sorted([*cuda.iterdir(), ROOT / "csrc" / "geometry.h"]):
-        digest.update(source.read_bytes())
-    log = ROOT / "build" / "ptxas" / f"{name}-{digest.hexdigest()[:16]}.txt"
+    wanted = [a._replace(ptx=False) for a in nvcc.parse(nvcc.DEFAULT)]
+    wanted = [a for a in wanted if (a.major, a.minor) in nvcc.known()]
+    source = f"csrc/cuda/{name}.cu"
+    log = nvcc.resource_log(ROOT, source, wanted)
     if not log.is_file():
         log.parent.mkdir(parents=True, exist_ok=True)
-        command = ["nvcc", *nvcc.FLAGS, *targets, "-Xptxas=-v", "-c", str(cuda / f"{name}.cu")]
+        targets = [flag for a in wanted for flag in a.flags()]
+        command = ["nvcc", *nvcc.FLAGS, *targets, "-Xptxas=-v", "-c", str(ROOT / source)]
         run = subprocess.run(
             [*command, "-o", str(log.with_suffix(".o"))], capture_output=True, text=True
         )

@@ -44,6 +44,28 @@ def test_own_penalty():
     taking_part = names["takes_part"]
     torch.testing.assert_close(cosine[taking_part], names["max_sim"][taking_part])
 
+    # Keys of another set, pair by pair; and what is learnt has a gradient.
+    i, j = names["near"].nonzero(as_tuple=True)
+    torch.testing.assert_close(
+        names["against_bank"], salkernels.wla_loss(features[i], names["bank"][j], 2)
+    )
+    torch.testing.assert_close(names["one_by_one"].mean(), names["halfway"])
+    assert names["temperature"].grad != 0
+    assert names["log_variance"].grad != 0
+    assert len(names["figure"].axes) == 4  # three panels and a colour bar
+
+
+def test_tokens_and_volumes():
+    names = runpy.run_path(str(EXAMPLES / "tokens_and_volumes.py"))
+    tokens, volumes = names["tokens"], names["volumes"]
+    assert (tokens.grad[:, 0] == 0).all()  # the class token
+    assert tokens.grad[:, 1:].abs().sum(dim=2).min() > 0
+    # Token 1 + 14 r + c is the pixel (r, c), and slice d of scan b the map b D + d.
+    assert torch.equal(names["maps"][2, :, 3, 5], tokens[2, 1 + 3 * 14 + 5])
+    assert torch.equal(names["slices"][13], volumes[1, :, 3])
+    assert torch.equal(names["coronal"][12 + 5], volumes[1, :, :, 5])
+    assert volumes.grad.abs().sum() > 0
+
 
 def test_batches_are_halves_of_two_scans(tmp_path):
     from slices import Slices, TwoScans, phantom_files
@@ -61,6 +83,20 @@ def test_plain_pytorch():
     losses = main(steps=3)
     assert len(losses) == 3
     assert all(math.isfinite(loss) for loss in losses)
+
+
+def test_use_elsewhere():
+    pytest.importorskip("segmentation_models_pytorch", reason="the interop extra is not installed")
+    names = runpy.run_path(str(EXAMPLES / "use_elsewhere.py"))
+    maps, ready, images = names["maps"], names["ready"], names["ready"].slices
+    with torch.inference_mode():
+        for ours, theirs in zip(names["again"](images), maps, strict=True):
+            torch.testing.assert_close(ours, theirs)
+        whole, (fine_tuned, _) = names["whole"](images), names["model"]
+        torch.testing.assert_close(whole, fine_tuned(images), atol=1e-4, rtol=1e-4)
+    assert names["logits"].shape == (len(images), 3, 64, 64)
+    assert names["unet"](images).shape == names["logits"].shape
+    assert names["labels"].shape == ready.geometry.native_shape
 
 
 def test_lightning(tmp_path, monkeypatch):

@@ -99,6 +99,7 @@ def test_every_flag_in_the_pages_exists(capsys):
             program([*command, "--help"])
     known = set(re.findall(r"--[a-z][\w.]*", capsys.readouterr().out))
     assert len(known) > 60
+    known |= {"--config_file", "--dataset_dir", "--output_dir"}  # of a MONAI bundle
     known |= {"--nproc", "--max"}  # torchrun's: --nproc-per-node, --max-restarts
     known |= set(re.findall(r'add\("(--[a-z]\w*)"', (ROOT / "benchmarks/__main__.py").read_text()))
     for page in (DOCS / "training").glob("*.md"):

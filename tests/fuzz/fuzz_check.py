@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from fuzz_inputs import DTYPES, Input
@@ -158,6 +159,37 @@ def of_maxima(max_sim: Tensor, upstream: Tensor) -> Tensor:
     return ((1 - max_sim).abs().mean(dim=(1, 2)) * upstream.to(max_sim)).sum()
 
 
+class InWindow(NamedTuple):
+    """The maxima of one window, each (G, N, M, L)."""
+
+    best: Tensor  # cosine
+    match: Tensor  # index of the pixel that has it
+    present: Tensor  # whether both samples are a pair and both pixels valid
+    doubtful: bool  # whether rounding may decide a match otherwise
+
+
+def in_window(
+    case: Input,
+    pairs: Tensor,
+    tolerance: Tolerance,
+    features: tuple[Tensor, Tensor],
+    valid: tuple[Tensor, Tensor],
+) -> InWindow:
+    """features: of the queries (G, N, C, L) and of the keys (G, M, C, L); valid: their pixels."""
+    asks, answers = valid
+    norms = [x.norm(dim=2) for x in features]
+    units = [x / n[:, :, None].clamp_min(case.eps) for x, n in zip(features, norms, strict=True)]
+    sim = torch.einsum("gncp,gmcl->gnmpl", *units)
+    sim = sim.masked_fill(~answers[:, None, :, None], -2)  # below any cosine
+    best, match = sim.max(dim=-1)
+    present = asks[:, :, None] & answers.any(dim=-1)[:, None, :, None] & (pairs > 0)[..., None]
+    lead = sim.topk(min(2, sim.shape[-1]), dim=-1).values
+    close = (lead[..., 0] - lead[..., -1] < tolerance.margin) & (sim.shape[-1] > 1)
+    at_eps = [((n / case.eps - 1).abs() < 1e-5).any() for n in norms]
+    doubtful = bool((close & present).any()) or any(at_eps)
+    return InWindow(best, match, present, doubtful and not case.exact)
+
+
 def conditioning(
     case: Input,
     query: Tensor,
@@ -194,32 +226,18 @@ def conditioning(
                 continue
             if 0 in pairs.shape:
                 continue
-            norms = [x.norm(dim=2) for x in (rows, columns)]
-            units = [
-                x / n[:, :, None].clamp_min(case.eps)
-                for x, n in zip((rows, columns), norms, strict=True)
-            ]
-            sim = torch.einsum("gncp,gmcl->gnmpl", *units)
-            sim = sim.masked_fill(~answers[:, None, :, None], -2)  # below any cosine
-            best, match = sim.max(dim=-1)
-            present = (
-                asks[:, :, None] & answers.any(dim=-1)[:, None, :, None] & (pairs > 0)[..., None]
-            )
-            lead = sim.topk(min(2, sim.shape[-1]), dim=-1).values
-            close = (lead[..., 0] - lead[..., -1] < tolerance.margin) & (sim.shape[-1] > 1)
-            at_eps = [((n / case.eps - 1).abs() < 1e-5).any() for n in norms]
-            doubtful = bool((close & present).any()) and not case.exact
-            if doubtful or (any(at_eps) and not case.exact):
+            found = in_window(case, pairs, tolerance, (rows, columns), (asks, answers))
+            if found.doubtful:
                 clear[block] = False
-            weight = strength[..., None] * present
-            flips = (1 - best).abs() < tolerance.margin
-            sine = (1 - best.square()).clamp_min(0).sqrt()
+            weight = strength[..., None] * found.present
+            flips = (1 - found.best).abs() < tolerance.margin
+            sine = (1 - found.best.square()).clamp_min(0).sqrt()
             slack = 2 * weight * flips * sine
             shape = maps[0][(..., *block)].shape[-2:]
             for target, value in ((scale_query, weight), (slack_query, slack)):
                 target[(..., *block)] += value.sum(dim=2).unflatten(-1, shape)
             for target, value in ((scale_key, weight), (slack_key, slack)):
-                hits = torch.zeros_like(best).scatter_add_(-1, match, value).sum(dim=1)
+                hits = torch.zeros_like(found.best).scatter_add_(-1, found.match, value).sum(dim=1)
                 target[(..., *block)] += hits.unflatten(-1, shape)
     alone = [~(pairs > 0).any(dim=axis) for axis in (2, 1)]
     if key is None:  # one gradient holds both roles

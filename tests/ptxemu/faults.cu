@@ -221,3 +221,13 @@ extern "C" __global__ void trapk(int* o) {
   o[0] = 1;
 }
 extern "C" __global__ void wmask(float* o, const float* x) { o[threadIdx.x] = x[threadIdx.x]; }
+extern "C" __global__ void halo(float* x) {
+  int i = blockIdx.x * 32 + threadIdx.x;
+  float l = i ? x[i - 1] : 0.f;
+  __syncwarp();
+  x[i] = l + x[i];
+}
+extern "C" __global__ void through_table(float** p, int n) {
+  for (int k = 0; k < n; k++)
+    if (p[k]) p[k][threadIdx.x] = k;
+}

@@ -1,6 +1,8 @@
 """Compiled CUDA kernels against numpy, for two architectures."""
 
-from math import erf
+from __future__ import annotations
+
+from math import erf, erfc, lgamma
 
 import numpy as np
 import pytest
@@ -9,22 +11,37 @@ from programs import from_bf16 as fbf
 
 from tools import ptxemu
 
-M = {}
-
 
 @pytest.fixture(scope="module", params=["sm_80", "sm_90"])
-def m(request):
-    if request.param not in M:
-        M[request.param] = compiled(HERE / "kernels.cu", request.param)
-    assert not M[request.param].unsupported, M[request.param].unsupported
-    return M[request.param]
+def architecture(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def m(architecture):
+    return supported("kernels.cu", architecture)
+
+
+@pytest.fixture(scope="module")
+def pointwise(architecture):
+    return supported("pointwise.cu", architecture)
+
+
+def supported(name, architecture):
+    """Compiled, with no instruction that the emulator does not know."""
+    module = compiled(HERE / name, architecture)
+    assert not module.unsupported, module.unsupported
+    return module
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(5)
 
 
 @pytest.mark.parametrize("n", [1, 31, 32, 37, 128, 1000, 4099])
-def test_add(m, n):
-    a, b = np.random.rand(2, n).astype("f")
-    a = a.copy()
-    b = b.copy()
+def test_add(m, n, rng):
+    a, b = (rng.random(n, "f") for _ in range(2))
     c = np.full(n, 7, "f")
     s = m.launch("add", (n + 127) // 128, 128, [c, ptxemu.ReadOnly(a), ptxemu.ReadOnly(b), n])
     np.testing.assert_array_equal(c, a + b)
@@ -59,8 +76,8 @@ PW = [
     np.ceil,
     lambda x: np.sin((x.astype("f") * np.float32(1e7)).astype("d")),
     lambda x: x / 3,
-    np.vectorize(lambda v: 1 - erf(v) if v < 2 else __import__("math").erfc(v)),
-    np.vectorize(lambda v: __import__("math").lgamma(abs(np.float32(v)) + np.float32(0.1))),
+    np.vectorize(lambda v: 1 - erf(v) if v < 2 else erfc(v)),
+    np.vectorize(lambda v: lgamma(abs(np.float32(v)) + np.float32(0.1))),
     lambda x: np.log2(abs(x) + np.float32(0.1)),
     np.exp2,
     lambda x: np.arcsin(x / 20),
@@ -70,11 +87,11 @@ PW = [
 
 
 @pytest.mark.parametrize("w", range(len(PW)))
-def test_pointwise(m, w):
+def test_pointwise(pointwise, w):
     n = 777
-    x = (np.random.RandomState(w).randn(n) * 4).astype("f")
+    x = (np.random.default_rng(w).standard_normal(n) * 4).astype("f")
     o = np.zeros(n, "f")
-    m.launch("pw", (n + 255) // 256, 256, [o, x, n, w])
+    pointwise.launch("pw", (n + 255) // 256, 256, [o, x, n, w])
     ref = PW[w](x.astype("d"))
     np.testing.assert_allclose(
         o,
@@ -105,19 +122,19 @@ PD = [
 
 
 @pytest.mark.parametrize("w", range(len(PD)))
-def test_pointwise_f64(m, w):
+def test_pointwise_f64(pointwise, w):
     n = 333
-    x = np.random.RandomState(w).randn(n) * 4
+    x = np.random.default_rng(w).standard_normal(n) * 4
     o = np.zeros(n)
-    m.launch("pwd", (n + 255) // 256, 256, [o, x, n, w])
+    pointwise.launch("pwd", (n + 255) // 256, 256, [o, x, n, w])
     np.testing.assert_allclose(o, PD[w](x), rtol=1e-14, atol=1e-15 if w not in (2, 11) else 1e-14)
 
 
 @pytest.mark.parametrize(
     ("n", "g", "b"), [(1, 1, 32), (1000, 1, 256), (100003, 7, 512), (5000, 3, 1024)]
 )
-def test_reduce(m, n, g, b):
-    x = np.random.rand(n).astype("f")
+def test_reduce(m, n, g, b, rng):
+    x = rng.random(n, "f")
     o = np.zeros(1, "f")
     s = m.launch("red", g, b, [o, x, n], order="random", random_schedule=True)
     np.testing.assert_allclose(o[0], x.astype("d").sum(), rtol=1e-5)
@@ -125,10 +142,10 @@ def test_reduce(m, n, g, b):
 
 
 @pytest.mark.parametrize("shape", [(16, 16, 16), (33, 47, 29), (64, 80, 100), (1, 1, 1)])
-def test_matmul_f32(m, shape):
+def test_matmul_f32(m, shape, rng):
     A, B, K = shape
-    a = np.random.randn(A, K).astype("f")
-    b = np.random.randn(K, B).astype("f")
+    a = rng.standard_normal((A, K), "f")
+    b = rng.standard_normal((K, B), "f")
     c = np.zeros((A, B), "f")
     s = m.launch("mm", ((B + 15) // 16, (A + 15) // 16), (16, 16), [c, a, b, A, B, K])
     np.testing.assert_allclose(c, a.astype("d") @ b.astype("d"), atol=2e-5, rtol=1e-4)
@@ -140,10 +157,10 @@ def test_matmul_f32(m, shape):
     "shape", [(64, 32, 32), (64, 32, 128), (100, 40, 72), (5, 8, 16), (130, 72, 200)]
 )
 @pytest.mark.parametrize("k", ["mma_nt", "mma_nn"])
-def test_mma_pipeline(m, shape, k):
+def test_mma_pipeline(m, shape, k, rng):
     A, B, K = shape
-    a = np.random.randn(A, K).astype("f")
-    b = np.random.randn(K, B).astype("f")
+    a = rng.standard_normal((A, K), "f")
+    b = rng.standard_normal((K, B), "f")
     c = np.zeros((A, B), "f")
     bb = bf16(b if k == "mma_nn" else np.ascontiguousarray(b.T))
     s = m.launch(
@@ -154,21 +171,20 @@ def test_mma_pipeline(m, shape, k):
     assert s.classes["ldmatrix"][0] > 0
     assert s.shared_ld["conflicts"] == 0
     assert s.cp_async_pending_at_exit == 0
-    assert (
-        s.shared_st["conflicts"] == s.shared_st["ideal"]
-    )  # 80-byte rows: ldmatrix is conflict-free, but each quarter-warp of 16-byte cp.async writes hits banks 0-3 twice
+    # Rows of 80 bytes: ldmatrix has no conflict, but each quarter of a warp, which writes 16 bytes
+    # per lane by cp.async, hits banks 0 to 3 twice.
+    assert s.shared_st["conflicts"] == s.shared_st["ideal"]
 
 
-def test_mma_misc(m):
-    r = np.random.RandomState(0)
-    a = tf32(r.randn(16, 8))
-    b = tf32(r.randn(8, 8))
+def test_mma_misc(m, rng):
+    a = tf32(rng.standard_normal((16, 8)))
+    b = tf32(rng.standard_normal((8, 8)))
     c = np.zeros((16, 8), "f")
-    ha = r.randn(16, 8).astype(np.float16)
-    hb = r.randn(8, 8).astype(np.float16)
+    ha = rng.standard_normal((16, 8)).astype(np.float16)
+    hb = rng.standard_normal((8, 8)).astype(np.float16)
     hc = np.zeros((16, 8), np.float16)
-    ia = r.randint(-128, 128, (16, 16)).astype(np.int8)
-    ib = r.randint(-128, 128, (16, 8)).astype(np.int8)
+    ia = rng.integers(-128, 128, (16, 16), np.int8)
+    ib = rng.integers(-128, 128, (16, 8), np.int8)
     ic = np.zeros((16, 8), np.int32)
     s = m.launch("mma_misc", 1, 32, [c, a, b, hc, ha, hb, ic, ia, ib])
     np.testing.assert_allclose(c, a.astype("d") @ b, atol=1e-5)
@@ -188,13 +204,8 @@ def test_atomics(m, n):
     b = np.zeros(2, np.uint16)
     m.launch("atomics", n // 32 if n < 256 else n // 256, min(n, 256), [i, f, d, u, h, b, n])
     t = np.arange(n)
-    x = 0
-    for q in t:
-        x ^= q
-    c = 0
-    for q in t:
-        c = 0 if c >= 6 else c + 1
-    assert list(i[:8]) == [t.sum(), n - 1, -(n - 1), -1, x, c, -256, 3 * n]
+    expected = [t.sum(), n - 1, -(n - 1), -1, np.bitwise_xor.reduce(t), n % 7, -256, 3 * n]
+    assert list(i[:8]) == expected
     assert f[0] == n / 2
     assert d[0] == 0.25 * t.sum()
     assert u[0] == int(t.sum()) << 30
@@ -204,9 +215,9 @@ def test_atomics(m, n):
     assert (i[8:] == n // 8).all()
 
 
-def test_divergence(m):
+def test_divergence(m, rng):
     n = 1000
-    x = np.random.randint(1, 5000, n).astype(np.int32)
+    x = rng.integers(1, 5000, n, np.int32)
     o = np.zeros(2 * n, np.int32)
     s = m.launch("collatz", 8, 128, [o, x, n])
 
@@ -238,9 +249,9 @@ def test_divergence(m):
     assert (o == [ne(i) for i in range(n)]).all()
 
 
-def test_switch(m):
+def test_switch(m, rng):
     n = 777
-    x = np.random.randint(-2, 14, n).astype(np.int32)
+    x = rng.integers(-2, 14, n, np.int32)
     o = np.zeros(n, np.int32)
     m.launch("sw", 4, 256, [o, x, n])
 
@@ -265,10 +276,9 @@ def test_switch(m):
         assert o[i] == np.uint32(r & 0xFFFFFFFF).astype(np.int32), (i, v)
 
 
-def test_int64(m):
+def test_int64(m, rng):
     n = 300
-    r = np.random.RandomState(3)
-    x = r.randint(-(2**62), 2**62, n)
+    x = rng.integers(-(2**62), 2**62, n)
     q = np.zeros(n, np.int64)
     u = np.zeros(n, np.uint64)
     m.launch("i64", 3, 128, [q, u, x, n])
@@ -293,10 +303,8 @@ def test_int64(m):
 
 
 @pytest.mark.parametrize("k", [1, 5, 77])
-def test_structs(m, k):
-    xs = np.random.rand(8).astype("f")
-    p = np.random.rand(64).astype("f")
-    o0 = np.random.rand(64).astype("f")
+def test_structs(m, k, rng):
+    xs, p, o0 = (rng.random(size, "f") for size in (8, 64, 64))
     o = o0.copy()
     tab = m.global_view("tab", np.float32)
     tab[:] = np.arange(16)
@@ -313,13 +321,13 @@ def test_structs(m, k):
     )
     xq = xs.copy()
     xq[k & 7] += 1
-    l = np.zeros(32, "f")
+    local = np.zeros(32, "f")
     for i in range(32):
-        l[(i * k) & 31] = i * 0.5
+        local[(i * k) & 31] = i * 0.5
     v = (
         sum(xq[(i + k) & 7] * o0 for i in range(5))
         + (1 if k > 3 else 0)
-        + np.tile(l, 2)
+        + np.tile(local, 2)
         + xs[k & 7]
         + np.tile(np.arange(16), 4)
         + p
@@ -330,9 +338,9 @@ def test_structs(m, k):
     assert s.local_st_bytes > 0
 
 
-def test_halves(m):
+def test_halves(m, rng):
     n = 500
-    x = (np.random.randn(n) * 2).astype("f")
+    x = 2 * rng.standard_normal(n, "f")
     a = np.zeros(n, np.float16)
     b = np.zeros(n, np.uint16)
     c = np.zeros((n, 2), np.float16)
@@ -347,56 +355,61 @@ def test_halves(m):
     np.testing.assert_array_equal(fbf(d[:, 1]), np.maximum(-g, 0.5).astype("f"))
 
 
-def test_votes(m):
+def test_votes(m, rng):
     T = 96
-    x = np.random.randint(0, 9, T).astype(np.int32)
+    x = rng.integers(0, 9, T, np.int32)
     o = np.zeros(3 * T, np.uint32)
     m.launch("votes", 1, T, [o, x])
     for t in range(T):
         w = x[t // 32 * 32 :][:32]
-        l = t % 32
+        lane = t % 32
         r = sum(1 << i for i in range(32) if w[i] > 3) + int(w.sum()) * 3
-        r ^= sum(1 << i for i in range(32) if w[i] == w[l])
+        r ^= sum(1 << i for i in range(32) if w[i] == w[lane])
         r += int((w > 5).any()) * 17 + int((w >= 0).all()) * 29
         assert o[t] == r & 0xFFFFFFFF
         assert o[T + t] == (x > 1).sum() * 100 + int((x == 7).any()) * 10 + int((x < 9).all())
         assert o[2 * T + t] == (
-            max(i for i in range(32) if i % 2 and w[i] == w[l]) + t // 32 * 32
+            max(i for i in range(32) if i % 2 and w[i] == w[lane]) + t // 32 * 32
             if t % 2
-            else w[l & ~3]
+            else w[lane & ~3]
         )
 
 
-def test_coalescing():
-    m = compiled(
-        'extern "C" __global__ void st(float*o,const float*x,int s){o[threadIdx.x]=x[threadIdx.x*s];}\nextern "C" __global__ void sh(float*o,int s){extern __shared__ float a[]; a[threadIdx.x*s]=threadIdx.x; __syncthreads(); o[threadIdx.x]=a[threadIdx.x*s];}\nextern "C" __global__ void v4(float4*o,const float4*x){o[threadIdx.x]=x[threadIdx.x];}\n'
-    )
-    for s, sec in ((1, 4), (2, 8), (8, 32), (32, 32), (0, 1)):
-        x = np.random.rand(32 * max(s, 1)).astype("f")
-        o = np.zeros(32, "f")
-        r = m.launch("st", 1, 32, [o, x, s])
-        assert r.global_ld["sectors"] == sec, s
-        assert abs(r.load_efficiency - (4 if s == 0 else 128) / (32 * sec)) < 1e-9
-    for s, w in ((1, 1), (2, 2), (4, 4), (32, 32), (33, 1), (17, 1), (0, 1)):
-        o = np.zeros(32, "f")
-        r = m.launch("sh", 1, 32, [o, s], shared_bytes=4 * 32 * max(s, 1))
-        assert r.shared_ld["wavefronts"] == w and r.shared_st["conflicts"] == w - 1, s
-    x = np.random.rand(128).astype("f")
-    o = np.zeros(128, "f")
-    r = m.launch("v4", 1, 32, [o, x])
+@pytest.mark.parametrize(("stride", "sectors"), [(1, 4), (2, 8), (8, 32), (32, 32), (0, 1)])
+def test_sectors_of_a_stride(m, rng, stride, sectors):
+    x = rng.random(32 * max(stride, 1), "f")
+    found = m.launch("strided", 1, 32, [np.zeros(32, "f"), x, stride])
+    assert found.global_ld["sectors"] == sectors
+    used = 4 if stride == 0 else 128  # bytes
+    assert abs(found.load_efficiency - used / (32 * sectors)) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("stride", "wavefronts"), [(1, 1), (2, 2), (4, 4), (32, 32), (33, 1), (17, 1), (0, 1)]
+)
+def test_wavefronts_of_a_stride(m, stride, wavefronts):
+    """In shared memory; lanes at one address share one access."""
+    arguments = [np.zeros(32, "f"), stride]
+    size = 4 * 32 * max(stride, 1)
+    found = m.launch("strided_shared", 1, 32, arguments, shared_bytes=size)
+    assert found.shared_ld["wavefronts"] == wavefronts
+    assert found.shared_st["conflicts"] == wavefronts - 1
+
+
+def test_sectors_of_vectors(m, rng):
+    x, o = rng.random(128, "f"), np.zeros(128, "f")
+    found = m.launch("vectors", 1, 32, [o, x])
     assert (o == x).all()
-    assert r.global_ld["sectors"] == 16
-    assert r.load_efficiency == 1
+    assert found.global_ld["sectors"] == 16
+    assert found.load_efficiency == 1
 
 
-def test_cooperative_spin():
-    m = compiled(r"""extern "C" __global__ void gs(int*c,int*x,int*o){ x[blockIdx.x]=blockIdx.x+1; __threadfence(); atomicAdd(c,1); while(atomicAdd(c,0)<gridDim.x); o[blockIdx.x]=((volatile int*)x)[(blockIdx.x+1)%gridDim.x]; }
-""")
+def test_blocks_that_wait_for_each_other(m):
     c = np.zeros(1, np.int32)
     x = np.zeros(6, np.int32)
     o = np.zeros(6, np.int32)
-    m.launch("gs", 6, 1, [c, x, o], resident_blocks=6)
+    m.launch("grid_sync", 6, 1, [c, x, o], resident_blocks=6)
     assert list(o) == [2, 3, 4, 5, 6, 1]
     c[:] = 0
     with pytest.raises(ptxemu.Deadlock):
-        m.launch("gs", 6, 1, [c, x, o], max_warp_insns=200000)
+        m.launch("grid_sync", 6, 1, [c, x, o], max_warp_insns=200000)

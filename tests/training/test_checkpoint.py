@@ -9,6 +9,7 @@ import signal
 import pytest
 import torch
 
+from salkernels._shared.files import write_atomically
 from salkernels.training.checkpoint import (
     LAST,
     PREVIOUS,
@@ -17,7 +18,6 @@ from salkernels.training.checkpoint import (
     stop_on_signal,
 )
 from salkernels.training.errors import RunError
-from salkernels.training.files import write_atomically
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):

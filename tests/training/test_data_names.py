@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from salkernels._shared.files import write_atomically
 from salkernels.training.cli import main
 from salkernels.training.config import OptimConfig
 from salkernels.training.data.datasets import DATASETS, read_info
@@ -16,7 +17,6 @@ from salkernels.training.data.manifest import read_manifest, write_manifest
 from salkernels.training.data.nifti import DataError
 from salkernels.training.data.phantom import write_phantom
 from salkernels.training.data.text import MAX_TEXT, printable, read_text, unmarked
-from salkernels.training.files import write_atomically
 from salkernels.training.finetune import finetune
 
 ACDC, CHD = DATASETS["acdc"], DATASETS["chd"]

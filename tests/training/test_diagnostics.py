@@ -89,6 +89,9 @@ def test_chance_is_what_a_run_logs_beside_its_loss(pretrain_config, method):
         assert row[name] == pytest.approx(level, rel=1e-5)
     if method == "gcl":  # the log of 1 and of all samples of other parts
         assert 0 < row["chance_loss"] < math.log(samples)
+    if method == "densecl":  # a pixel's own match against both views of three slices
+        assert row["chance_global"] == pytest.approx(math.log(samples - 1), rel=1e-5)
+        assert row["chance_dense"] == pytest.approx(math.log(samples - 1), rel=1e-5)
     if method == "pirl":
         others = 72 - 1  # slices of the phantom
         level = math.log(1 + others) - others * math.log(1 - 1 / (1 + others))

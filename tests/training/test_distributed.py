@@ -23,8 +23,8 @@ from salkernels.training.models import UNetConfig
 from salkernels.training.runlog import read_metrics, to_plain
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
-METHODS = ("rotation", "pirl", "simclr", "gcl", "pcl", "ccrop", "sal")
-POSITIONAL = ("simclr", "gcl", "pcl", "sal")  # draw nothing themselves
+METHODS = ("rotation", "pirl", "simclr", "gcl", "pcl", "ccrop", "sal", "densecl")
+POSITIONAL = ("simclr", "gcl", "pcl", "sal", "densecl")  # draw nothing themselves
 INSTANCE = UNetConfig(width=4, depth=4, norm="instance")
 
 
@@ -98,7 +98,16 @@ def require_same(
     first, second = read_metrics(one), read_metrics(two)
     assert [row["step"] for row in first] == [row["step"] for row in second]
     for a, b in zip(first, second, strict=True):
-        for name in {"loss", "gp", "la", "slice", "jigsaw", "accuracy"} & a.keys():
+        for name in {
+            "loss",
+            "gp",
+            "la",
+            "slice",
+            "jigsaw",
+            "accuracy",
+            "global",
+            "dense",
+        } & a.keys():
             assert a[name] == pytest.approx(b[name], rel=loss), (name, a["step"])
     expected, got = load_checkpoint(one)["module"], load_checkpoint(two)["module"]
     assert expected.keys() == got.keys()

@@ -104,7 +104,7 @@ def fake_runs(monkeypatch):
 
     def start(cell, out):
         started.append((cell.arm, cell.command, cell.fold))
-        log = schedule._log(cell, out)
+        log = schedule.log_of(cell, out)
         log.parent.mkdir(parents=True, exist_ok=True)
         lines = [
             "import json, pathlib, sys, time, signal",

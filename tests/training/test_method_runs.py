@@ -29,6 +29,7 @@ TERMS = {
     "rotation": {"loss", "accuracy"},
     "pirl": {"loss", "jigsaw", "slice"},
     "sal": {"loss", "gp", "la"},
+    "densecl": {"loss", "global", "dense"},
 }
 WATCHED = {
     "sal": {"la_pairs", "la_control", "cosine_embedding", "cosine_encoder", "rank_embedding",

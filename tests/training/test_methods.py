@@ -62,7 +62,8 @@ def contrast(scores, positives):
 
 
 def test_methods_are_registered_by_the_names_of_the_tables():
-    assert [*METHODS] == ["random", "rotation", "pirl", "simclr", "gcl", "pcl", "ccrop", "sal"]
+    paper = ["random", "rotation", "pirl", "simclr", "gcl", "pcl", "ccrop", "sal"]
+    assert [*METHODS] == [*paper, "densecl"]
     assert {name for name, kind in METHODS.items() if not kind.trains} == {"random"}
     assert {name for name, kind in METHODS.items() if kind.geometry == "shared"} == {"sal"}
 

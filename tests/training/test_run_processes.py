@@ -358,7 +358,7 @@ def test_children_run_the_package_of_their_parent_and_nothing_of_the_current_fol
     cell = next(cell for cell in cells if cell.command == "finetune" and cell.arm == "random")
     (tmp_path / "out" / "logs").mkdir(parents=True)
     process = schedule._start(cell, tmp_path / "out")
-    assert process.wait(120) == 0, schedule._log(cell, tmp_path / "out").read_text()
+    assert process.wait(120) == 0, schedule.log_of(cell, tmp_path / "out").read_text()
     process.stdin.close()
     assert cell.path.exists()
 

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from salkernels.training import files
+from salkernels._shared import files
+from salkernels._shared.files import remove_temporaries, temporary_name, write_atomically
 from salkernels.training.checkpoint import LAST, PREVIOUS, load_checkpoint, save_checkpoint
 from salkernels.training.data import cache as cache_module
 from salkernels.training.data.cache import NoCache, VolumeCache, open_cache
@@ -27,7 +28,6 @@ from salkernels.training.data.nifti import DataError
 from salkernels.training.data.phantom import write_phantom
 from salkernels.training.data.preprocess import PreprocessConfig
 from salkernels.training.errors import RunError
-from salkernels.training.files import remove_temporaries, temporary_name, write_atomically
 from salkernels.training.models import (
     Encoder,
     UNet,
@@ -283,7 +283,7 @@ def test_young_files_are_read_again(built, tmp_path):
 def test_temporaries_of_dead_processes_are_swept(tmp_path):
     dead = subprocess.run(
         [sys.executable, "-c",
-         "import os, sys; from pathlib import Path; from salkernels.training.files import *\n"
+         "import os, sys; from pathlib import Path; from salkernels._shared.files import *\n"
          "temporary_name(Path(sys.argv[1])).write_text('half'); os.kill(os.getpid(), 9)",
          str(tmp_path / "a.json")],
     )  # fmt: skip

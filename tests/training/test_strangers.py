@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-import salkernels.training
+from salkernels._shared.revision import commit
 from salkernels.training.cli import main
-from salkernels.training.revision import commit
 
 EVIL = {
     "nested": "optim:\n  class_path: trap.Thing\n",
@@ -62,24 +59,43 @@ def repository(tmp_path):
 
 def test_the_commit_is_that_of_the_package_or_none(repository, tmp_path):
     """A virtual environment within a repository says nothing about what is installed in it."""
-    source = Path(salkernels.training.__file__).parent
-    installed = repository / ".venv" / "lib" / "site-packages" / "salkernels" / "training"
-    shutil.copytree(source, installed, ignore=shutil.ignore_patterns("results", "__pycache__"))
-    assert commit(installed) is None
-    vendored = repository / "training"
-    shutil.copytree(installed, vendored)
-    assert commit(vendored) is None
+    installed = repository / ".venv" / "lib" / "site-packages" / "salkernels"
+    vendored = repository / "salkernels"
+    for package in (installed, vendored):
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text("")
+        assert commit(package) is None
     assert not (tmp_path / "ran").exists()
     (repository / "pyproject.toml").write_text('[project]\nname = "salkernels"\n')
-    (repository / "salkernels").mkdir()
-    (repository / "salkernels" / "__init__.py").write_text("")
     found = commit(vendored)
     assert found is not None
+    assert commit(installed) is None
     assert not (tmp_path / "ran").exists()
     environment = {"GIT_DIR": str(tmp_path / "nowhere"), **os.environ}
     said = subprocess.run(
         [sys.executable, "-c", "import sys; from pathlib import Path; "
-         "from salkernels.training.revision import commit; print(commit(Path(sys.argv[1])))",
+         "from salkernels._shared.revision import commit; print(commit(Path(sys.argv[1])))",
          str(vendored)], env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert said.stdout.strip() == found
+
+
+def test_a_commit_is_marked_where_code_differs_from_it(repository):
+    """Results, which are written while the code runs, are no such difference."""
+    results = repository / "benchmarks" / "results"
+    package = repository / "salkernels"
+    for folder in (results, package):
+        folder.mkdir(parents=True)
+    (repository / "pyproject.toml").write_text('[project]\nname = "salkernels"\n')
+    (package / "__init__.py").write_text("")
+    (results / "cpu.csv").write_text("old")
+    git = ["git", "-C", str(repository), "-c", "user.name=a", "-c", "user.email=a@b"]
+    git += ["-c", "core.fsmonitor=false"]
+    for words in (["add", "."], ["commit", "-q", "-m", "two"], ["rev-parse", "--short=10", "HEAD"]):
+        done = subprocess.run([*git, *words], check=True, capture_output=True, text=True)
+    clean = done.stdout.strip()
+    assert commit(package) == clean
+    (results / "cpu.csv").write_text("new")
+    assert commit(package) == clean
+    (package / "__init__.py").write_text("changed = True")
+    assert commit(package) == f"{clean}+"

@@ -83,6 +83,8 @@ def step(given: argparse.Namespace) -> int:
 
 def tell(folder: Path) -> str:
     """The summary, which is written to the folder, too, with the timings as tables."""
+    from salkernels._shared.files import write_atomically
+
     from .conductor import read_endings
     from .results import SUMMARY, write_timings
     from .summary import summary
@@ -90,7 +92,7 @@ def tell(folder: Path) -> str:
     rows = read(folder)
     write_timings(folder, rows)
     text = summary(rows, read_endings(folder))
-    (folder / SUMMARY).write_text(text, "utf-8")
+    write_atomically(folder / SUMMARY, text)
     return text
 
 

@@ -112,6 +112,7 @@ class Conductor:
         sys.stdout.flush()
 
     def _write(self) -> None:
+        # Not write_atomically: this process has no torch, whose import costs seconds of the GPU.
         draft = self.folder / f"{STEPS}.new"
         draft.write_text(json.dumps([asdict(e) for e in self.endings.values()], indent=1) + "\n")
         draft.replace(self.folder / STEPS)

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks import report
+from salkernels._shared.files import write_atomically
 
 from .conductor import read_endings
 from .record import Row, read
@@ -26,7 +27,7 @@ def write_timings(folder: Path, rows: Sequence[Row]) -> None:
     path.unlink(missing_ok=True)  # drawn from the lines of JSON each time
     results = report.Results(path)
     results.add(found)
-    path.with_suffix(".md").write_text(report.markdown(results.rows), "utf-8")
+    write_atomically(path.with_suffix(".md"), report.markdown(results.rows))
 
 
 def take(folder: Path, label: str, home: Path = HOME) -> list[Path]:
@@ -41,10 +42,9 @@ def take(folder: Path, label: str, home: Path = HOME) -> list[Path]:
             f"{folder} holds no results that name their machine; expected a folder that "
             "scripts/gpu.sh has written"
         )
-    home.mkdir(parents=True, exist_ok=True)
     everything = home / f"{label}-gpu.json"
     endings = [asdict(ending) for ending in read_endings(folder).values()]
-    everything.write_text(json.dumps({"steps": endings, "rows": rows}, indent=1) + "\n", "utf-8")
+    write_atomically(everything, json.dumps({"steps": endings, "rows": rows}, indent=1) + "\n")
     taken = [everything]
     names = {TIMINGS: f"{label}.csv", "timings.md": f"{label}.md", SUMMARY: f"{label}-gpu.md"}
     names["kernels.csv"] = f"{label}-kernels.csv"

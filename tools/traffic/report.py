@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
+
+from salkernels._shared.files import write_atomically
+from salkernels._shared.tabular import csv_of_records, markdown_table, read_csv
 
 from .instructions import TOTAL, Count
 from .shapes import SHAPES
@@ -49,29 +51,22 @@ def write_counts(provider: str, rows: Sequence[Count], directory: Path = RESULTS
 def read_counts(provider: str, directory: Path = RESULTS) -> list[dict[str, str]]:
     """The counts that the provider's file has; none where there is no file."""
     path = directory / f"instructions-{provider}.csv"
-    return _read(path) if path.is_file() else []
+    return read_csv(path) if path.is_file() else []
 
 
 def _write(path: Path, kind: type, rows: Iterable[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(kind)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def _read(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    write_atomically(path, csv_of_records([f.name for f in fields(kind)], rows))
 
 
 def _write_tables(directory: Path) -> None:
-    rows = [row for path in sorted(directory.glob("traffic-*.csv")) for row in _read(path)]
-    counts = [row for path in sorted(directory.glob("instructions-*.csv")) for row in _read(path)]
+    rows = [row for path in sorted(directory.glob("traffic-*.csv")) for row in read_csv(path)]
+    counts = [
+        row for path in sorted(directory.glob("instructions-*.csv")) for row in read_csv(path)
+    ]
     parts = [HEAD, sectors_table(rows)]
     if counts:
         parts += [INSTRUCTIONS, floors_table(counts), "By kernel:\n", kernels_table(counts)]
-    (directory / "traffic.md").write_text("\n".join(parts), encoding="utf-8")
+    write_atomically(directory / "traffic.md", "\n".join(parts))
 
 
 def sectors_table(rows: list[dict[str, str]]) -> str:
@@ -114,5 +109,5 @@ def _both(rows: list[dict[str, str]], column: str) -> str:
 
 def _markdown(columns: list[str], rows: list[list[str]]) -> str:
     names = [name.replace("_", " ") for name in columns]
-    sides = [":--" if name in TEXT else "--:" for name in columns]
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in [names, sides, *rows])
+    sides = "".join("l" if name in TEXT else "r" for name in columns)
+    return markdown_table([names, *rows], sides) + "\n"

@@ -156,12 +156,18 @@ class VolumeCache:
         return array
 
     def __getstate__(self) -> dict[str, Any]:
-        # Only the path travels: a pickled memory map would be a copy of all slices.
-        return {k: v for k, v in self.__dict__.items() if k not in ("images", "labels")}
+        # Only the path travels: a pickled memory map would be a copy of all slices. Nor does the
+        # function that found the scans, which another process may not know: that of a plug-in.
+        state = {k: v for k, v in self.__dict__.items() if k not in ("images", "labels")}
+        return state | {"info": replace(self.info, finder=_found_already)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._map()
+
+
+def _found_already(root: Path, cine: bool) -> list[Scan]:
+    raise DataError(f"{root}: the scans of this cache were found in another process")
 
 
 def open_cache(

@@ -149,7 +149,7 @@ def read_truth(scan: Scan, info: DatasetInfo) -> npt.NDArray[np.uint8] | None:
 
 
 def _labels(scan: Scan, info: DatasetInfo, image: Grid | None) -> tuple[npt.NDArray[np.uint8], str]:
-    """The label map on the image's grid, and what is to be said of it, or ""."""
+    """The label map on the image's grid, and a note on it, or ""."""
     assert scan.label is not None  # the caller looked
     labels = read_labels(
         scan.label,
@@ -206,7 +206,7 @@ def read_info(path: Path) -> PatientInfo:
     try:
         lines = read_text(path).splitlines()
     except OSError as error:
-        raise DataError(f"{path}: expected the ED and ES frames there: {error.strerror}") from error
+        raise DataError(f"{path}: expected the ED and ES frames: {error.strerror}") from error
     values: dict[str, str] = {}
     for line in filter(str.strip, lines):
         key, colon, value = line.partition(":")

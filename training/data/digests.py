@@ -14,7 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from ..files import file_digest, write_atomically
+from salkernels._shared.files import file_digest, write_atomically
+
 from .datasets import Scan
 from .nifti import DataError
 

@@ -121,7 +121,7 @@ def _spacing(path: Path, steps: tuple[float, ...], unit: float) -> Steps:
 def on_grid(
     path: Path, labels: npt.NDArray[Any], own: Grid, image: Grid
 ) -> tuple[npt.NDArray[Any], str]:
-    """A label map (X, Y, Z) turned to its image's axes, and what is to be said of it, or "".
+    """A label map (X, Y, Z) turned to its image's axes, and a note on it, or "".
 
     Axes in another order or direction are turned back. Where one of the two headers does not
     record a place, the voxels are taken as they lie.

@@ -53,7 +53,7 @@ def find_images(inputs: Sequence[Path]) -> tuple[list[Image], list[Path]]:
     file is a manifest.
 
     Raises:
-        DataError: nothing there, or no image.
+        DataError: no file at the path, or no image in it.
     """
     images: dict[Path, Image] = {}
     labels: list[Path] = []

@@ -29,7 +29,8 @@ if __name__ == "__main__":
 
     leave_current_folder()
 
-from ..files import write_atomically
+from salkernels._shared.files import write_atomically
+
 from .datasets import DATASETS, DatasetInfo, Scan, require_own_files
 from .nifti import DataError, Spacing, Values, raise_problems
 from .patterns import matching, one_person
@@ -37,13 +38,17 @@ from .text import is_file, name_problem, printable, read_text
 
 MANIFEST = "manifest"  # what --dataset is called for it
 FILE = "manifest.json"
-DATASET_NAMES = (*DATASETS, MANIFEST)
 KEYS = {"name", "classes", "values", "above_max", "spacing", "root", "scans"}
 SCAN_KEYS = {"subject", "scan", "image", "label", "time_index", "group", "spacing"}
 COLUMNS = {"subject", "frame", "role"}  # of the table of Dice, beside one for each class
 MAX_CLASSES = 254  # labels are bytes, and 255 means unlabelled
 MAX_BYTES = 2**26  # of a manifest or its table
 _BETWEEN_NUMBERS = re.compile(r"[\s,;x×]+")
+
+
+def dataset_names() -> tuple[str, ...]:
+    """What --dataset takes, plug-ins' data sets included."""
+    return (*DATASETS, MANIFEST)
 
 
 def dataset_info(name: str, data: str | Path) -> DatasetInfo:
@@ -57,7 +62,11 @@ def dataset_info(name: str, data: str | Path) -> DatasetInfo:
     if name == MANIFEST:
         return read_manifest(data)
     if name not in DATASETS:
-        raise DataError(f"unknown data set {name!r}; expected one of {', '.join(DATASET_NAMES)}")
+        known = ", ".join(dataset_names())
+        raise DataError(
+            f"unknown data set {name!r}; expected one of {known}, or one of a plug-in: pass "
+            f"--plugin FILE"
+        )
     return DATASETS[name]
 
 

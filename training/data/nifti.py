@@ -14,7 +14,8 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
-from ..files import write_atomically
+from salkernels._shared.files import write_atomically
+
 from .errors import DataError as DataError  # the name that everyone imports from here
 from .errors import raise_problems as raise_problems
 from .grid import Grid, grid_of

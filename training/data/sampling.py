@@ -69,7 +69,7 @@ class TwoSubjects(Dataset[SliceBatch]):
     """Pre-training batches: n/2 slices from one scan of each of two subjects (paper, Sec. 2.4).
 
     A scan with fewer than n/2 slices is drawn from with replacement. With several pairs of subjects
-    in a step, be it in one batch, on other processes or in later batches, no subject comes twice
+    in a step, whether in one batch, on other processes or in later batches, no subject comes twice
     before all have come; so a scan's slices are never on two processes while there are enough.
     """
 
@@ -126,7 +126,80 @@ class TwoSubjects(Dataset[SliceBatch]):
         return drawn
 
 
-class LabelledSlices(Dataset[SliceBatch]):
+class ShuffledSlices(Dataset[SliceBatch]):
+    """Batches of the slices of a pool, in shuffled passes over it.
+
+    A batch that begins in one pass may end in the next; none is left out.
+    """
+
+    def __init__(
+        self,
+        cache: VolumeCache,
+        pool: Sequence[tuple[int, int]],
+        batch_size: int,
+        seed: int,
+        shard: Shard = ALONE,
+        read: bool = True,
+    ) -> None:
+        """pool: (scan, slice) each. read: whether batches hold pixels; without, they only say
+        which slices they are."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.cache = cache
+        self.pool = pool
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shard = shard
+        self.read = read
+
+    def chosen(self, number: int) -> list[tuple[int, int]]:
+        """The slices of batch `number`, counted over all steps and processes."""
+        positions = range(number * self.batch_size, (number + 1) * self.batch_size)
+        orders = {p // len(self.pool): None for p in positions}
+        shuffled = {
+            epoch: np.random.default_rng((self.seed, epoch)).permutation(len(self.pool))
+            for epoch in orders
+        }
+        return [self.pool[shuffled[p // len(self.pool)][p % len(self.pool)]] for p in positions]
+
+    def __getitem__(self, index: int) -> SliceBatch:
+        step, number = self.shard.place(index)
+        chosen = self.chosen(step * self.shard.count + number)
+        return _collect(self.cache, step, number, chosen, self.read)
+
+
+class AnySlices(ShuffledSlices):
+    """Pre-training batches of slices of whatever scans.
+
+    Those of one scan lie together, as the methods expect it.
+    """
+
+    def __init__(
+        self,
+        cache: VolumeCache,
+        subjects: Sequence[str],
+        slices: int,
+        seed: int,
+        pairs: int = 1,
+        shard: Shard = ALONE,
+        read: bool = True,
+    ) -> None:
+        pool = [
+            (scan, index)
+            for subject in subjects
+            for scan in cache.of_subject(subject)
+            for index in range(cache.num_slices(scan))
+        ]
+        super().__init__(cache, pool, slices * pairs, seed, shard, read)
+        self.pairs = pairs
+
+    def __getitem__(self, index: int) -> SliceBatch:
+        step, number = self.shard.place(index)
+        chosen = sorted(self.chosen(step * self.shard.count + number))
+        return _collect(self.cache, step, number * self.pairs, chosen, self.read)
+
+
+class LabelledSlices(ShuffledSlices):
     """Fine-tuning batches: slices drawn evenly from the labelled scans, in shuffled epochs."""
 
     def __init__(
@@ -138,35 +211,16 @@ class LabelledSlices(Dataset[SliceBatch]):
         shard: Shard = ALONE,
         read: bool = True,
     ) -> None:
-        """read: whether batches hold pixels; without, they only say which slices they are."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self.cache = cache
-        self.pool = [
+        pool = [
             (scan, index)
             for subject in subjects
             for scan in cache.of_subject(subject)
             if cache.volumes[scan].labelled
             for index in range(cache.num_slices(scan))
         ]
-        if not self.pool:
+        if not pool:
             raise DataError(f"none of the subjects {', '.join(subjects)} has a labelled scan")
-        self.batch_size = batch_size
-        self.seed = seed
-        self.shard = shard
-        self.read = read
-
-    def __getitem__(self, index: int) -> SliceBatch:
-        step, number = self.shard.place(index)
-        before = step * self.shard.count + number
-        positions = range(before * self.batch_size, (before + 1) * self.batch_size)
-        orders = {p // len(self.pool): None for p in positions}
-        shuffled = {
-            epoch: np.random.default_rng((self.seed, epoch)).permutation(len(self.pool))
-            for epoch in orders
-        }
-        chosen = [self.pool[shuffled[p // len(self.pool)][p % len(self.pool)]] for p in positions]
-        return _collect(self.cache, step, number, chosen, self.read)
+        super().__init__(cache, pool, batch_size, seed, shard, read)
 
 
 def batches(

@@ -8,13 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import finetune, pretrain
+from salkernels._shared.files import write_atomically
+
 from ..config import LabelledConfig, PretrainConfig
 from ..data.cache import VolumeCache
 from ..errors import RunError
-from ..files import write_atomically
+from ..finetune import identity as finetune_identity
 from ..identity import OPTION, Identity, differences, read_identity
 from ..models import load_encoder
+from ..pretrain import identity as pretrain_identity
 from ..settings import read_record
 from .cells import Cell
 
@@ -54,9 +56,9 @@ class Audit:
     def _now(self, cell: Cell) -> Identity:
         cache = self.caches[cell.command]
         if isinstance(cell.config, PretrainConfig):
-            return pretrain.identity(cell.config, cache)
+            return pretrain_identity(cell.config, cache)
         assert isinstance(cell.config, LabelledConfig)
-        return finetune.identity(cell.config, cache, self._about(cell.needs))
+        return finetune_identity(cell.config, cache, self._about(cell.needs))
 
     def _about(self, encoder: Path | None) -> dict[str, Any] | None:
         if encoder is None:

@@ -7,17 +7,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import FinetuneConfig, PretrainConfig
+from ..config import FinetuneConfig, OptimConfig, PretrainConfig, RunConfig
 from ..identity import data_hash
 from ..inputs import open_dataset
 from ..probe import ENDPOINT
 from ..runlog import environment, to_plain
 from .audit import Audit, own_name, require_own_table
 from .cells import Cell, folds_by_seed, plan
+from .launcher import Launcher, LauncherName
 from .plots import draw
 from .schedule import run_cells
 from .summary import collect, write
-from .tables import SCORED, TABLES, Endpoint, Table
+from .tables import SCORED, TABLES, Endpoint, Table, with_plugins
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class ExperimentConfig:
         preset: name of the settings, for the table.
         endpoint: "dice", of fine-tuned U-Nets, or "probe", of linear probes on frozen encoders.
         allow_mismatch: keep runs that were made of other data or encoders; the table says so.
+        launcher: who starts the runs: this process, or submitit on "slurm" or on this machine.
+        launch_with: NAME=VALUE settings of submitit.
+        retries: how often a run that failed or was lost is started again.
     """
 
     name: str
@@ -57,6 +61,9 @@ class ExperimentConfig:
     seeds: tuple[int, ...] = (0,)
     rotate_folds: int = 0
     baseline: str = ""
+    launcher: LauncherName = "processes"
+    launch_with: tuple[str, ...] = ()
+    retries: int = 0
 
     @property
     def document(self) -> str:
@@ -66,6 +73,10 @@ class ExperimentConfig:
     def __post_init__(self) -> None:
         if self.jobs < 1:
             raise ValueError(f"jobs must be at least 1, got {self.jobs}")
+        if self.retries < 0:
+            raise ValueError(f"retries must be >= 0, got {self.retries}")
+        if self.launch_with and self.launcher == "processes":
+            raise ValueError("launch_with is for --launcher slurm or local, which is not given")
         if min(self.labelled, default=0) < 0:
             raise ValueError(f"labelled must be >= 1 subjects, or 0 for all, got {self.labelled}")
         if len(set(self.folds)) < len(self.folds) or not self.folds:
@@ -84,13 +95,16 @@ def experiment(
     config: ExperimentConfig, pretraining: PretrainConfig, finetuning: FinetuneConfig
 ) -> str:
     """Runs what is missing, and writes tables and figures as runs end; returns the Markdown."""
-    table = TABLES[config.name]
+    table = with_plugins(TABLES[config.name], config.arms)
     if config.baseline:
         table = replace(table, baseline=table.arm(config.baseline).name)
     for fold in config.folds:
         # A file of splits has its own number of folds, which is known with the data.
         if fold < 0 or (finetuning.splits is None and fold >= finetuning.num_folds):
             raise ValueError(f"folds are counted from 0 to {finetuning.num_folds - 1}, got {fold}")
+    launcher = None
+    if config.launcher != "processes":
+        launcher = Launcher(config.launcher, config.out, config.launch_with)
     arms = tuple(table.arm(name) for name in config.arms) or table.arms
     labelled = config.labelled or table.labelled
     labelled = () if config.only_pretrain else labelled
@@ -105,7 +119,12 @@ def experiment(
 
     try:
         run_cells(
-            cells, config.out, config.jobs, lambda _: _report(config, table, cells, audit, name)
+            cells,
+            config.out,
+            config.jobs,
+            lambda _: _report(config, table, cells, audit, name),
+            launcher,
+            config.retries,
         )
     finally:
         _report(config, table, cells, audit, name)
@@ -145,15 +164,31 @@ def _conditions(config: ExperimentConfig, cells: Sequence[Cell]) -> str:
         f"{run.model.width}), {_counted('seed', config.seeds)}"
     ]
     if pretraining:
-        parts.append(f"{pretraining.optim.steps:,} steps of pre-training")
+        parts.append(f"{_length(pretraining.optim)} of pre-training")
     if scoring:
         how = (
             f"{ENDPOINT} without fine-tuning; 3D Dice"
             if config.endpoint == "probe"
-            else f"{scoring.optim.steps:,} steps of fine-tuning; 3D Dice of the last weights"
+            else f"{_length(scoring.optim)} of fine-tuning; {_score(scoring)}"
         )
         parts.append(f"{how} on held-out subjects, mean (standard deviation) over {_units(config)}")
     return ", ".join(parts)
+
+
+def _length(optim: OptimConfig) -> str:
+    """How long a run is: "500 steps", or "30 passes over its slices (at least 500 steps)"."""
+    steps = f"{optim.steps:,} step{'s' * (optim.steps > 1)}"
+    if not optim.epochs:
+        return steps
+    return f"{optim.epochs:g} passes over the slices (at least {steps})"
+
+
+def _score(scoring: RunConfig) -> str:
+    """Which Dice of which weights."""
+    assert isinstance(scoring, FinetuneConfig)
+    pooled = "Dice pooled over voxels" if scoring.dice == "pooled" else "3D Dice"
+    last = scoring.select == "last"
+    return f"{pooled} of the {'last' if last else 'best (on the held-out subjects)'} weights"
 
 
 def _units(config: ExperimentConfig) -> str:

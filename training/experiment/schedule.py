@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -12,37 +11,41 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import yaml
 from tqdm import tqdm
-
-import salkernels
-import salkernels.training
 
 from ..checkpoint import stop_on_signal
 from ..errors import RunError, Stopped
-from ..files import write_atomically
 from ..locks import in_use, sole_use
-from ..runlog import to_plain
-from ..startup import without_current_folder
 from .cells import Cell
+from .command import command_of, environment_of, log_of
+from .launcher import Launcher, Running, tell
 
-CHILD = Path(__file__).with_name("child.py")  # a program of its own, not a module of this one
 LAST_LINES = 15  # of a failed run's log, in the error message
+POLL = 0.2  # seconds
+REFUSED = 2  # exit status of a run that would be refused again: settings, data
 
 
 def run_cells(
-    cells: Sequence[Cell], out: Path, jobs: int, finished: Callable[[Cell], None]
+    cells: Sequence[Cell],
+    out: Path,
+    jobs: int,
+    finished: Callable[[Cell], None],
+    launcher: Launcher | None = None,
+    retries: int = 0,
 ) -> None:
     """Runs what is not done yet, `jobs` cells at a time, and calls `finished` after each.
 
-    A run that fails stops the experiment once the others in progress have ended.
+    launcher: who starts them; by default they are processes of this one.
+    retries: how often a run that failed or was lost is started again, where that can help.
+    A run that fails for good stops the experiment once the others in progress have ended.
 
     Raises:
         Stopped: after a signal that asks for it; runs in progress have saved their state.
         RunError: a run failed; the message ends as its log does. Or `out` is in use.
     """
     waiting = [cell for cell in cells if not cell.done()]
-    running: dict[Cell, subprocess.Popen[bytes]] = {}
+    running: dict[Cell, Running] = {}
+    again = _Again(retries)
     failed: Cell | None = None
     done = len(cells) - len(waiting)
     bar = tqdm(total=len(cells), initial=done, desc="runs", disable=None, unit="run")
@@ -65,17 +68,19 @@ def run_cells(
                 if cell.done():  # by a run that an earlier experiment had left behind
                     ended(cell)
                     continue
-                running[cell] = _start(cell, out)
+                running[cell] = launcher.start(cell, out) if launcher else _start(cell, out)
                 bar.set_postfix_str("; ".join(c.name for c in running))
             if waiting and not running and not queue.possible():
                 raise RunError(f"{waiting[0].needs} is missing, which no planned run makes")
-            time.sleep(0.2)
+            time.sleep(launcher.interval if launcher else POLL)
             if stop.signal:
                 for process in running.values():
                     process.send_signal(signal.SIGTERM)
             for cell in [cell for cell, process in running.items() if process.poll() is not None]:
                 status = running.pop(cell).returncode
-                if status and not stop.signal:
+                if status and not stop.signal and not failed and again(cell, status):
+                    queue.waiting.insert(0, cell)
+                elif status and not stop.signal:
                     failed = failed or cell
                 elif not status:
                     ended(cell)
@@ -83,9 +88,10 @@ def run_cells(
                 _wait(running)
                 break
     if stop.signal:
-        raise Stopped(f"stopped by {stop.signal.name}", 128 + stop.signal.value)
+        left = f"; {len(running)} jobs go on" if launcher and launcher.leaves_jobs else ""
+        raise Stopped(f"stopped by {stop.signal.name}{left}", 128 + stop.signal.value)
     if failed:
-        log = _log(failed, out)
+        log = log_of(failed, out)
         end = "\n".join(log.read_text(errors="replace").splitlines()[-LAST_LINES:])
         raise RunError(f"the run {failed.name} failed; its log {log} ends:\n{end}")
 
@@ -124,34 +130,36 @@ def _start(cell: Cell, out: Path) -> subprocess.Popen[bytes]:
     second signal would end a run before it has saved its state. It ends when this process does,
     which holds the other end of its standard input.
     """
-    log = _log(cell, out)
-    settings = log.with_suffix(".yaml")
-    write_atomically(settings, yaml.safe_dump(to_plain(cell.config), sort_keys=False))
-    threads = cell.config.threads
-    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
-    places = {
-        "path": without_current_folder(sys.path),
-        "packages": {p.__name__: str(p.__file__) for p in (salkernels, salkernels.training)},
-    }
-    command = [sys.executable, "-I", str(CHILD), json.dumps(places), cell.command]
-    with log.open("ab") as file:
+    command = command_of(cell, out)  # makes the folder of the log
+    with log_of(cell, out).open("ab") as file:
         return subprocess.Popen(
-            [*command, "--config", str(settings)],
+            command,
             stdin=subprocess.PIPE,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env={**os.environ, **environment_of(cell)},
             start_new_session=True,
         )
 
 
-def _wait(running: dict[Cell, subprocess.Popen[bytes]]) -> None:
+class _Again:
+    """Which runs that ended badly are started again: they go on from their checkpoints."""
+
+    def __init__(self, retries: int) -> None:
+        self.retries, self.count = retries, dict[Cell, int]()
+
+    def __call__(self, cell: Cell, status: int) -> bool:
+        count = self.count[cell] = self.count.get(cell, 0) + 1
+        if status == REFUSED or count > self.retries:
+            return False
+        how = f"exit status {status}" if status > 0 else "lost or killed"
+        tell(f"{cell.name}: {how}; started again, {count} of {self.retries}")
+        return True
+
+
+def _wait(running: dict[Cell, Running]) -> None:
     for process in running.values():
         process.wait()
-
-
-def _log(cell: Cell, out: Path) -> Path:
-    return out / "logs" / f"{cell.config.out.relative_to(out).as_posix().replace('/', '_')}.log"
 
 
 @contextmanager

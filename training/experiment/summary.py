@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from salkernels._shared.files import write_atomically
+from salkernels._shared.tabular import csv_text, markdown_table
+
 from ..errors import RunError
-from ..files import write_atomically
 from ..probe import ENDPOINT
 from ..runlog import ENVIRONMENT, read_metrics
 from ..settings import damaged, read_record
-from ..tabular import csv_text, markdown_table
 from .cells import Cell
 from .statistics import Difference, Summary, paired_difference, summarised
 from .tables import ALL, Table
@@ -317,7 +318,7 @@ def _explained(results: Results, baseline: str) -> str:
     if any(results.best_of(m)[1] for m in results.labelled):
         best = (
             " The highest is marked as the best of n, with the p of n tries (Bonferroni): that "
-            "choice flatters its mean and interval, so it is to be run again with fresh seeds."
+            "choice flatters its mean and interval, so it must be confirmed with fresh seeds."
         )
     if results.unit == "fold":
         return (

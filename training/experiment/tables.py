@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ..methods import METHODS
+from ..plugins import methods_of
 
 ALL = 0  # as `labelled`: all subjects of the fold
 Endpoint = Literal["dice", "probe"]  # of fine-tuned U-Nets, or of a probe on frozen encoders
@@ -54,6 +55,12 @@ class Table:
                 return arm
         known = ", ".join(arm.name for arm in self.arms)
         raise ValueError(f"this experiment has no arm {name!r}; expected some of {known}")
+
+
+def with_plugins(table: Table, names: Sequence[str]) -> Table:
+    """The table, with an arm for each of the names that is the method of a plug-in."""
+    own = (Arm(name, METHODS[name].label, name) for name in methods_of(names))
+    return replace(table, arms=(*table.arms, *own))
 
 
 # Of the paper's tables 1 and 2, in their order; a method of one's own is no row of them.
@@ -215,6 +222,11 @@ TABLES: dict[str, Table] = {
                       sal__pairs="other"),
             _contrast("contrast-roll", "contrast, placebo: keys rolled by half a map",
                       sal__roll=True),
+            # The terms of VICReg on E's output, in that paper's proportion of 25 : 25 : 1.
+            _sal("sal-vicreg", "E, with variance and covariance (VICReg)",
+                 sal__variance=1.0, sal__covariance=0.04),
+            # Baselines of another kind: pixels against pixels of the other view, slices apart.
+            Arm("densecl", METHODS["densecl"].label, "densecl"),
             _sal("sal-noE-s3", "no E, s = 3", sal__embedding="none", sal__scale=3),
             _sal("sal-noE-s5", "no E, s = 5", sal__embedding="none", sal__scale=5),
         ),

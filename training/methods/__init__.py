@@ -9,6 +9,7 @@ from types import ModuleType
 from .base import Corpus, Method, Outcome, Run, Views, first, second, side_by_side
 from .ccrop import CCropConfig
 from .contrast import ContrastConfig
+from .densecl import DenseCLConfig
 from .gcl import GCLConfig
 from .pcl import PCLConfig
 from .pirl import PIRLConfig
@@ -24,6 +25,7 @@ FILES = (
     "pcl",
     "ccrop",
     "sal",
+    "densecl",
 )
 
 
@@ -60,6 +62,7 @@ __all__ = [
     "CCropConfig",
     "ContrastConfig",
     "Corpus",
+    "DenseCLConfig",
     "GCLConfig",
     "Method",
     "Outcome",

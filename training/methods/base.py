@@ -125,7 +125,7 @@ class Method(nn.Module, ABC):
         watched: a figure of `monitor` whose rows make up the history given to `warnings`.
         positional: whether the loss goes by where in its scan a slice lies.
         trains: False for the start without pre-training.
-        curves: title of the picture of the loss, and what its terms are called there.
+        curves: title of the plot of the loss, and the labels of its terms in it.
         pictured: what the picture of a batch shows (`pictures`).
     """
 

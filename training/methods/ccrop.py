@@ -100,7 +100,9 @@ def fit_stride(images: Tensor, stride: int) -> Tensor:
 
 
 def heat_boxes(heat: Tensor, threshold: float) -> Tensor:
-    """Eq. 2 there: the smallest box around activations above `threshold`: (B, h, w) -> (B, 4).
+    """The smallest box around activations above `threshold`: (B, h, w) -> (B, 4).
+
+    Eq. 2 of Peng et al.
 
     Heat is scaled to [0, 1] in each map. Boxes are left, top, right, bottom, and span [-1, 1] where
     they cover the whole map; a map without contrast gives the whole map.

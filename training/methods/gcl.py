@@ -33,8 +33,8 @@ class GCLConfig(ContrastConfig):
 class GCL(Contrastive):
     """Strategy G^D: positives are all views of the same partition, of either scan.
 
-    For each positive pair (Eq. 1 there) the denominator holds that pair and the samples of other
-    partitions: the other samples of the same partition are neither pulled nor pushed by it.
+    For each positive pair (Eq. 1 of Chaitanya et al.) the denominator has that pair and the samples
+    of other partitions, so a pair does not affect other samples of its partition.
     Changed: scans are not aligned by hand beforehand, and a batch is two scans, not many.
     """
 

@@ -29,9 +29,9 @@ class PCLConfig(ContrastConfig):
 
 
 class PCL(Contrastive):
-    """The positional contrastive loss, Eq. 2 of the SAL paper, which takes it from there.
+    """The positional contrastive loss, Eq. 2 of the SAL paper.
 
-    It is SAL at λ = 0 but for the views: each is transformed by itself, as in PCL.
+    This is SAL with λ = 0, except that each view is transformed independently, as in PCL.
     """
 
     label: ClassVar[str] = "PCL"

@@ -23,7 +23,8 @@ class PIRLConfig:
 
     Args:
         temperature: τ, which divides cosines before the exponential.
-        weight: λ of Eq. 5 there: of the jigsaw's loss; 1 − λ is that of the slice itself.
+        weight: λ in Eq. 5 of Misra and van der Maaten, the weight of the jigsaw's loss; that of
+            the slice itself is 1 − λ.
         momentum: of the memory bank: the share of the old entry in the new one.
         negatives: entries of the bank contrasted with each slice, at most all others.
         projection_dim: length of the projected vector.
@@ -143,7 +144,7 @@ class PIRL(Method):
 
     @torch.no_grad()
     def remember(self, sample: Tensor, features: Tensor) -> None:
-        """Moves the bank's entries towards the features (Sec. 3.2 there: a running average).
+        """Moves the bank's entries towards the features (a running average, Sec. 3.2 of the paper).
 
         sample: (n,), on the CPU. features: (n, D).
 
@@ -162,7 +163,7 @@ class PIRL(Method):
 
 def pieces(images: Tensor, stride: int) -> Tensor:
     """The 3 x 3 pieces (B, 9, C, N, N) of images (B, C, H, W), row by row; N is a multiple of
-    `stride`, and each piece lies in the middle of its third."""
+    `stride`, and each piece is in the centre of its third."""
     height, width = images.shape[2:]
     side = piece_side(min(height, width), stride)
     cut = []
@@ -185,7 +186,7 @@ def piece_side(side: int, stride: int) -> int:
 
 
 def nce(own: Tensor, features: Tensor, negatives: Tensor, temperature: float) -> Tensor:
-    r"""Eq. 4 there: −log h(own) − Σ_j log(1 − h(negative_j)), per row.
+    r"""Eq. 4 of the paper: −log h(own) − Σ_j log(1 − h(negative_j)), per row.
 
     h is the softmax of cosines / τ over the own entry and the negatives. Everything has unit norm.
     own: (B, D). features: (B, D). negatives: (B, N, D). Returns (B,).

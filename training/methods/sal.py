@@ -16,7 +16,6 @@ from salkernels import (
     positional_positives,
     slice_pairs,
     wla_contrast,
-    wla_loss,
     wla_set_loss,
 )
 
@@ -38,6 +37,7 @@ from .base import (
     retrieval,
 )
 from .contrast import Head, alike, check_head
+from .vicreg import variance_covariance
 
 Centre = Literal["none", "batch", "image", "window"]
 Pairs = Literal["near", "same", "other"]
@@ -73,6 +73,9 @@ class SALConfig:
         embedding: E before LA: "linear" (the paper), "normalised" (kernels of unit norm),
             "orthogonal" (fixed), or "none".
         embedding_dim: channels after E; 0 keeps those of the encoder's map.
+        variance: weight of VICReg's variance term on E's output, which tells a collapse to one
+            direction; 0 leaves it out. See `vicreg.variance_covariance`.
+        covariance: weight of its covariance term, which tells a collapse to few directions.
         centre: subtract the mean feature of the batch, of each image or of each window before the
             cosine, which a direction that all pixels share does not survive; "none" is the paper.
         stop_gradient: let no gradient into the key side of a pair, so that a feature moves towards
@@ -98,6 +101,8 @@ class SALConfig:
     temperature: float = 0.1
     embedding: EmbeddingKind = "linear"
     embedding_dim: int = 0
+    variance: float = 0.0
+    covariance: float = 0.0
     centre: Centre = "none"
     stop_gradient: bool = False
     common_frame: bool = False
@@ -133,10 +138,20 @@ class SALConfig:
                 f"sal.contrast_temperature must be a finite number > 0, got "
                 f"{self.contrast_temperature}"
             )
+        for name in ("variance", "covariance"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"sal.{name} is a weight and must be finite and >= 0, got {getattr(self, name)}"
+                )
         if self.t_la is not None and not 0 < self.t_la <= 1:
             raise ValueError(f"sal.t_la is a fraction of the scan in (0, 1], got {self.t_la}")
         # The public losses check ω, λ, t and τ: let them do so before anything is loaded.
         SALLoss(self.window_size, lambda_=self.lambda_, t=self.t, temperature=self.temperature)
+
+    @property
+    def spreads(self) -> bool:
+        """Whether a term of VICReg takes part."""
+        return bool(self.variance or self.covariance)
 
     @property
     def near(self) -> float:
@@ -154,7 +169,8 @@ class SAL(Method):
     watched: ClassVar[str] = "la_control"
     curves: ClassVar[tuple[str, dict[str, str]]] = (
         "losses",
-        {"loss": "total", "gp": "GP", "contrast": "LA, as a contrast"},
+        {"loss": "total", "gp": "GP", "contrast": "LA, as a contrast"}
+        | {"variance": "variance", "covariance": "covariance"},
     )
 
     def __init__(self, model: UNetConfig, settings: SALConfig, corpus: Corpus | None) -> None:
@@ -210,6 +226,13 @@ class SAL(Method):
             # A contrast is no distance: curves of it beside those of Eq. 1 would be misread.
             name = "la" if negatives is None else "contrast"
             outcome = Outcome(loss, {"loss": loss, "gp": gp, name: la})
+        if settings.spreads:
+            # Of this batch's own pixels: those of several processes are too many to gather.
+            variance, covariance = variance_covariance(embedded)
+            outcome.loss = (
+                outcome.loss + settings.variance * variance + settings.covariance * covariance
+            )
+            outcome.terms |= {"loss": outcome.loss, "variance": variance, "covariance": covariance}
         outcome.maps = {"encoder": features.detach(), "embedding": embedded.detach()}
         outcome.deepest = maps[-1].detach()
         outcome.chance = {"gp": gp_loss(alike(projected), positives, settings.temperature)}
@@ -217,7 +240,7 @@ class SAL(Method):
 
     @property
     def leaves_parameters_out(self) -> bool:
-        return self.settings.lambda_ == 0  # E
+        return self.settings.lambda_ == 0 and not self.settings.spreads  # E
 
     def aligned(self, embedded: Tensor, views: Views) -> tuple[Tensor, Tensor | None]:
         """What LA compares: maps (2n, C, H, W) after E, centred and brought into one frame.
@@ -368,19 +391,17 @@ def alignment(
 
     stop_gradient: keys get no gradient. roll: keys are rolled by half a map.
     """
-    if not (stop_gradient or roll):
-        return wla_set_loss(features, pairs, window_size, valid=valid)
-    # The operator on a set has one map, and one gradient, for both roles of a sample: gather the
-    # pairs instead.
-    query, key = (to_device(place, features.device) for place in pairs.nonzero(as_tuple=True))
-    keys, keys_valid = (features.detach() if stop_gradient else features), valid
-    if roll:
-        keys = rolled(keys)
-        keys_valid = None if valid is None else rolled(valid)
-    both = None
-    if valid is not None and keys_valid is not None:
-        both = valid[query], keys_valid[key]
-    return wla_loss(features[query], keys[key], window_size, valid=both)
+    if not roll:
+        return wla_set_loss(features, pairs, window_size, detach_keys=stop_gradient, valid=valid)
+    both = None if valid is None else (valid, rolled(valid))
+    return wla_set_loss(
+        features,
+        pairs,
+        window_size,
+        keys=rolled(features),
+        detach_keys=stop_gradient,
+        valid=both,
+    )
 
 
 def contrast(

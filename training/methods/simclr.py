@@ -10,7 +10,7 @@ from .contrast import ContrastConfig, Contrastive
 
 
 class SimCLR(Contrastive):
-    """NT-Xent (Eq. 1 there) over the 2n views.
+    """NT-Xent (Eq. 1 of Chen et al.) over the 2n views.
 
     Changed: a slice that a batch holds twice (scans with fewer than n/2 slices) has three
     positives, not one, rather than itself among the negatives; the images are ours (no colour,

@@ -2,7 +2,7 @@
 
 from .heads import Embedding, EmbeddingKind, Projection
 from .unet import Encoder, UNet, UNetConfig
-from .weights import load_encoder, load_unet, save_encoder, save_unet
+from .weights import describe, load_encoder, load_network, load_unet, save_encoder, save_unet
 
 __all__ = [
     "Embedding",
@@ -11,7 +11,9 @@ __all__ = [
     "Projection",
     "UNet",
     "UNetConfig",
+    "describe",
     "load_encoder",
+    "load_network",
     "load_unet",
     "save_encoder",
     "save_unet",

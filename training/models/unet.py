@@ -25,12 +25,15 @@ class UNetConfig:
         width: channels of the first level; each level down doubles them.
         depth: number of levels, the bottleneck included.
         norm: "batch" as in the PCL line, or "instance" for very small batches.
+        bottleneck: "norm", the deepest level is like the others; or "plain", convolutions and ReLU
+            without a norm, as in the public code of PCL.
     """
 
     in_channels: int = 1
     width: int = 16
     depth: int = 5
     norm: Literal["batch", "instance"] = "batch"
+    bottleneck: Literal["norm", "plain"] = "norm"
 
     def __post_init__(self) -> None:
         for name in ("in_channels", "width"):
@@ -61,8 +64,10 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         ins = (config.in_channels, *config.channels[:-1])
+        norms: list[str] = [config.norm] * (config.depth - 1)
+        norms.append(config.norm if config.bottleneck == "norm" else "plain")
         self.levels = nn.ModuleList(
-            _double_conv(i, o, config.norm) for i, o in zip(ins, config.channels, strict=True)
+            _double_conv(*level) for level in zip(ins, config.channels, norms, strict=True)
         )
         self.pool = nn.MaxPool2d(2)
         self.apply(_initialise)
@@ -125,6 +130,10 @@ class UNet(nn.Module):
 def _double_conv(ins: int, outs: int, norm: str) -> nn.Sequential:
     layer = nn.BatchNorm2d if norm == "batch" else nn.InstanceNorm2d
     blocks: list[nn.Module] = []
+    if norm == "plain":
+        for i in (ins, outs):
+            blocks += [nn.Conv2d(i, outs, 3, padding=1), nn.ReLU(inplace=True)]
+        return nn.Sequential(*blocks)
     for i in (ins, outs):
         # No bias: the norm that follows would subtract it again.
         blocks += [nn.Conv2d(i, outs, 3, padding=1, bias=False), layer(outs, affine=True)]

@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from ..files import write_atomically
+from salkernels._shared.files import write_atomically
+
 from .unet import Encoder, UNet, UNetConfig
 
 KEY = "salkernels"  # of the entry in the header
@@ -39,9 +40,15 @@ def save_unet(path: Path, model: UNet, about: dict[str, Any]) -> None:
 
 
 def load_encoder(path: str | Path) -> tuple[Encoder, dict[str, Any]]:
-    """The encoder, in eval mode, and its `about`.
+    """The encoder of a run, in eval mode, and its `about`: how it was trained, and on what.
 
-    path: a file written by `save_encoder` or `save_unet`, or the folder of a run.
+    Args:
+        path: the folder of a run (`load_encoder("runs/sal")`), or one of its files of weights. Of a
+            fine-tuned U-Net it is the encoder's part.
+
+    Returns:
+        The `Encoder`, (B, 1, H, W) -> one map per scale, and a dict. Its entry "preprocess" holds
+        the settings by which scans became slices; `salkernels.training.prepare` applies them.
 
     Raises:
         ValueError: the file is missing, cut short, damaged, or not one of ours.
@@ -56,8 +63,18 @@ def load_encoder(path: str | Path) -> tuple[Encoder, dict[str, Any]]:
 
 
 def load_unet(path: str | Path) -> tuple[UNet, dict[str, Any]]:
-    """The U-Net of a file written by `save_unet`, or of a run's folder, in eval mode, and its
-    `about`; errors as `load_encoder`."""
+    """The fine-tuned U-Net of a run's folder, or of its file, in eval mode, and its `about`.
+
+    Args:
+        path: as for `load_encoder`.
+
+    Returns:
+        The `UNet`, (B, 1, H, W) -> logits (B, K, H, W), and a dict with "class_names" and
+        "preprocess" among its entries.
+
+    Raises:
+        ValueError: as `load_encoder`; it is an encoder alone.
+    """
     path = weights_file(path, MODEL)
     tensors, description = _load(path)
     if description["kind"] != "unet":
@@ -69,6 +86,25 @@ def load_unet(path: str | Path) -> tuple[UNet, dict[str, Any]]:
     if not _whole(classes, 1, MAX_CLASSES):
         raise ValueError(f"{path} has no usable number of classes: {classes!r}")
     return _filled(path, lambda: UNet(config, classes), tensors), description["about"]
+
+
+def load_network(path: str | Path) -> tuple[Encoder | UNet, dict[str, Any]]:
+    """The encoder or the U-Net that a file or a run's folder holds, in eval mode, and its `about`;
+    errors as `load_encoder`."""
+    path = weights_file(path, MODEL, ENCODER)
+    if describe(path)["kind"] == "unet":
+        return load_unet(path)
+    return load_encoder(path)
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """The description of weights, without reading them: their kind, the network's configuration,
+    and `about`.
+
+    Raises:
+        ValueError: the file is missing, damaged, or not one of ours.
+    """
+    return _read_description(weights_file(path, ENCODER, MODEL))
 
 
 def weights_file(path: str | Path, *names: str) -> Path:
@@ -105,11 +141,8 @@ def _save(path: Path, module: nn.Module, description: dict[str, Any]) -> None:
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file; expected weights written by pretrain or finetune")
+    description = _read_description(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            description = _description(path, (file.metadata() or {}).get(KEY, "{}"))
         tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
@@ -118,6 +151,16 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if expected != _checksum(tensors, description):
             raise ValueError(f"{path} is damaged: its checksum does not fit its content")
     return tensors, description
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file; expected weights written by pretrain or finetune")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _description(path, (file.metadata() or {}).get(KEY, "{}"))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
 
 
 def _checksum(tensors: dict[str, Tensor], description: dict[str, Any]) -> str:

@@ -3,32 +3,19 @@
 #include "load_store.h"
 
 static inline float h2f(u16 h) { return _cvtsh_ss(h); }
-static inline float b2f(u16 h) {
-  u32 x = (u32)h << 16;
-  float f;
-  memcpy(&f, &x, 4);
-  return f;
+// The same bits as another type.
+template <class To, class From>
+static inline To as(From x) {
+  static_assert(sizeof(To) == sizeof(From), "of the same size");
+  To y;
+  memcpy(&y, &x, sizeof y);
+  return y;
 }
-static inline u32 fbits(float f) {
-  u32 x;
-  memcpy(&x, &f, 4);
-  return x;
-}
-static inline float bitsf(u32 x) {
-  float f;
-  memcpy(&f, &x, 4);
-  return f;
-}
-static inline double bitsd(u64 x) {
-  double f;
-  memcpy(&f, &x, 8);
-  return f;
-}
-static inline u64 dbits(double x) {
-  u64 f;
-  memcpy(&f, &x, 8);
-  return f;
-}
+static inline u32 fbits(float f) { return as<u32>(f); }
+static inline float bitsf(u32 x) { return as<float>(x); }
+static inline u64 dbits(double x) { return as<u64>(x); }
+static inline double bitsd(u64 x) { return as<double>(x); }
+static inline float b2f(u16 h) { return bitsf((u32)h << 16); }
 static inline float d2f_odd(
     double d) {  // round-to-odd double->float (so that a second rounding to <=22 bits is exact)
   float f = (float)d;

@@ -56,12 +56,9 @@ inline void Decoder::decodeLop3() {
 inline void Decoder::decodeShl() {
   t = m.ty();
   m.done();
-  need(3);
   I.cls = C_INT;
   int w = tsize(t);
-  I.o[0] = dst(o[0], w);
-  I.o[1] = src(o[1], w);
-  I.o[2] = src(o[2], 4);
+  take({w, w, 4});
   bool s = isS(t);
   if (b == "shl")
     I.fn = w == 2   ? (Fn)HX2<u16, u16, u32, Shl<u16>>
@@ -89,11 +86,9 @@ inline void Decoder::decodeShf() {
 inline void Decoder::decodePopc() {
   t = m.ty();
   m.done();
-  need(2);
   I.cls = C_INT;
   int w = tsize(t);
-  I.o[0] = dst(o[0], 4);
-  I.o[1] = src(o[1], w);
+  take({4, w});
   I.fn = b == "popc" ? (w == 4 ? (Fn)HX1<u32, u32, Popc<u32>> : (Fn)HX1<u32, u64, Popc<u64>>)
                      : (w == 4 ? (Fn)HX1<u32, u32, Clz32> : (Fn)HX1<u32, u64, Clz64>);
   return;
@@ -112,10 +107,8 @@ inline void Decoder::decodeBfind() {
   bool sh = m.has("shiftamt");
   t = m.ty();
   m.done();
-  need(2);
   I.cls = C_INT;
-  I.o[0] = dst(o[0], 4);
-  I.o[1] = src(o[1], tsize(t));
+  take({4, (int)tsize(t)});
   switch (t) {
     case T_U32:
       I.fn = sh ? (Fn)HX1<u32, u32, Bfind<u32, false, true>>
@@ -142,13 +135,9 @@ inline void Decoder::decodeBfind() {
 inline void Decoder::decodeBfe() {
   t = m.ty();
   m.done();
-  need(4);
   I.cls = C_INT;
   int w = tsize(t);
-  I.o[0] = dst(o[0], w);
-  I.o[1] = src(o[1], w);
-  I.o[2] = src(o[2], 4);
-  I.o[3] = src(o[3], 4);
+  take({w, w, 4, 4});
   I.fn = t == T_U32   ? (Fn)HX3<u32, u32, u32, u32, Bfe<u32>>
          : t == T_S32 ? (Fn)HX3<s32, s32, u32, u32, Bfe<s32>>
          : t == T_U64 ? (Fn)HX3<u64, u64, u32, u32, Bfe<u64>>
@@ -159,14 +148,9 @@ inline void Decoder::decodeBfe() {
 inline void Decoder::decodeBfi() {
   t = m.ty();
   m.done();
-  need(5);
   I.cls = C_INT;
   int w = tsize(t);
-  I.o[0] = dst(o[0], w);
-  I.o[1] = src(o[1], w);
-  I.o[2] = src(o[2], w);
-  I.o[3] = src(o[3], 4);
-  I.o[4] = src(o[4], 4);
+  take({w, w, w, 4, 4});
   I.fn = w == 4 ? (Fn)h_bfi<u32> : (Fn)h_bfi<u64>;
   return;
 }
@@ -204,12 +188,8 @@ inline void Decoder::decodeSetp() {
   I.sub = m.has("and") ? 1 : m.has("or") ? 2 : m.has("xor") ? 3 : 0;
   bool ftz = m.has("ftz");
   (void)ftz;
-  if (b == "setp") {
-    t = m.ty();
-    m.done();
-    if (o.size() != (I.sub ? 4u : 3u)) unsupp("operand count");
-    I.o[0] = dstP(o[0]);
-    I.o[1] = pq.empty() ? NOP_ : dstP(pq[0]);
+  // Both operands of the comparison, and the predicate that it is combined with.
+  auto compared = [&](Ty t) {
     int w = regW(t);
     I.o[2] = src(o[1], w, isB(t) ? T_BF16 : t);
     I.o[3] = src(o[2], w, isB(t) ? T_BF16 : t);
@@ -220,6 +200,14 @@ inline void Decoder::decodeSetp() {
     CmpFn f = cmpFor(c, isX2(t) ? (t == T_F16X2 ? T_F16 : T_BF16) : t);
     if (!f) unsupp("compare type");
     I.fn2 = (Fn)f;
+  };
+  if (b == "setp") {
+    t = m.ty();
+    m.done();
+    if (o.size() != (I.sub ? 4u : 3u)) unsupp("operand count");
+    I.o[0] = dstP(o[0]);
+    I.o[1] = pq.empty() ? NOP_ : dstP(pq[0]);
+    compared(t);
     I.fn = isX2(t) ? h_setp_x2 : h_setp;
     if (ftz && t == T_F32) I.fn = h_setp_ftz;
     return;
@@ -231,16 +219,7 @@ inline void Decoder::decodeSetp() {
   }
   if (o.size() != (I.sub ? 4u : 3u)) unsupp("operand count");
   I.ty2 = isX2(s);
-  int w = regW(s);
-  I.o[2] = src(o[1], w, isB(s) ? T_BF16 : s);
-  I.o[3] = src(o[2], w, isB(s) ? T_BF16 : s);
-  if (I.sub) {
-    I.o[4] = src(o[3], 0);
-    I.sub2 = o[3].neg;
-  }
-  CmpFn f = cmpFor(c, isX2(s) ? (s == T_F16X2 ? T_F16 : T_BF16) : s);
-  if (!f) unsupp("compare type");
-  I.fn2 = (Fn)f;
+  compared(s);
   I.fn = h_set;
   I.o[0] = dst(o[0], regW(d));
   I.ty = d == T_F32                   ? 1

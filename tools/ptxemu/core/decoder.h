@@ -2,6 +2,7 @@
 #pragma once
 #include "compiler.h"
 
+#include <initializer_list>
 #include <limits>
 
 static vector<string> splitDots(const string& s) {
@@ -157,6 +158,15 @@ struct Decoder {
   }
   void need(size_t n) {
     if (o.size() != n) unsupp("%zu operands where %zu expected", o.size(), n);
+  }
+  // One destination and then sources, of these widths in bytes.
+  void take(std::initializer_list<int> widths) {
+    need(widths.size());
+    size_t i = 0;
+    for (int w : widths) {
+      I.o[i] = i ? src(o[i], w) : dst(o[0], w);
+      i++;
+    }
   }
   // A destination and one, two or three sources, all of one width.
   void operands(size_t sources, int w, Ty type) {

@@ -101,25 +101,28 @@ static void stGlobalA(Exec& X, Warp& W, const Insn& I, u32 m, const u64* ad) {
   noteGlobalWrite(X, W, I, m, ad, sz, stVal, &c, false);
   storeRegs(X, W, I, m, hp);
 }
-static void ldSharedA(Exec& X, Warp& W, const Insn& I, u32 m, const u64* ad) {
+// Checks and counts an access to shared memory; where each lane's bytes are.
+template <class Stats>
+static void sharedPointers(Exec& X, Warp& W, const Insn& I, u32 m, const u64* ad, const char* what,
+                           Stats& stats, u8** hp) {
   u32 sz = I.sz * I.vn;
-  shRange(X, W, I, m, ad, sz, "read");
+  shRange(X, W, I, m, ad, sz, what);
   chkAlign(X, W, I, m, ad, sz, "shared");
-  bankStats(X, m, ad, sz, X.sl);
-  u8* hp[32];
+  bankStats(X, m, ad, sz, stats);
   u8* b = W.blk->sh.data();
   FORM(m, i) hp[i] = b + ad[i];
+}
+static void ldSharedA(Exec& X, Warp& W, const Insn& I, u32 m, const u64* ad) {
+  u32 sz = I.sz * I.vn;
+  u8* hp[32];
+  sharedPointers(X, W, I, m, ad, "read", X.sl, hp);
   if (X.opt.races | X.opt.uninit_shared) FORM(m, i) shRead(X, W, I, i, (u32)ad[i], sz);
   loadRegs(X, W, I, m, hp);
 }
 static void stSharedA(Exec& X, Warp& W, const Insn& I, u32 m, const u64* ad) {
   u32 sz = I.sz * I.vn;
-  shRange(X, W, I, m, ad, sz, "write");
-  chkAlign(X, W, I, m, ad, sz, "shared");
-  bankStats(X, m, ad, sz, X.ss);
   u8* hp[32];
-  u8* b = W.blk->sh.data();
-  FORM(m, i) hp[i] = b + ad[i];
+  sharedPointers(X, W, I, m, ad, "write", X.ss, hp);
   if (X.opt.races | X.opt.uninit_shared) {
     StCtx c;
     c.W = &W;

@@ -1,5 +1,7 @@
 // Handlers of setp, selp and their relatives.
 #pragma once
+#include <type_traits>
+
 #include "floats.h"
 
 // ---------------------------------------------------------------- setp / selp
@@ -52,14 +54,6 @@ static inline bool cmp1(T a, T b) {
       return a != a || b != b;
   }
 }
-template <int C, class T>
-static u32 cmpMask(const void* pa, const void* pb) {
-  const T* a = (const T*)pa;
-  const T* b = (const T*)pb;
-  alignas(32) u8 t[32];
-  for (int i = 0; i < 32; i++) t[i] = cmp1<C, T>(a[i], b[i]) ? 0xff : 0;
-  return (u32)_mm256_movemask_epi8(*(__m256i*)t);
-}
 struct HTag {
   u16 v;
   float g() const { return h2f(v); }
@@ -68,13 +62,20 @@ struct BTag {
   u16 v;
   float g() const { return b2f(v); }
 };
+// A bit for each lane: half precision is compared as fp32.
 template <int C, class T>
-static u32 cmpMaskH(const void* pa, const void* pb) {
+static u32 cmpMask(const void* pa, const void* pb) {
   const T* a = (const T*)pa;
   const T* b = (const T*)pb;
-  u32 r = 0;
-  for (int i = 0; i < 32; i++) r |= (u32)cmp1<C, float>(a[i].g(), b[i].g()) << i;
-  return r;
+  if constexpr (std::is_arithmetic_v<T>) {
+    alignas(32) u8 t[32];
+    for (int i = 0; i < 32; i++) t[i] = cmp1<C, T>(a[i], b[i]) ? 0xff : 0;
+    return (u32)_mm256_movemask_epi8(*(__m256i*)t);
+  } else {
+    u32 r = 0;
+    for (int i = 0; i < 32; i++) r |= (u32)cmp1<C, float>(a[i].g(), b[i].g()) << i;
+    return r;
+  }
 }
 typedef u32 (*CmpFn)(const void*, const void*);
 template <class T>
@@ -91,19 +92,6 @@ static CmpFn pickCmp(int c) {
   return nullptr;
 }
 #undef CC
-template <class T>
-static CmpFn pickCmpH(int c) {
-  switch (c) {
-#define CC(x) \
-  case x:     \
-    return cmpMaskH<x, T>;
-    CC(CMP_EQ)
-    CC(CMP_NE)
-    CC(CMP_LT) CC(CMP_LE) CC(CMP_GT) CC(CMP_GE) CC(CMP_EQU) CC(CMP_NEU) CC(CMP_LTU) CC(CMP_LEU)
-        CC(CMP_GTU) CC(CMP_GEU) CC(CMP_NUM) CC(CMP_NAN)
-  }
-  return nullptr;
-}
 static CmpFn cmpFor(int c, Ty t) {
   switch (t) {
     case T_U8:
@@ -128,9 +116,9 @@ static CmpFn cmpFor(int c, Ty t) {
     case T_F64:
       return pickCmp<double>(c);
     case T_F16:
-      return pickCmpH<HTag>(c);
+      return pickCmp<HTag>(c);
     case T_BF16:
-      return pickCmpH<BTag>(c);
+      return pickCmp<BTag>(c);
     default:
       return nullptr;
   }
@@ -139,30 +127,24 @@ static inline void putP(Warp& W, u32 off, u32 v, u32 m) {
   u32& p = *(u32*)(W.r + off);
   p = (p & ~m) | (v & m);
 }
-// o0 = p, o1 = q (or NOP_), o2,o3 = a,b; o4 = c pred; sub: 0 none 1 and 2 or 3 xor ; sub2: negate
-// c.  fn2 = CmpFn
-static void h_setp(Exec&, Warp& W, const Insn& I, u32 m) {
-  u32 r = ((CmpFn)I.fn2)(W.r + I.o[2], W.r + I.o[3]), q = ~r;
-  if (I.sub) {
-    u32 c = *(u32*)(W.r + I.o[4]);
-    if (I.sub2) c = ~c;
-    if (I.sub == 1)
-      r &= c, q &= c;
-    else if (I.sub == 2)
-      r |= c, q |= c;
-    else
-      r ^= c, q ^= c;
-  }
+static inline void putPair(Warp& W, const Insn& I, u32 r, u32 q, u32 m) {
   if (I.o[0] != NOP_) putP(W, I.o[0], r, m);
   if (I.o[1] != NOP_) putP(W, I.o[1], q, m);
 }
-static void h_setp_ftz(Exec& X, Warp& W, const Insn& I, u32 m) {
-  setCsr(0x8040);
-  h_setp(X, W, I, m);
-  setCsr(0);
+// What .and, .or and .xor make of both results and a predicate, which may be negated.
+static inline void combine(Warp& W, const Insn& I, u32& r, u32& q) {
+  if (!I.sub) return;
+  u32 c = *(u32*)(W.r + I.o[4]);
+  if (I.sub2) c = ~c;
+  if (I.sub == 1)
+    r &= c, q &= c;
+  else if (I.sub == 2)
+    r |= c, q |= c;
+  else
+    r ^= c, q ^= c;
 }
-static void h_setp_x2(Exec&, Warp& W, const Insn& I,
-                      u32 m) {  // packed half compare: p from low, q from high
+// Packed halves: `r` of the low ones, `q` of the high ones.
+static inline void compareHalves(Warp& W, const Insn& I, u32& r, u32& q) {
   alignas(64) u16 al[32], ah[32], bl[32], bh[32];
   const u32 *a = (u32*)(W.r + I.o[2]), *b = (u32*)(W.r + I.o[3]);
   for (int i = 0; i < 32; i++) {
@@ -171,46 +153,36 @@ static void h_setp_x2(Exec&, Warp& W, const Insn& I,
     bl[i] = b[i];
     bh[i] = b[i] >> 16;
   }
-  u32 r = ((CmpFn)I.fn2)(al, bl), q = ((CmpFn)I.fn2)(ah, bh);
-  if (I.sub) {
-    u32 c = *(u32*)(W.r + I.o[4]);
-    if (I.sub2) c = ~c;
-    if (I.sub == 1)
-      r &= c, q &= c;
-    else if (I.sub == 2)
-      r |= c, q |= c;
-    else
-      r ^= c, q ^= c;
-  }
-  if (I.o[0] != NOP_) putP(W, I.o[0], r, m);
-  if (I.o[1] != NOP_) putP(W, I.o[1], q, m);
+  r = ((CmpFn)I.fn2)(al, bl), q = ((CmpFn)I.fn2)(ah, bh);
+}
+// o0 = p, o1 = q (or NOP_), o2,o3 = a,b; o4 = c pred; sub: 0 none 1 and 2 or 3 xor ; sub2: negate
+// c.  fn2 = CmpFn
+static void h_setp(Exec&, Warp& W, const Insn& I, u32 m) {
+  u32 r = ((CmpFn)I.fn2)(W.r + I.o[2], W.r + I.o[3]), q = ~r;
+  combine(W, I, r, q);
+  putPair(W, I, r, q, m);
+}
+static void h_setp_ftz(Exec& X, Warp& W, const Insn& I, u32 m) {
+  setCsr(0x8040);
+  h_setp(X, W, I, m);
+  setCsr(0);
+}
+static void h_setp_x2(Exec&, Warp& W, const Insn& I,
+                      u32 m) {  // packed half compare: p from low, q from high
+  u32 r, q;
+  compareHalves(W, I, r, q);
+  combine(W, I, r, q);
+  putPair(W, I, r, q, m);
 }
 // set: ty = dst kind 0: all-ones int32, 1: float 1.0, 2: half 1.0 (f16), 3: bf16 1.0, 4: f16x2 5:
 // bf16x2, 6: 16-bit int ones
 static void h_set(Exec&, Warp& W, const Insn& I, u32 m) {
   u32 r, q = 0;
-  if (I.ty2) {
-    alignas(64) u16 al[32], ah[32], bl[32], bh[32];
-    const u32 *a = (u32*)(W.r + I.o[2]), *b = (u32*)(W.r + I.o[3]);
-    for (int i = 0; i < 32; i++) {
-      al[i] = a[i];
-      ah[i] = a[i] >> 16;
-      bl[i] = b[i];
-      bh[i] = b[i] >> 16;
-    }
-    r = ((CmpFn)I.fn2)(al, bl), q = ((CmpFn)I.fn2)(ah, bh);
-  } else
+  if (I.ty2)
+    compareHalves(W, I, r, q);
+  else
     r = ((CmpFn)I.fn2)(W.r + I.o[2], W.r + I.o[3]);
-  if (I.sub) {
-    u32 c = *(u32*)(W.r + I.o[4]);
-    if (I.sub2) c = ~c;
-    if (I.sub == 1)
-      r &= c, q &= c;
-    else if (I.sub == 2)
-      r |= c, q |= c;
-    else
-      r ^= c, q ^= c;
-  }
+  combine(W, I, r, q);
   u8* d = W.r + I.o[0];
   FORM(m, i) {
     bool v = r >> i & 1, w = q >> i & 1;

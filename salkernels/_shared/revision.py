@@ -6,19 +6,23 @@ import os
 import subprocess
 from pathlib import Path
 
+# Results are written while the code that they belong to runs: they are no change of it.
+_RESULTS = ("benchmarks/results", "training/results")
 
-def commit(package: Path = Path(__file__).parent) -> str | None:
-    """The commit of the clone that this package is part of, '+' if it was changed.
+
+def commit(package: Path = Path(__file__).parents[1]) -> str | None:
+    """The commit of the clone that this package is part of, "+" if its code was changed.
 
     None for an installed wheel: a repository that happens to lie around a virtual environment says
     nothing about the package, and git would run the programs that it is configured with.
     """
     root = package.parent
-    if package.name != "training" or not (root / ".git").exists() or not _is_ours(root):
+    if not (root / ".git").exists() or not _is_ours(root):
         return None
+    code = [":/", *(f":(exclude,top){folder}" for folder in _RESULTS)]
     try:
-        head = _git(root, "rev-parse", "--short", "HEAD")
-        return head + ("+" if _git(root, "status", "--porcelain", "-uno") else "")
+        head = _git(root, "rev-parse", "--short=10", "HEAD")
+        return head + ("+" if _git(root, "status", "--porcelain", "-uno", "--", *code) else "")
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -1,0 +1,1 @@
+"""What the losses, training, benchmarks and tools share; the standard library only, not public."""

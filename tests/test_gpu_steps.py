@@ -1,0 +1,228 @@
+"""The steps of scripts/gpu.sh, rehearsed on a CPU: what they find, and what they need compiled."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.cases import QUICK
+from benchmarks.provider import Provider
+from benchmarks.providers import gram, providers
+from salkernels import backends, reference
+from tools.gpu import __main__ as command
+from tools.gpu import checks, kernels, record, smoke, timing, warm
+from tools.gpu.inputs import SMOKE, call
+from tools.gpu.record import Context, OutOfTime, read
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def context(folder, step="smoke", seconds=60.0):
+    return Context(step, "cpu", folder, seconds)
+
+
+# ---- What the steps find -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [SMOKE[0], SMOKE[11], SMOKE[17]], ids=lambda form: form.key)
+def test_smoke_bites(form, monkeypatch):
+    """A gradient off by 3 %, a loss off by 1e-4: of a backend that is right otherwise."""
+    given = call(form, "cpu")
+    bounds = smoke.BOUNDS[form.dtype]
+    assert smoke.against_definition("reference", given, bounds)["ok"]
+
+    class Off:
+        match = staticmethod(reference.match)
+
+        @staticmethod
+        def match_backward(*arguments):
+            found = reference.match_backward(*arguments)
+            return tuple(None if grad is None else 1.03 * grad for grad in found)
+
+    monkeypatch.setitem(backends.BACKENDS, "off", Off)
+    assert not smoke.against_definition("off", given, bounds)["ok"]
+
+    class Biased(Off):
+        match_backward = staticmethod(reference.match_backward)
+
+        @staticmethod
+        def match(*arguments):
+            found = reference.match(*arguments)
+            return found._replace(loss=found.loss + 1e-4)
+
+    monkeypatch.setitem(backends.BACKENDS, "off", Biased)
+    assert not smoke.against_definition("off", given, bounds)["ok"]
+
+
+def test_timing_verifies_times_and_tells(tmp_path, monkeypatch):
+    """A right provider, one that is wrong, one that raises, one that refuses: the case goes on."""
+    raising = Provider("raises", lambda problem: 1 / 0)
+    wrong = Provider("salkernels-wrong", lambda problem: gram(problem) / 2)
+    for provider in (raising, wrong):
+        monkeypatch.setitem(providers(), provider.name, provider)
+    absent = Provider("absent", gram, package="no_such_package")
+    monkeypatch.setitem(providers(), "absent", absent)
+    names = ["gram", "raises", "salkernels-wrong", "salkernels-cuda", "absent"]
+    monkeypatch.setattr(timing, "groups", lambda *_: [(QUICK, names)])
+    here = context(tmp_path, "time")
+    timing.time(here)
+    found = {row.get("provider"): row for row in read(tmp_path)}
+    assert found["gram"]["ok"]
+    passes = {line["pass"]: line for line in found["gram"]["rows"]}
+    assert set(passes) == {"forward", "backward", "both"}
+    assert float(passes["both"]["median_ms"]) > 0
+    assert "ZeroDivisionError" in found["raises"]["failed"]
+    assert found["salkernels-wrong"]["ok"] is False
+    assert found["absent"]["absent"] == "no_such_package is not installed"  # and is not wrong
+    if torch.cuda.is_available():
+        assert found["salkernels-cuda"]["ok"]
+    else:
+        assert "failed" in found["salkernels-cuda"]
+    text = command.tell(tmp_path)
+    assert "BAD time, S8-C16-8x8-w2-float32-channels_last raises: ZeroDivisionError" in text
+    assert "absent" not in text
+    assert "salkernels-wrong: relative error of the loss 5.0e-01" in text
+    assert "| gram |" in (tmp_path / "timings.md").read_text()
+
+    timing.time(context(tmp_path, "time"))  # again: only what has failed
+    lines = (tmp_path / record.RESULTS).read_text().splitlines()
+    assert sum('"gram"' in line and '"rows"' in line for line in lines) == 1
+    assert sum("ZeroDivisionError" in line for line in lines) == 2
+
+
+def test_a_check_that_is_cut_short_tells_what_it_has_found(tmp_path, monkeypatch):
+    """pytest, interrupted, names what has failed so far; the rest is left over."""
+    tests = tmp_path / "test_it.py"
+    tests.write_text(
+        "import time\ndef test_a(): assert 0, 'of a'\n"
+        "def test_b(): open('reached', 'w'); time.sleep(60)\n"
+    )
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
+    monkeypatch.setattr(checks, "ROOT", tmp_path)
+    monkeypatch.setattr(checks, "GRACE", 200)
+    one = checks.Check("tests of cuda", words, tmp_path / "log", {})
+    monkeypatch.setattr(checks, "planned", lambda context: [one])
+    here = context(tmp_path, "checks")
+    monkeypatch.setattr(
+        Context, "left", property(lambda self: 1e4 * (not (tmp_path / "reached").exists()))
+    )
+    with pytest.raises(OutOfTime, match="tests of cuda"):
+        checks.checks(here)
+    found = {row["name"]: row for row in read(tmp_path)}
+    row = found["tests of cuda, cut short"]
+    assert row["ok"] is False
+    assert "test_it.py::test_a" in row["failures"][0]
+    assert "tests of cuda" not in found  # nor finished
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "text", "expected"),
+    [
+        ("memcheck", 0, "========= ERROR SUMMARY: 0 errors", {"ok": True, "findings": 0}),
+        ("memcheck", 9, "========= ERROR SUMMARY: 12 errors", {"ok": False, "findings": 12}),
+        ("memcheck", 1, "========= ERROR SUMMARY: 0 errors", {"ok": False, "findings": 0}),
+        (
+            "racecheck",
+            9,
+            "========= RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)",
+            {"ok": False, "findings": 2},
+        ),
+    ],
+)
+def test_verdict_of_a_sanitizer(name, code, text, expected):
+    assert checks.verdict(name, code, text) == expected
+
+
+def test_a_sanitizer_that_did_not_run_is_no_success():
+    with pytest.raises(RuntimeError, match="no summary; its last line: Device not supported"):
+        checks.verdict("memcheck", 0, "========= COMPUTE-SANITIZER\nDevice not supported\n")
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "ok"),
+    [
+        (0, "....\n12 passed, 3 skipped in 4.0s", True),
+        (0, "========== 12 passed in 4.0s ==========", True),
+        (1, "FAILED tests/a.py::b - assert 1\n1 failed, 12 passed in 4.0s", False),
+        (0, "12 skipped in 4.0s", False),  # nothing ran at all
+        (5, "12 deselected, 0 passed in 4.0s", False),
+    ],
+)
+def test_verdict_of_tests(code, text, ok):
+    found = checks.verdict("tests of cuda", code, text)
+    assert found["ok"] is ok
+    assert found["failures"] == (["tests/a.py::b - assert 1"] if code == 1 else [])
+
+
+@pytest.mark.slow
+def test_the_tests_for_a_gpu_exist():
+    """Selections go by the names of tests, [backend-device...]; all backends are named alike."""
+    for files, expression in checks.SUITES.values():
+        assert all((ROOT / name).is_file() for name in files)
+        assert "cuda-cuda" in expression or "triton-cuda" in expression
+    words = [sys.executable, "-m", "pytest", "-q", "--collect-only", "tests/test_determinism.py"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert "[reference-cpu" in done.stdout, done.stdout[-500:]
+
+
+DETAILS = """==PROF== Connected
+"ID","Process ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"
+"0","7","salkernels_match_f32(Problem)","Speed Of Light","Duration","us","40.1"
+"0","7","salkernels_match_f32(Problem)","Speed Of Light","DRAM Throughput","%","71.5"
+"0","7","salkernels_match_f32(Problem)","Occupancy","Something Else","%","1"
+"1","7","gradient_kernel","Speed Of Light","Duration","us","80.2"
+"""
+
+
+def test_details_of_ncu():
+    assert kernels.read_details(DETAILS) == [
+        {"kernel": "salkernels_match_f32", "duration": "40.1 us", "dram": "71.5 %"},
+        {"kernel": "gradient_kernel", "duration": "80.2 us"},
+    ]
+    assert kernels.read_details("==ERROR== no access\n") == []
+
+
+# ---- Without a GPU -------------------------------------------------------------------------------
+
+
+def test_what_is_compiled_beforehand_is_what_is_launched():
+    jobs = warm.work()
+    assert len(jobs) == len(set(jobs))
+    cases = {what.key for kind, what in jobs if kind == "pairs"}
+    for case, names in timing.groups(True, ["cuda", "triton"]):
+        if "salkernels-triton" in names and case.dtype != "float64":
+            assert case.key in cases
+    scans = next(what for kind, what in jobs if kind == "mask")
+    listed, room = warm.arguments("pairs", scans), warm.arguments("mask", scans)
+    assert listed.query.shape[:2] == (2, 32)
+    assert room.query.shape[:2] == (1, 64)
+    assert room.pairs.shape == (64 * 64,)
+
+
+def test_kernels_that_were_not_compiled_in_time_are_told():
+    lines = list(warm.compiled([("form", warm.AROUND)] * 3, 90, seconds=0.0))
+    assert lines == [(f"out of time before 3 calls, such as form {warm.AROUND.key}", True)]
+
+
+@pytest.mark.slow
+def test_triton_kernels_are_compiled_without_a_gpu(tmp_path):
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    program = (
+        "from tools.gpu import warm; warm.work = lambda: [('form', warm.AROUND)];"
+        "raise SystemExit(warm.main([]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"if __name__ == '__main__':\n    {program}"],
+        cwd=ROOT,
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert list(tmp_path.rglob("*.cubin")), done.stdout
