@@ -35,7 +35,7 @@ def run(*arguments):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-# Of `tools.ptx.triton_kernels`: two tiles that pairs join, pairs of an fp16 batch, a streamed window.
+# Of `tools.ptx.triton_kernels`: two tiles that pairs join, fp16 in the form of pairs, streaming.
 BRIEF = ("2", "13", "10")
 
 

@@ -31,7 +31,8 @@ from tools.traffic import table as traffic
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "buildtools"))
 FILES = ("forward", "backward")
-# Kernels that must leave room for a second block of 256 threads on a multiprocessor.
+# Kernels that must leave room for a second block of 256 threads on a multiprocessor. Not
+# match_fp32: its three products take operands in two parts, and within 128 registers it spills.
 AT_MOST_128_REGISTERS = re.compile("match_(tf32|bf16|fp16)|gradient_(tile|rows)")
 
 
@@ -194,6 +195,9 @@ def test_each_feature_is_read_once_and_each_gradient_written_once(compiled):
     assert backward.unique_read <= 1.02 + (9 + 16) * matches <= 1.16
     assert backward.unique_written <= 1.01 + 16 * matches <= 1.1
     assert forward.load_efficiency >= 0.9
-    assert backward.store_efficiency >= 0.85  # gradients whole; terms 8 bytes each
-    # Lanes that look for the best of different pairs read cosines of different rows.
+    # Gradients fill sectors. Terms are 8 bytes, sorted by the row they belong to: each in a sector
+    # of its own, all stores would come to (1 + 16 matches) / (1 + 64 matches) = 0.80.
+    assert backward.store_efficiency >= 0.85
+    # Pairs are taken from a list, so lanes that look for the best of different pairs read cosines
+    # of different rows, some on one bank: 0.066 of the requests.
     assert forward.shared_conflicts <= 0.08
