@@ -5,6 +5,7 @@ VENV ?= .venv
 TORCH ?= torch>=2.10
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEMO := $(VENV)/.demo
 SOURCES := pyproject.toml setup.py $(shell find csrc buildtools -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
 
 .DEFAULT_GOAL := help
@@ -15,18 +16,28 @@ help:  ## list the targets
 
 install: $(STAMP)  ## make the virtual environment and install the package with all extras
 
-$(STAMP): $(SOURCES)
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v else \
 	    "salkernels needs Python 3.10 or newer, got %d.%d; set PYTHON=python3.11" % v)'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(STAMP): $(SOURCES) | $(BIN)/python
+	# The demo's CPU build of torch does not fit the torchvision that the tests use.
+	! $(BIN)/python -m pip list 2>/dev/null | grep -q '^torch  *[0-9.]*+cpu' || \
+	    test ! -e $(DEMO) || $(BIN)/python -m pip uninstall --quiet --yes torch
 	# torch first: the build then uses it, and does not fetch another for itself
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	touch $@
 
-demo: $(STAMP)  ## phantom data -> SAL pre-training -> fine-tuning with and without -> table, figures
-	$(BIN)/python training/run.py demo
+$(DEMO): $(SOURCES) scripts/install_demo.sh | $(BIN)/python
+	scripts/install_demo.sh $(VENV) "$(TORCH)"
+	touch $@
+
+demo: $(if $(wildcard $(STAMP)),$(STAMP),$(DEMO))  ## phantom data -> SAL pre-training -> fine-tuning with and without -> table, figures
+	@echo '== Two to five minutes on two CPU cores; runs/demo can be deleted afterwards'
+	$(BIN)/salkernels-train demo
 
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest

@@ -36,6 +36,9 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent.parent
 INFO = "_build_info.json"
 TORCH_MINIMUM = (2, 10)
+# pip keeps the wheels that it builds from a source archive or a commit, by their address alone: it
+# neither runs this file again nor looks at its variables. Wheels of a folder are not kept.
+REINSTALL = "run `pip install --no-cache-dir --force-reinstall --no-deps` on what you installed"
 # No -ffast-math: a NaN must stay one. -g0, since Python's own flags may ask for debug data.
 COMPILE_FLAGS = (
     "-std=c++17",
@@ -128,14 +131,14 @@ def obstacle(library: str) -> str | None:
         return reason
     if compiler() is None:
         named = os.environ.get("CXX")
-        what = f"the compiler CXX={named} was" if named else "no C++ compiler was"
-        return f"{what} not found when salkernels was installed; install one and reinstall"
+        what = f"the compiler CXX={named} was not" if named else "no C++ compiler was"
+        return f"{what} found when salkernels was built; install one, then {REINSTALL}"
     return None
 
 
 def missing_torch() -> str:
     version = ".".join(map(str, TORCH_MINIMUM))
-    return f"no headers of torch {version} or later were found when salkernels was installed"
+    return f"no headers of torch {version} or later were found when salkernels was built"
 
 
 # ---- setuptools commands -------------------------------------------------------------------------
@@ -235,7 +238,7 @@ class BuildExt(build_ext):
             lines = [line for line in output.splitlines() if "error" in line.lower()]
             first = (lines or output.splitlines() or ["no message"])[0].strip()
             language = "CUDA" if library == "cuda" else "C++"
-            reason = f"the {language} build failed when salkernels was installed: {first}"
+            reason = f"the {language} build failed when salkernels was built: {first}"
             if switch(library.upper()) == "1":
                 print(output, file=sys.stderr)
                 raise SystemExit(f"SALKERNELS_BUILD_{library.upper()}=1, but {reason}") from None

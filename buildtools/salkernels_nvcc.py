@@ -60,7 +60,7 @@ def obstacle() -> str | None:
     if nvcc() is None:
         home = os.environ.get("CUDA_HOME")
         where = f" in CUDA_HOME={home}" if home else ""
-        return f"no nvcc was found{where} when salkernels was installed"
+        return f"no nvcc was found{where} when salkernels was built"
     try:
         architectures()
     except ValueError as error:

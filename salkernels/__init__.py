@@ -25,8 +25,14 @@ def _leave_current_folder() -> None:
 _leave_current_folder()
 
 import typing as _typing
+import warnings as _warnings
 
+from . import _shadow
 from ._version import __version__
+
+if _found := _shadow.hidden():
+    _warnings.warn(_shadow.explanation(_found), RuntimeWarning, stacklevel=2)
+
 from .contrast import wla_contrast
 from .functional import (
     SALTerms,

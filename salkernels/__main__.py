@@ -7,7 +7,7 @@ import platform
 
 import torch
 
-from . import __version__, backends
+from . import __version__, _native, _shadow, backends
 from .backends import cuda
 
 OPTIONAL = ("triton", "numpy", "nibabel", "monai", "safetensors", "tensorboard", "jsonargparse")
@@ -16,7 +16,7 @@ OPTIONAL = ("triton", "numpy", "nibabel", "monai", "safetensors", "tensorboard",
 def report() -> str:
     """The whole report as text."""
     lines = [
-        f"salkernels {__version__}",
+        f"salkernels {__version__} in {_shadow.HERE}",
         f"python     {platform.python_version()} on {platform.platform()}",
         f"torch      {torch.__version__} (CUDA {torch.version.cuda or 'not in this build'})",
     ]
@@ -30,6 +30,10 @@ def report() -> str:
     lines.append(f"CUDA code  {cuda.built_for() or 'not built'}")
     lines += ["", "backends, in order of preference:"]
     lines += [f"  {status}" for status in backends()]
+    if hint := _native.rebuild_hint():
+        lines += ["", hint]
+    if found := _shadow.hidden():
+        lines += ["", f"warning: {_shadow.explanation(found)}"]
     return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,27 @@ def load(name: str) -> str | None:
     path = _path(name)
     if path is None:
         reason = build_info().get(name, {}).get("reason")
-        return reason or "its compiled library is missing: this copy of salkernels was not built"
+        unbuilt = f"this copy of salkernels was not built; run `pip install -e .` in {HERE.parent}"
+        return reason or f"its compiled library is missing: {unbuilt}"
     try:
         torch.ops.load_library(str(path))
     except Exception as error:  # whatever it is, it is the answer to "why not?"
         # load_library wraps the loader's message, which names the missing symbol or file.
         return f"{path.name} cannot be loaded: {error.__cause__ or error}"
     return None
+
+
+def rebuild_hint() -> str | None:
+    """What to do where the C++ kernels are missing for want of a compiler that is there now."""
+    if _path("cpu") is not None or "compiler" not in str(build_info().get("cpu", {}).get("reason")):
+        return None
+    found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if found is None:
+        return None
+    return (
+        f"{found} is here now: reinstall what you installed with `pip install --no-cache-dir "
+        f"--force-reinstall --no-deps ...`; without --no-cache-dir pip brings this build back"
+    )
 
 
 def number(name: str, function: str) -> int:

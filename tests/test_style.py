@@ -14,7 +14,7 @@ KINDS = {".py", ".cpp", ".h", ".cu", ".cuh"}
 FILE, FUNCTION = 500, 60
 # "Eq. 2 there" makes the reader look for what "there" is.
 FILE_NAME = Path(__file__).name
-NAMELESS = re.compile(r"\b(?:Eqs?|Sec|Table|Fig)\. *\d[\d. to]* there\b")
+NAMELESS = re.compile(r"\b(?:Eqs?|Sec|Table|Fig)\. *\d[\d. andto]* there\b")
 
 pytestmark = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="needs a source tree")
 
@@ -66,6 +66,7 @@ def test_equations_are_named_with_their_paper():
     assert not found, "expected such as 'Eq. 2 of Peng et al.'"
     assert NAMELESS.search("the loss (Eq. 1 there) over 2n views")
     assert NAMELESS.search("that of Eqs. 3 to 5 there:")
+    assert NAMELESS.search("(Eq. 2 and 3 there)")
     assert not NAMELESS.search("Eq. 1 of Chen et al., and there is more")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+import salkernels
 from salkernels._shared.files import write_atomically
 
 from . import bundle_slices
@@ -166,8 +167,8 @@ def _metadata(name: str, about: dict[str, Any], settings: PreprocessConfig) -> d
     return {
         "schema": "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/"
         "meta_schema_20240725.json",
-        "version": "0.1.0",
-        "changelog": {"0.1.0": "written by salkernels"},
+        "version": salkernels.__version__,
+        "changelog": {salkernels.__version__: "written by salkernels"},
         "monai_version": monai.__version__,
         "pytorch_version": torch.__version__,
         "numpy_version": np.__version__,

@@ -10,6 +10,7 @@ import argparse
 import re
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -17,19 +18,31 @@ from typing import Any, TypeVar, get_args
 
 from jsonargparse import ArgumentParser, Namespace
 
+from salkernels import __version__
+
 from . import plugins
-from .config import FinetuneConfig, Precision, ProbeConfig, RunConfig, pretrain_config
+from .config import FinetuneConfig, ProbeConfig, RunConfig, pretrain_config
 from .data.nifti import DataError
 from .data.text import printable
 from .distributed import require_one_process
 from .errors import RunError, Stopped
 from .experiment.launcher import add_options, launch_settings
 from .experiment.tables import TABLES, Endpoint
+from .options import add_allow_mismatch, demo_parser, evaluate_parser, predict_parser
 from .parsing import Parser, require_settings_files
 from .presets import BEST, FINETUNE, PRETRAIN, PresetName
 
 Config = TypeVar("Config", bound=RunConfig)
 
+COMMAND = "salkernels-train"
+# What `--help` shows; `--help-all` shows all.
+NEEDED = "--data DIR --out DIR"
+FIRST = {
+    "pretrain": ("--data DIR", "--out DIR", "--preset NAME", "--method NAME", "--optim.steps N"),
+    "finetune": ("--data DIR", "--out DIR", "--preset NAME", "--encoder RUN", "--labelled M"),
+    "probe": ("--data DIR", "--out DIR", "--preset NAME", "--encoder RUN", "--labelled M"),
+    "experiment": ("--data DIR", "--out DIR", "--preset NAME", "--arms NAME ...", "--jobs N"),
+}
 DESCRIPTION = "Self-supervised alignment learning on slices of 3D scans."
 # Not settings of an experiment's runs: it sets them for each.
 SET_BY_EXPERIMENT = {
@@ -56,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments:
         parser.print_help()
         return 2
+    if parser.ask_for_help(arguments):
+        return 0
     try:
         require_settings_files(arguments)
     except RunError as error:
@@ -110,16 +125,11 @@ def _one_line(error: Exception) -> str:
 
 def make_parser(arguments: Sequence[str]) -> Parser:
     """The parser; the preset named in the arguments sets its defaults."""
-    parser = Parser(prog="salkernels-train", description=DESCRIPTION)
+    parser = Parser(prog=COMMAND, description=DESCRIPTION, version=__version__)
     parser.words = arguments
     preset = _named_preset(arguments)
 
-    demo = Parser(description="Phantom data, SAL pre-training, fine-tuning, comparison.")
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for all of it")
-    demo.add_argument("--draws", type=int, default=3, help="folds to fine-tune on")
-    demo.add_argument("--pretrain_steps", type=int, default=0, help="0: the phantom preset's")
-    demo.add_argument("--finetune_steps", type=int, default=0, help="0: the phantom preset's")
-    parser.add_command("demo", demo, help="run everything on a generated phantom")
+    parser.add_command("demo", demo_parser(), help="run everything on a generated phantom")
 
     kind, pretraining = pretrain_config(), {**PRETRAIN[preset], **BEST.get(preset, {})}
     for name, config, settings, text in (
@@ -137,10 +147,14 @@ def make_parser(arguments: Sequence[str]) -> Parser:
             "read classes linearly from a frozen encoder, evaluate",
         ),
     ):
-        sub = Parser(description=text[0].upper() + text[1:] + ".")
+        description = f"{text[0].upper()}{text[1:]}."
+        sub = Parser(description=description, first=FIRST[name], needed=NEEDED)
         sub.add_argument("--config", action="config", help="YAML file of settings")
         sub.add_argument(
-            "--preset", type=PresetName, default="desk", help="named settings to start from"
+            "--preset",
+            type=PresetName,
+            default="desk",
+            help=f"named settings to start from: {', '.join(get_args(PresetName))}",
         )
         plugins.add_option(sub)
         sub.add_class_arguments(config)
@@ -149,8 +163,8 @@ def make_parser(arguments: Sequence[str]) -> Parser:
         sub.set_defaults({k: v for k, v in settings.items() if k.partition(".")[0] in own})
         parser.add_command(name, sub, help=text)
 
-    parser.add_command("evaluate", _evaluate_parser(), help="Dice of a fine-tuned model")
-    parser.add_command("predict", _predict_parser(), help="segment NIfTI images")
+    parser.add_command("evaluate", evaluate_parser(), help="Dice of a fine-tuned model")
+    parser.add_command("predict", predict_parser(), help="segment NIfTI images")
 
     show = Parser(description="Redraw the curves of a run and list its figures.")
     show.add_argument("run", type=Path, help="run folder")
@@ -168,46 +182,12 @@ def make_parser(arguments: Sequence[str]) -> Parser:
     return parser
 
 
-def _evaluate_parser() -> Parser:
-    parser = Parser(description="Dice of a fine-tuned model on labelled scans.")
-    _add_model(parser)
-    parser.add_argument("--data", type=Path, required=True, help="folder of the data set")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--cache", type=Path | None, default=None, help="preprocessed slices")
-    parser.add_argument(
-        "--subjects", type=str, nargs="+", default=None,
-        help="subjects to evaluate, or `all` that have labels; by default those that were held out "
-        "in fine-tuning, and all of a data set that has none of them",
-    )  # fmt: skip
-    parser.add_argument(
-        "--dataset", type=str | None, default=None,
-        help="layout of the data where it is not that of the training: acdc, chd or manifest",
-    )  # fmt: skip
-    parser.add_argument("--overwrite", type=bool, default=False, help="replace earlier scores")
-    plugins.add_option(parser)
-    _add_spacing(parser)
-    _add_allow_mismatch(parser)
-    return parser
-
-
-def _predict_parser() -> Parser:
-    parser = Parser(description="Label maps of NIfTI images, on the images' own grid.")
-    _add_model(parser)
-    parser.add_argument(
-        "--input", type=Path, nargs="+", required=True,
-        help="NIfTI files, folders of them (of any layout; label maps are left out), lists of "
-        "paths (.txt) or manifests (.json)",
-    )  # fmt: skip
-    parser.add_argument("--out", type=Path, required=True, help="folder for the label maps")
-    parser.add_argument("--overwrite", type=bool, default=False, help="replace existing files")
-    _add_spacing(parser)
-    return parser
-
-
 def _experiment_parser(preset: PresetName, text: str) -> Parser:
     parser = Parser(
         description=f"{text[0].upper()}{text[1:]}. Runs that are done are not repeated: give the "
-        "same command again to go on, or more arms, folds or M to compute what is missing."
+        "same command again to go on, or more arms, folds or M to compute what is missing.",
+        first=FIRST["experiment"],
+        needed=f"{{{','.join(TABLES)}}} {NEEDED}",
     )
     parser.add_argument("name", choices=list(TABLES), help="which table")
     parser.add_argument("--data", type=Path, required=True, help="folder of the data set")
@@ -243,7 +223,7 @@ def _experiment_parser(preset: PresetName, text: str) -> Parser:
     parser.add_argument(
         "--baseline", type=str, default="", help="arm to compare with; by default the table's"
     )
-    _add_allow_mismatch(parser)
+    add_allow_mismatch(parser)
     parser.add_class_arguments(pretrain_config(), "pretrain", skip=SET_BY_EXPERIMENT)
     parser.add_class_arguments(FinetuneConfig, "finetune", skip=SET_BY_EXPERIMENT)
     for stage, presets in (("pretrain", PRETRAIN), ("finetune", FINETUNE)):
@@ -253,13 +233,16 @@ def _experiment_parser(preset: PresetName, text: str) -> Parser:
 
 
 def run_pretrain(namespace: Namespace) -> None:
+    from .closing import of_pretraining
     from .distributed import is_main
     from .pretrain import pretrain
 
     config = _build(pretrain_config(), namespace)
+    began = time.monotonic()
     path = pretrain(config)
     if is_main():
-        _say(f"encoder: {path}\nfigures: {config.out / 'figures'}")
+        seconds = time.monotonic() - began
+        _say(of_pretraining(config, path, namespace.preset, seconds))
 
 
 def run_finetune(namespace: Namespace) -> None:
@@ -387,18 +370,18 @@ def run_experiment(namespace: Namespace) -> None:
 
 def _command() -> str:
     """What the user typed, for the table."""
-    return f"python training/run.py {shlex.join(sys.argv[1:])}"
+    return f"{COMMAND} {shlex.join(sys.argv[1:])}"
 
 
 def run_show(namespace: Namespace) -> None:
-    from .figures import run_figures, summary
-
     if not (namespace.run / "metrics.jsonl").exists():
         runs = sorted(path.parent.name for path in namespace.run.glob("*/metrics.jsonl"))
         raise RunError(
             f"{namespace.run} is not the folder of a run: it has no metrics.jsonl"
             + (f"; the runs in it are {', '.join(runs)}" if runs else "")
         )
+    from .figures import run_figures, summary  # matplotlib takes seconds, when it is used
+
     drawn = run_figures(namespace.run)
     _say(summary(namespace.run))
     _say("\n".join(f"figure: {path}" for path in drawn))
@@ -453,32 +436,6 @@ def _build(kind: type[Config], namespace: Namespace, **known: Any) -> Config:
     for name in set(vars(namespace)) - names:
         del plain[name]
     return kind(**vars(parser.instantiate(plain)), **known)
-
-
-def _add_model(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", type=Path, required=True, help="run folder of finetune, or model.safetensors"
-    )
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--precision", type=Precision, default="fp32", help="of the forward pass")
-
-
-def _add_spacing(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--spacing", type=float, default=0.0,
-        help="in-plane pixel size in mm of scans whose header records none",
-    )  # fmt: skip
-    parser.add_argument(
-        "--mixed_spacing", type=bool, default=False,
-        help="accept scans with a recorded spacing beside ones without",
-    )  # fmt: skip
-
-
-def _add_allow_mismatch(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--allow_mismatch", type=bool, default=False,
-        help="go on although data, split or encoder do not fit; the result says so",
-    )  # fmt: skip
 
 
 def _load_model(namespace: Namespace) -> Any:

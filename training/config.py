@@ -14,6 +14,7 @@ from .data.preprocess import PreprocessConfig
 from .methods import METHODS, Method
 from .models import UNetConfig
 from .presets import STARTS, build
+from .wording import closest
 
 Config = TypeVar("Config")
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -140,14 +141,18 @@ class RunConfig:
         """The settings that `--preset NAME` gives on the command line, with changes.
 
         Args:
-            name: "phantom", "mini", "desk", "acdc" or "chd".
+            name: "phantom", "mini", "desk", "acdc", "chd" or "pcl".
             changes: settings by name; those of a part as `optim__steps=100`.
 
         Raises:
             ValueError: there is no such preset, or a value does not do.
             TypeError: there is no such setting.
         """
-        return build(cls, STARTS[cls.STAGE], name, changes)  # type: ignore[attr-defined]
+        kind: Any = cls
+        if kind is PretrainConfig:  # with the settings of plug-ins
+            kind = pretrain_config()
+        made: Config = build(kind, STARTS[kind.STAGE], name, changes)
+        return made
 
     def __post_init__(self) -> None:
         for name in ("data", "out", "cache", "splits", "encoder"):
@@ -254,9 +259,10 @@ class PretrainConfig(RunConfig, MethodSettings):  # type: ignore[misc, valid-typ
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.method not in METHODS:
+            close = closest(self.method, METHODS)
             raise ValueError(
                 f"unknown method {self.method!r}; expected one of {', '.join(METHODS)}, or one of "
-                f"a plug-in"
+                f"a plug-in" + (f"; did you mean {close[0]}?" if close else "")
             )
         if self.slices < 4 or self.slices % 2:
             raise ValueError(f"slices must be an even number of at least 4, got {self.slices}")

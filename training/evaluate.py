@@ -26,6 +26,7 @@ from .data.images import Image
 from .data.nifti import Volume, frame_count, read_image, write_labels
 from .data.preprocess import Geometry, PreprocessConfig, preprocess
 from .data.review import require_scale_of_training
+from .data.saying import counted
 from .data.text import printable
 from .device import Device
 from .models import UNet
@@ -119,7 +120,7 @@ def evaluate(
     info = cache.info
     scans = [i for s in subjects for i in cache.of_subject(s) if cache.volumes[i].labelled]
     rows, overlaps = [], []
-    for scan in tqdm(scans, "evaluating", unit="scan", disable=None if progress else True):
+    for scan in counted(scans, "evaluating", "scan", shown=progress):
         entry = cache.volumes[scan]
         predicted = segment(model, cache.image(scan), entry.geometry, device)
         truth = read_truth(entry, info)

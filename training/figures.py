@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .config import PretrainConfig
 
 CLASS_COLOURS = ("#4fc3f7", "#ffb300", "#ef5350", "#66bb6a", "#ab47bc", "#8d6e63", "#26a69a")
+MOST_DOTS = 16  # on a side of a picture of matches
 MOST_SLICES = 16  # of a scan at once through a network: a CT has hundreds
 Array = npt.NDArray[Any]
 
@@ -87,7 +88,7 @@ def curves(out: Path) -> None:
         for title, series in panels
         if any(name in row for row in rows for name, _ in series)
     ]
-    figure = _figure(4.2 * len(shown), 3.2)
+    figure = _figure(4.2 * len(shown), 3.9)
     for axes, (title, series) in zip(_row(figure, len(shown)), shown, strict=True):
         for name, label in series:
             points = [(row["step"], row[name]) for row in rows if name in row]
@@ -104,7 +105,10 @@ def curves(out: Path) -> None:
             axes.set_yscale("log")  # a collapse is a fall by orders of magnitude
         axes.set(title=title, xlabel="step")
         if axes.get_legend_handles_labels()[1]:
-            axes.legend(frameon=False, fontsize=8)
+            # Below the axes: inside it would hide curves.
+            axes.legend(
+                frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.18), borderpad=0
+            )
         axes.spines[["top", "right"]].set_visible(False)
     _save(figure, out / "figures" / "curves.png")
 
@@ -182,21 +186,29 @@ def matches(out: Path, cache: VolumeCache, config: PretrainConfig) -> None:
     pair = slices[[first, first + apart]]
     for encoder in found.values():
         _settle_norms(encoder, slices[:: math.ceil(depth / MOST_SLICES)])
-    # The scale and window of SAL, whatever the method, so that methods can be compared.
+    # The scale and window of SAL, whatever the method, so that methods can be compared; of a coarse
+    # map the level before, with windows of the same part of the picture.
     scale = min(config.sal.scale, config.model.depth)
-    side = config.crop // 2 ** (scale - 1)
-    small = min(config.sal.window_size, side)
-    windows = sorted({small, max(small, side // 3)})
-    figure = _figure(11, 3.9 * len(found) * len(windows))
-    grid = figure.subplots(len(found) * len(windows), 3, squeeze=False)
-    for number, (window, title) in enumerate((w, t) for w in windows for t in found):
-        field = match_field(found[title], scale, pair, window)
-        label = f"{title} pre-training, ω = {window}"
-        _match_row(grid[number], pair, field, window, label, cache)
+    window = min(config.sal.window_size, config.crop // 2 ** (scale - 1))
+    while scale > 1 and 2 * (config.crop // 2 ** (scale - 1)) <= MOST_DOTS:
+        scale, window = scale - 1, 2 * window
+    fields = {title: match_field(found[title], scale, pair, window) for title in found}
+    # 8 inches at 110 dpi: as wide as a page of a README, where letters of 8 points can be read.
+    figure = _figure(8, 3.4)
+    panels = _row(figure, 1 + len(fields))
+    _match_panel(panels[0], pair[0, 0], window, cache, next(iter(fields.values())))
+    panels[0].set_title(f"slice {first + 1} of {depth}", fontsize=9)
+    for axes, (title, field) in zip(panels[1:], fields.items(), strict=True):
+        _match_panel(axes, pair[1, 0], window, cache, field, to_match=True)
+        axes.set_title(f"slice {first + 1 + apart}: matches {title} pre-training", fontsize=9)
+        of_match, of_any_two = field.similarity.mean(), field.of_any_two
+        label = f"cosine with the match {of_match:.2f}, of any two {of_any_two:.2f}"
+        axes.set_xlabel(label, fontsize=8)
     name = unmarked(cache.volumes[scan].name)
     figure.suptitle(
-        f"{name}, slices {first + 1} and {first + 1 + apart} of {depth}: best match in the window, "
-        f"by the encoder's features at scale {scale}" + " (before E)" * (config.method == "sal")
+        f"{name}: best match in the window (ω = {window}), by the encoder's features at scale "
+        f"{scale}",
+        fontsize=9,
     )
     _save(figure, out / "figures" / "matches.png")
 
@@ -312,49 +324,44 @@ def _settle_norms(encoder: Encoder, slices: Tensor) -> None:
     encoder.eval()
 
 
-def _match_row(
-    row: Sequence[Axes],
-    pair: Tensor,
-    field: MatchField,
+def _match_panel(
+    axes: Axes,
+    image: Tensor,
     window: int,
-    label: str,
     cache: VolumeCache,
+    field: MatchField,
+    *,
+    to_match: bool = False,
 ) -> None:
-    similarity, where, of_any_two = field
-    side = similarity.shape[0]
-    pixel = pair.shape[-1] / side
+    """A slice with its windows and a dot for each pixel of the map, in a colour of its own.
+
+    to_match: it is slice 2, and each dot is where the pixel of slice 1 found its match, with a line
+        from where that pixel is.
+    """
+    side = field.similarity.shape[0]
+    pixel = image.shape[-1] / side
     here = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"), -1)
     orientation = cache.config.orientation
-    for axes, image, title in zip(row[:2], pair[:, 0], ("slice 1", "slice 2"), strict=True):
-        _image(axes, image.numpy(), cache)
-        borders = np.append(np.arange(0, side, window), side) * pixel - 0.5
-        if orientation == "RAS":
-            borders = pair.shape[-1] - 1 - borders
-        for line in borders:
-            axes.axhline(line, color="w", lw=0.3, alpha=0.5)
-            axes.axvline(line, color="w", lw=0.3, alpha=0.5)
-        axes.set_title(f"{title} ({label})" if title == "slice 1" else title, fontsize=9)
-    # A match keeps the colour of the pixel of slice 1 that chose it; pictures show (x, y) = (row,
-    # column) of the arrays, which for_display transposes.
+    _image(axes, image.numpy(), cache)
+    borders = np.append(np.arange(0, side, window), side) * pixel - 0.5
+    # Pictures show (x, y) = (row, column) of the arrays, which for_display transposes.
     centre = (here.flatten(0, 1) + 0.5).numpy() * pixel - 0.5
-    match = (where.flatten(0, 1) + 0.5).numpy() * pixel - 0.5
+    match = (field.where.flatten(0, 1) + 0.5).numpy() * pixel - 0.5
     if orientation == "RAS":
-        centre, match = pair.shape[-1] - 1 - centre, pair.shape[-1] - 1 - match
-    # Hue along one axis, saturation along the other: every pixel has a colour of its own.
+        borders, centre, match = (image.shape[-1] - 1 - x for x in (borders, centre, match))
+    for line in borders:
+        axes.axhline(line, color="w", lw=0.6, alpha=0.6)
+        axes.axvline(line, color="w", lw=0.6, alpha=0.6)
+    # Hue along one axis, saturation along the other.
     along, across = ((here.flatten(0, 1).numpy() + 0.5) / side).T
     hsv = np.stack((0.9 * along, 1 - 0.6 * across, np.ones_like(along)), axis=-1)
     colours = mpl.colors.hsv_to_rgb(hsv)
-    row[0].scatter(centre[:, 0], centre[:, 1], c=colours, s=7, lw=0)
-    row[1].add_collection(
-        LineCollection([*np.stack((centre, match), axis=1)], colors=colours, lw=0.8)
-    )
-    row[1].scatter(match[:, 0], match[:, 1], c=colours, s=7, lw=0)
-    shown = for_display(similarity.numpy(), orientation)
-    picture = row[2].imshow(shown, vmin=0, vmax=1, cmap="viridis")
-    row[2].set(xticks=[], yticks=[])
-    title = f"similarity with the match, mean {similarity.mean():.2f} (any two: {of_any_two:.2f})"
-    row[2].set_title(title, fontsize=9)
-    row[2].figure.colorbar(picture, ax=row[2], shrink=0.8)
+    size = min(28.0, 1500.0 / side**1.6)  # points²: dots of a fine map must not touch
+    if to_match:
+        lines = [*np.stack((centre, match), axis=1)]
+        axes.add_collection(LineCollection(lines, colors=colours, lw=1.6))
+    at = match if to_match else centre
+    axes.scatter(at[:, 0], at[:, 1], c=colours, s=size, lw=0.5, edgecolors="k", zorder=3)
 
 
 def _image(axes: Axes, slice2d: Array, cache: VolumeCache) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from monai.losses import DiceCELoss
 from torch import Tensor
 
 from .augment import augment
@@ -26,7 +27,6 @@ from .device import Device
 from .engine import Look, fit
 from .errors import RunError
 from .evaluate import Scores, evaluate, write_scores
-from .figures import finetuning as finetuning_figures
 from .identity import (
     Identity,
     contents,
@@ -41,6 +41,7 @@ from .locks import sole_use
 from .models import UNet, load_encoder, load_unet, save_unet
 from .models.weights import ENCODER, MODEL, weights_file
 from .plugins import used_by
+from .progress import say
 from .resident import resident, without_loaders
 from .runlog import RunLog
 from .steps import Task
@@ -184,6 +185,16 @@ class Finetuning:
         return scores
 
 
+def finetuning_figures(
+    out: Path, model: UNet, cache: VolumeCache, subjects: Sequence[str], device: Device
+) -> None:
+    """All figures of a run."""
+    from .figures import finetuning  # matplotlib takes seconds, when it is used
+
+    say("drawing figures")
+    finetuning(out, model, cache, subjects, device)
+
+
 def identity(
     config: LabelledConfig, cache: VolumeCache, pretraining: dict[str, Any] | None
 ) -> Identity:
@@ -218,6 +229,8 @@ def segmentation_loss(kind: SegmentationLoss = "dice+ce") -> torch.nn.Module:
     Dice is that of the batch as a whole. Taken per slice, a class that a slice does not hold would
     cost nearly 1 whatever the prediction, and many slices lack one.
     """
+    from monai.losses import DiceCELoss  # MONAI takes seconds, when it is used
+
     weight = 1.0 if kind == "dice+ce" else 0.0
     return DiceCELoss(to_onehot_y=True, softmax=True, batch=True, lambda_dice=weight)
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,23 +13,27 @@ from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_set
 
 from .data.text import printable
 from .settings import check_yaml, require_settings_file
+from .wording import in_one_line
 
 MODE = "bounded yaml"
-MOST_LINES = 6  # of a message
-_OPTION = re.compile(r"--[\w.-]+")
-_KEY = re.compile(r"(?:[Kk]eys?|option) ['\"]([\w.]+)['\"]")
+HELP_ALL = "--help-all"
 
 
 class Parser(ArgumentParser):
     """An ArgumentParser whose errors name what is wrong and what may have been meant."""
 
-    def __init__(self, *args: Any, **settings: Any) -> None:
+    def __init__(
+        self, *args: Any, first: Sequence[str] = (), needed: str = "", **settings: Any
+    ) -> None:
+        """first: the settings that matter most, as `--name VALUE`. needed: those that must be
+        given, for the line on usage."""
         # A `class_path` would be imported before anything is checked: no name is.
         set_parsing_settings(import_path_denylist=["*"])
         set_loader(MODE, _load, exceptions=(yaml.YAMLError,))
         super().__init__(*args, parser_mode=MODE, **settings)
         self.commands: dict[str, Parser] = {}
-        self.words: Sequence[str] = ()  # the command line, for messages
+        self.words: Sequence[str] = ()  # what is to be parsed, for messages
+        self.first, self.needed, self.whole = tuple(first), needed, False
 
     def parse_args(self, *args: Any, **settings: Any) -> Any:
         try:
@@ -53,16 +56,41 @@ class Parser(ArgumentParser):
             super().error(message, ex)
         command = next((word for word in self.words if word in self.commands), "")
         parser = getattr(ex, "subcommand_parser", None) or self.commands.get(command, self)
-        lines = [printable(line.strip()[:300]) for line in message.splitlines() if line.strip()][
-            :MOST_LINES
-        ]
-        meant = _meant(message, parser)
-        hint = f"; did you mean {' or '.join(meant)}?" if meant else ""
         name = parser.prog.replace(" [options]", "")
-        print(f"{name}: error: " + "\n  ".join(lines) + hint, file=sys.stderr)
-        print(f"all settings: {name} --help", file=sys.stderr)
+        said = printable(in_one_line(message, parser._actions))
+        more = HELP_ALL if getattr(parser, "first", ()) else "--help"
+        print(f"{name}: error: {said} ({name} {more} lists all)", file=sys.stderr)
         self.exit(2)
         raise AssertionError("exit returned")
+
+    def format_help(self, *args: Any, **settings: Any) -> str:
+        """For a parser with settings that matter most: these, and how to see the others."""
+        if not self.first or self.whole:
+            return super().format_help(*args, **settings)
+        name = self.prog.replace(" [options]", "")
+        actions = {option: a for a in self._actions for option in a.option_strings or (a.dest,)}
+        rows = [(option, actions[option.partition(" ")[0]]) for option in self.first]
+        width = max(len(option) for option in self.first) + 2
+        lines = [f"usage: {name} {self.needed} [--SETTING VALUE ...]"]
+        lines += ["", self.description or "", ""]
+        lines += ["what matters first:"]
+        for option, action in rows:
+            default = "" if action.default in (None, "", []) else f" (default: {action.default})"
+            filled = textwrap.wrap(f"{action.help or ''}{default}", 96 - width)
+            lines += [f"  {option:{width}}{filled[0] if filled else ''}"]
+            lines += [" " * (width + 2) + line for line in filled[1:]]
+        others = sum(bool(a.option_strings) for a in self._actions) - len(rows)
+        lines += ["", f"{name} {HELP_ALL} lists {others} more settings", ""]
+        return "\n".join(lines)
+
+    def ask_for_help(self, arguments: Sequence[str]) -> bool:
+        """Prints all settings of a command where that is asked for."""
+        if HELP_ALL not in arguments:
+            return False
+        parser = self.commands.get(arguments[0], self)
+        parser.whole = True
+        parser.print_help()
+        return True
 
 
 def require_settings_files(arguments: Sequence[str]) -> None:
@@ -77,22 +105,3 @@ def require_settings_files(arguments: Sequence[str]) -> None:
 def _load(text: str) -> Any:
     check_yaml(text)
     return get_loader("yaml")(text)
-
-
-def _meant(message: str, parser: ArgumentParser) -> list[str]:
-    """Options that are spelt like those in a message that does not know them."""
-    known = [option for option in parser._option_string_actions if option.startswith("--")]
-    wrong = [*_OPTION.findall(message), *(f"--{key}" for key in _KEY.findall(message))]
-    for name in dict.fromkeys(wrong):
-        if name in known:
-            continue
-        tail = name.removeprefix("--")
-        ends = [option for option in known if option.endswith(f".{tail}")]
-        close = difflib.get_close_matches(name, known, n=2, cutoff=0.75)
-        parts = {option.rpartition(".")[2]: option for option in known}
-        if not ends and not close:
-            last = difflib.get_close_matches(tail.rpartition(".")[2], parts, n=2, cutoff=0.7)
-            close = [parts[part] for part in last]
-        if found := list(dict.fromkeys([*ends, *close]))[:3]:
-            return [option if option.startswith("--") else f"--{option}" for option in found]
-    return []

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
-from tqdm import tqdm
 
 from .callable_module import make_callable
 from .config import RunConfig
@@ -19,6 +18,7 @@ from .data.errors import listed
 from .data.images import find_images
 from .data.nifti import DataError
 from .data.preprocess import PreprocessConfig
+from .data.saying import counted
 from .data.text import printable
 from .device import Device
 from .errors import RunError
@@ -100,7 +100,7 @@ def predict_files(
     about = {**about, "preprocess": asdict(settings)}
     out.mkdir(parents=True, exist_ok=True)
     failures = []
-    for image, target in zip(tqdm(images, "predicting", disable=None), targets, strict=True):
+    for image, target in zip(counted(images, "predicting", "image"), targets, strict=True):
         try:
             predict_file(model, about, image, target, device)
         except DataError as error:

@@ -107,7 +107,7 @@ _SCALE = 0.1 / 0.07  # τ over the base temperature of that code's loss
 PRETRAIN: dict[PresetName, dict[str, Any]] = {
     "phantom": {
         **_PHANTOM,
-        "sal.scale": 3,  # 12 x 12, as on the desk
+        "sal.lambda_": 0.3,  # of 1 the control falls with LA, on 64 channels
         "optim.steps": 400,
         "checkpoint_every": 200,
         "monitor_every": 20,
@@ -149,7 +149,7 @@ _BEST = {
     "sal.common_frame": True,
     "augment.geometry": "independent",
 }
-BEST: dict[PresetName, dict[str, Any]] = {"mini": _BEST, "desk": _BEST}
+BEST: dict[PresetName, dict[str, Any]] = {"phantom": _BEST, "mini": _BEST, "desk": _BEST}
 
 # Fine-tuning moves each slice by itself, and adapts pre-trained weights with a small rate. Its
 # length follows the number of labelled subjects: 500 steps of ten slices are 130 passes over two
@@ -173,7 +173,7 @@ _NO_AUGMENTATION = {
     "augment.noise": 0.0,
 }
 FINETUNE: dict[PresetName, dict[str, Any]] = {
-    "phantom": {**_PHANTOM, **_FINETUNE, "optim.steps": 150},
+    "phantom": {**_PHANTOM, **_FINETUNE, "optim.steps": 100},
     "mini": {**_MINI, **_FINETUNE, "optim.steps": 500, "optim.epochs": 30.0},
     "desk": {**_DESK, **_FINETUNE, "optim.steps": 500, "optim.epochs": 30.0},
     "acdc": {**_ACDC, **_FINETUNE, "optim.steps": 8000, "optim.epochs": 200.0},

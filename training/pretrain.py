@@ -30,13 +30,13 @@ from .distributed import (
     world,
 )
 from .engine import Look, fit
-from .figures import pretraining as pretraining_figures
 from .identity import Identity, contents, split_of
 from .inputs import open_dataset, subjects, tell
 from .methods import METHODS, Method, Outcome, Views
 from .models import save_encoder
 from .models.weights import ENCODER
 from .plugins import used_by
+from .progress import say
 from .resident import resident, without_loaders
 from .runlog import WARNINGS, RunLog, read_metrics
 from .steps import Task
@@ -176,6 +176,16 @@ class Pretraining:
             "spacing": spacing_recorded(self.cache),
             "identity": self.log.identity.plain(),
         }
+
+
+def pretraining_figures(
+    out: Path, cache: VolumeCache, config: PretrainConfig, method: Method
+) -> None:
+    """All figures of a run."""
+    from .figures import pretraining  # matplotlib takes seconds, when it is used
+
+    say("drawing figures")
+    pretraining(out, cache, config, method)
 
 
 class Slices:

@@ -7,22 +7,27 @@ import time
 
 from tqdm import tqdm
 
+from .data.saying import Rhythm
+from .data.saying import say as say_anyway
 from .distributed import is_main
+
+
+def say(text: str) -> None:
+    """One line on standard error about what is being done; of many processes the first says it."""
+    if is_main():
+        say_anyway(text)
 
 
 class Progress:
     """How far a run is, with loss, rate and ETA: a bar on a terminal, now and then a line in a log.
 
-    A batch system's log would be filled by a bar that rewrites itself, and empty without any. Of
-    many processes only the first shows it.
+    Of many processes only the first shows it.
     """
-
-    LINE_EVERY = 30.0  # seconds
 
     def __init__(self, name: str, step: int, steps: int) -> None:
         self.name, self.step, self.steps = name, step, steps
         self.first, self.began = step, time.monotonic()
-        self.said = self.began
+        self.rhythm = Rhythm()
         self.bar = tqdm(
             total=steps, initial=step, desc=name, unit="step", mininterval=1.0,
             disable=None if is_main() else True, file=sys.stderr,
@@ -39,11 +44,9 @@ class Progress:
         shown = {name: f"{value:.3g}" for name, value in terms.items()}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
-        now = time.monotonic()
         last = self.step == self.steps
-        if is_main() and self.bar.disable and (now - self.said >= self.LINE_EVERY or last):
-            self.said = now
-            rate = (self.step - self.first) / max(now - self.began, 1e-9)
+        if is_main() and self.bar.disable and (self.rhythm.due() or last):
+            rate = (self.step - self.first) / max(time.monotonic() - self.began, 1e-9)
             left = tqdm.format_interval((self.steps - self.step) / rate)
             values = "".join(f"{name} {value}, " for name, value in shown.items())
             print(

@@ -11,11 +11,10 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from torch.utils.tensorboard import SummaryWriter
 
 import salkernels
 from salkernels._shared.files import write_atomically
@@ -29,6 +28,9 @@ from .identity import Identity, read_identity, require_same, write_identity
 from .methods import FILES, METHODS
 from .models.weights import ENCODER, MODEL
 from .settings import damaged, read_record, read_settings
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
@@ -106,6 +108,8 @@ class RunLog:
         if self._metrics.exists():
             kept = [row for row in read_metrics(self.out) if row["step"] <= step]
             write_atomically(self._metrics, "".join(json.dumps(row) + "\n" for row in kept))
+        from torch.utils.tensorboard import SummaryWriter  # which takes a second, when it is used
+
         self._writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from ..reference import Outputs, outputs
-from . import cpu, cuda, reference, triton
+from . import cpu, cuda, reference, slow, triton
 
 
 class Backend(Protocol):
@@ -217,6 +217,8 @@ def select(
         if devices is not None and device not in devices:
             continue  # without asking torch or a driver what is there: most calls end here
         if backend.why_not(query, key, window) is None:
+            if backend is reference and not torch.compiler.is_compiling():
+                slow.tell(query, BACKENDS)
             return candidate
     raise RuntimeError("no backend can run this input")
 

@@ -27,7 +27,7 @@ def runs_in_this_process(monkeypatch):
     monkeypatch.setattr("salkernels.training.finetune.finetuning_figures", lambda *_: None)
     monkeypatch.setattr(module, "draw", lambda *_: [])
 
-    def run(cells, out, jobs, finished):
+    def run(cells, out, jobs, finished, *_):
         for cell in cells:
             if not cell.done():
                 {"pretrain": pretrain, "finetune": finetune}[cell.command](cell.config)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from salkernels.training import engine
+from salkernels.training import engine, progress
 from salkernels.training.checkpoint import load_checkpoint
 from salkernels.training.config import OptimConfig
 from salkernels.training.errors import RunError, Stopped
@@ -208,7 +208,7 @@ def test_collapse_is_watched_from_the_first_step_to_the_last(pretrain_config):
 
 
 def test_a_log_gets_lines_and_no_bar(monkeypatch, capsys):
-    monkeypatch.setattr(engine.Progress, "LINE_EVERY", 0)
+    monkeypatch.setattr(progress.Rhythm, "due", lambda _: True)
     with engine.Progress("run", 10, 12) as bar:
         bar.update({"loss": 0.5})
         bar.update({"loss": 0.25})

@@ -16,8 +16,11 @@ from torch.nn import functional as F
 from salkernels.training.augment import AugmentConfig, augment, placement
 from salkernels.training.cli import _build, make_parser
 from salkernels.training.config import FinetuneConfig, OptimConfig, PretrainConfig
+from salkernels.training.data.phantom import write_phantom
 from salkernels.training.data.sampling import AnySlices, Shard
 from salkernels.training.evaluate import Overlap, Scores, write_scores
+from salkernels.training.experiment.cells import with_settings
+from salkernels.training.experiment.tables import TABLES
 from salkernels.training.finetune import finetune, segmentation_loss
 from salkernels.training.inputs import open_dataset
 from salkernels.training.methods import METHODS
@@ -321,3 +324,35 @@ def test_tables_say_how_long_and_by_which_score(finetune_config):
     assert _score(finetune_config()) == "3D Dice of the last weights"
     best = "Dice pooled over voxels of the best (on the held-out subjects) weights"
     assert _score(config) == best
+
+
+def test_every_command_takes_the_preset(tmp_path):
+    where = [f"--data={tmp_path}", f"--out={tmp_path}", "--preset=pcl"]
+    parsed = make_parser(arguments := ["experiment", "table1", *where]).parse_args(arguments)
+    stages = parsed.experiment
+    assert (stages.pretrain.pcl.projection_dim, stages.finetune.dice) == (512, "pooled")
+    parsed = make_parser(arguments := ["probe", *where]).parse_args(arguments)
+    assert parsed.probe.preprocess.spacing == 1.25
+
+
+def test_an_encoder_of_the_cine_starts_fine_tuning_on_labelled_frames(
+    pretrain_config, finetune_config, tmp_path
+):
+    data = write_phantom(tmp_path / "data", subjects=6, slices=4, cine_frames=4)
+    own = {"data": data, "cache": tmp_path / "cache"}
+    optim = OptimConfig(steps=1, epochs=1)
+    encoder = pretrain_config(method="pcl", cine=True, sampling="slices", optim=optim, **own)
+    pretrain(encoder)
+    scans = len(open_dataset(encoder).volumes)
+    assert scans > 6 * 2
+    assert load_encoder(encoder.out)[1]["step"] == math.ceil(scans * 4 / 8)
+    assert 0 <= finetune(finetune_config(encoder=encoder.out, **own)).mean <= 1
+
+
+def test_the_arm_with_grey_values_as_they_are():
+    arm, simclr = (TABLES["collapse"].arm(name) for name in ("simclr-grey", "simclr"))
+    assert arm.method == simclr.method == "simclr"
+    assert dict(simclr.settings) == {}
+    augment = with_settings(PretrainConfig(), arm.settings).augment
+    assert augment == replace(PretrainConfig().augment, brightness=0, contrast=1, gamma=1, bias=0,
+                              noise=0)  # fmt: skip

@@ -14,7 +14,12 @@ import torch
 import salkernels.training as training
 from salkernels.training.cli import _build, make_parser
 from salkernels.training.cli import main as command_line
-from salkernels.training.config import FinetuneConfig, PretrainConfig, ProbeConfig
+from salkernels.training.config import (
+    FinetuneConfig,
+    PretrainConfig,
+    ProbeConfig,
+    pretrain_config,
+)
 from salkernels.training.data.errors import DataError
 from salkernels.training.data.nifti import read_image
 from salkernels.training.data.preprocess import PreprocessConfig, preprocess
@@ -54,7 +59,8 @@ def weights(tmp_path_factory) -> Path:
 )
 def test_presets_are_those_of_the_command_line(command, kind, preset):
     arguments = [command, f"--preset={preset}", "--data=acdc", "--optim.steps=7", "--seed=3"]
-    expected = _build(kind, make_parser(arguments).parse_args(arguments)[command])
+    whole = pretrain_config() if kind is PretrainConfig else kind  # with plug-ins, if there are any
+    expected = _build(whole, make_parser(arguments).parse_args(arguments)[command])
     assert kind.preset(preset, data="acdc", optim__steps=7, seed=3) == expected
 
 
@@ -87,11 +93,12 @@ def test_wrong_settings(call, error, words):
     assert words in str(caught.value)
 
 
-def test_pretraining_and_fine_tuning_from_python(pretrain_config, finetune_config, scan):
-    path = training.pretrain(pretrain_config())
+def test_pretraining_and_fine_tuning_from_python(request, finetune_config, scan):
+    pretraining = request.getfixturevalue("pretrain_config")()
+    path = training.pretrain(pretraining)
     encoder, about = training.load_encoder(str(path.parent))
     assert not encoder.training
-    assert PreprocessConfig(**about["preprocess"]) == pretrain_config().preprocess
+    assert PreprocessConfig(**about["preprocess"]) == pretraining.preprocess
     ready = training.prepare(scan, path)
     assert [len(m) for m in encoder(ready.slices)] == [6] * 4
     config = finetune_config(encoder=str(path.parent))

@@ -33,6 +33,7 @@ from .nifti import DataError, Spacing, Volume, raise_problems, read_image
 from .preprocess import Geometry, PreprocessConfig, Preprocessed, preprocess
 from .review import require_labels as require_labels
 from .review import require_one_scale
+from .saying import counted
 
 CACHE_VERSION = 3  # raise it whenever the same settings would give other slices
 INDEX = "index.json"
@@ -189,7 +190,7 @@ def open_cache(
         raise DataError("expected at least one scan, got none")
     twice = [name for name, count in Counter(scan.name for scan in scans).items() if count > 1]
     raise_problems("scans must have different names; these occur more than once:", twice)
-    digests = scan_digests(scans, Path(cache_dir).expanduser())
+    digests = scan_digests(scans, Path(cache_dir).expanduser(), shown=progress)
     key = cache_key(scans, config, info, digests)
     folder = Path(cache_dir).expanduser() / key[:16]
     try:
@@ -203,7 +204,7 @@ def open_cache(
                     for dead in folder.parent.glob(f".{folder.name}.*.tmp") if alone else ():
                         shutil.rmtree(dead)
                     shutil.rmtree(folder, ignore_errors=True)
-                    shown = tqdm(scans, "preprocessing", disable=None if progress else True)
+                    shown = counted(scans, "preprocessing", "scan", shown=progress)
                     _build(folder, key, zip(shown, digests, strict=True), config, info)
                     cache = VolumeCache(folder, info)
                     if scan_digests(scans, folder.parent) != digests:

@@ -18,6 +18,7 @@ from salkernels._shared.files import file_digest, write_atomically
 
 from .datasets import Scan
 from .nifti import DataError
+from .saying import counted
 
 MEMORY = ".digests.json"  # in the cache folder
 # A file may change twice within a tick of the file system's clock, so that a state so young does
@@ -34,11 +35,14 @@ class ScanDigest(NamedTuple):
     label: str | None
 
 
-def scan_digests(scans: Sequence[Scan], memory: Path | None = None) -> list[ScanDigest]:
+def scan_digests(
+    scans: Sequence[Scan], memory: Path | None = None, *, shown: bool = False
+) -> list[ScanDigest]:
     """The contents of each scan's files.
 
     memory: folder that keeps what was found. A file of the same place, size, dates and inode is
     not read again: its change time, unlike its date, is not set by copying or by hand.
+    shown: say how far it is.
 
     Raises:
         DataError: a file that is there fails to be read.
@@ -54,7 +58,10 @@ def scan_digests(scans: Sequence[Scan], memory: Path | None = None) -> list[Scan
             digests[path] = _digest(path, known, found)
         return digests[path]
 
-    made = [ScanDigest(digest(scan.image), digest(scan.label)) for scan in scans]
+    made = [
+        ScanDigest(digest(scan.image), digest(scan.label))
+        for scan in counted(scans, "reading", "scan", shown=shown)
+    ]
     if memory is not None and any(known.get(name) != entry for name, entry in found.items()):
         _remember(memory, {**known, **found})
     return made

@@ -11,13 +11,13 @@ from ..config import FinetuneConfig, OptimConfig, PretrainConfig, RunConfig
 from ..identity import data_hash
 from ..inputs import open_dataset
 from ..probe import ENDPOINT
+from ..progress import say
 from ..runlog import environment, to_plain
 from .audit import Audit, own_name, require_own_table
 from .cells import Cell, folds_by_seed, plan
 from .launcher import Launcher, LauncherName
-from .plots import draw
 from .schedule import run_cells
-from .summary import collect, write
+from .summary import Results, collect, write
 from .tables import SCORED, TABLES, Endpoint, Table, with_plugins
 
 
@@ -131,6 +131,14 @@ def experiment(
         results = collect(table, cells, audit)
         draw(results, _folder(config), config.document, _conditions(config, cells))
     return (_folder(config) / f"{config.document}.md").read_text()
+
+
+def draw(results: Results, folder: Path, name: str, conditions: str) -> list[Path]:
+    """All figures of an experiment; returns their paths."""
+    from . import plots  # matplotlib takes seconds, when it is used
+
+    say("drawing figures")
+    return plots.draw(results, folder, name, conditions)
 
 
 def _report(

@@ -16,12 +16,12 @@ from matplotlib.figure import Figure
 from ..data.text import unmarked
 from .summary import LOOKS, Results
 
-# Ten strong colours, then ten pale ones, then ten dark and muted ones: an arm has one of its own.
+# Ten strong colours, ten pale ones, then fifteen dark and muted ones: an arm has one of its own.
 COLOURS = [
     mpl.colors.to_hex(mpl.colormaps[name](i))
     for name, places in (
         ("tab20", (*range(0, 20, 2), *range(1, 20, 2))),
-        ("tab20b", (*range(0, 20, 4), *range(2, 20, 4))),
+        ("tab20b", (*range(0, 20, 4), *range(2, 20, 4), *range(1, 20, 4))),
     )
     for i in places
 ]
@@ -179,7 +179,7 @@ def curve(results: Results) -> Figure | None:
             axes.axhline(level.mean, ls=":", color="C0", label=table.arm(without).label)
         axes.set_xticks(range(len(varied)), [f"{arm.value:g}" for arm in varied])
         axes.set(title=f"M = {m or 'all'}", xlabel=table.varies, ylabel=results.measure)
-        axes.legend(frameon=False, fontsize=8)
+    _legend(*panels)
     return figure
 
 

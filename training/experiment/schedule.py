@@ -7,13 +7,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from ..checkpoint import stop_on_signal
+from ..data.saying import Rhythm, say
 from ..errors import RunError, Stopped
 from ..locks import in_use, sole_use
 from .cells import Cell
@@ -22,6 +24,7 @@ from .launcher import Launcher, Running, tell
 
 LAST_LINES = 15  # of a failed run's log, in the error message
 POLL = 0.2  # seconds
+MOST_TOLD = 4  # runs in progress whose last line is shown
 REFUSED = 2  # exit status of a run that would be refused again: settings, data
 
 
@@ -54,12 +57,11 @@ def run_cells(
         nonlocal done
         done += 1
         bar.update()
-        if bar.disable:
-            print(f"{cell.name}: done, {done} of {len(cells)}", file=sys.stderr)
+        _tell(bar, {cell.name: f"done, {done} of {len(cells)}"})
         finished(cell)
 
     with _only_one(out), bar, stop_on_signal() as stop:
-        queue = _Queue(waiting)
+        queue, rhythm = _Queue(waiting), Rhythm()
         while running or (waiting and not failed and not stop.signal):
             while len(running) < jobs and not failed and not stop.signal:
                 cell = queue.next()
@@ -69,10 +71,11 @@ def run_cells(
                     ended(cell)
                     continue
                 running[cell] = launcher.start(cell, out) if launcher else _start(cell, out)
-                bar.set_postfix_str("; ".join(c.name for c in running))
+                _tell(bar, {cell.name: f"started, {done} of {len(cells)} runs done"})
             if waiting and not running and not queue.possible():
                 raise RunError(f"{waiting[0].needs} is missing, which no planned run makes")
             time.sleep(launcher.interval if launcher else POLL)
+            _tell_now_and_then(bar, rhythm, running, out)
             if stop.signal:
                 for process in running.values():
                     process.send_signal(signal.SIGTERM)
@@ -94,6 +97,33 @@ def run_cells(
         log = log_of(failed, out)
         end = "\n".join(log.read_text(errors="replace").splitlines()[-LAST_LINES:])
         raise RunError(f"the run {failed.name} failed; its log {log} ends:\n{end}")
+
+
+def _tell_now_and_then(bar: tqdm[Any], rhythm: Rhythm, running: Iterable[Cell], out: Path) -> None:
+    if rhythm.due():
+        _tell(bar, {cell.name: _last_line(cell, out) for cell in [*running][:MOST_TOLD]})
+
+
+def _tell(bar: tqdm[Any], doing: dict[str, str]) -> None:
+    """How far the runs in progress are, beside the bar or as lines of a log."""
+    if bar.disable:
+        for name, line in doing.items():
+            say(f"{name}: {line}")
+    else:
+        bar.set_postfix_str("; ".join(f"{name}: {line[:40]}" for name, line in doing.items()))
+
+
+def _last_line(cell: Cell, out: Path) -> str:
+    """What a run said last; it speaks every few seconds."""
+    log = log_of(cell, out)
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 1000))
+            lines = file.read().decode(errors="replace").replace("\r", "\n").split("\n")
+    except OSError:
+        lines = []
+    said = [line.strip() for line in lines if line.strip()]
+    return said[-1].removeprefix(f"{cell.config.out.name}: ") if said else "starting"
 
 
 class _Queue:

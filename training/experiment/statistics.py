@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
 CONFIDENCE = 0.95
 MOST_FLIPPED = 24  # differences: 2^23 sign patterns take a second
@@ -44,6 +43,8 @@ def paired_difference(differences: Sequence[float]) -> Difference:
 
     Student's interval takes them as normally distributed, the p as symmetrically.
     """
+    from scipy import stats  # when it is used: it takes a second
+
     values = np.asarray(differences, dtype=float)
     count, mean = len(values), float(values.mean())
     error = float(values.std(ddof=1)) / math.sqrt(count)

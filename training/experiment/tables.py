@@ -91,6 +91,14 @@ def _contrast(name: str, label: str, **settings: Any) -> Arm:
     return _frame(name, label, sal__loss="contrast", sal__lambda_=0.2, **settings)
 
 
+# No change of intensity, as in the public code of PCL.
+GREY: Mapping[str, Any] = {
+    "augment.brightness": 0.0,
+    "augment.contrast": 1.0,
+    "augment.gamma": 1.0,
+    "augment.bias": 0.0,
+    "augment.noise": 0.0,
+}
 _ACDC, _CHD = (2, 6, 10, ALL), (2, 6, 15, ALL)
 _SAL = Arm("sal", METHODS["sal"].label, "sal")
 _NO_LA = _sal("sal-lambda0", "λ = 0", 0, sal__lambda_=0.0)
@@ -227,6 +235,9 @@ TABLES: dict[str, Table] = {
                  sal__variance=1.0, sal__covariance=0.04),
             # Baselines of another kind: pixels against pixels of the other view, slices apart.
             Arm("densecl", METHODS["densecl"].label, "densecl"),
+            # Patients differ in grey values, by which SimCLR can tell slices apart if it may.
+            METHOD_ARMS[PAPER.index("simclr")],
+            Arm("simclr-grey", "SimCLR, grey values as they are", "simclr", GREY),
             _sal("sal-noE-s3", "no E, s = 3", sal__embedding="none", sal__scale=3),
             _sal("sal-noE-s5", "no E, s = 5", sal__embedding="none", sal__scale=5),
         ),

@@ -47,7 +47,7 @@ class CCropConfig(ContrastConfig):
 
 
 class CCrop(SimCLR):
-    """Semantic-aware localisation (Sec. 3.2 there) and centre-suppressed sampling (Sec. 3.3).
+    """Semantic-aware localisation and centre-suppressed sampling: Secs. 3.2 and 3.3 of Peng et al.
 
     Changed: only the centre of a crop comes from the box; its size and rotation are those of all
     methods here. A crop is a large part of a slice (96 of 128 pixels on the desk), so the box is

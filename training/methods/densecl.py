@@ -24,8 +24,9 @@ class DenseCLConfig(ContrastConfig):
     """Settings of DenseCL.
 
     Args:
-        weight: λ of Eq. 3 there, of the dense loss; 1 − λ is that of the global one.
-        scale: the encoder's level whose pixels are contrasted, from 1; 0 is the deepest, as there.
+        weight: λ in Eq. 3 of Wang et al., the weight of the dense loss; the global one has 1 − λ.
+        scale: the encoder's level whose pixels are contrasted, from 1; 0, as in the paper, is the
+            deepest.
     """
 
     temperature: float = 0.2
@@ -41,10 +42,10 @@ class DenseCLConfig(ContrastConfig):
 
 
 class DenseCL(SimCLR):
-    """The loss of SimCLR on slices, and an InfoNCE on pixels (Eq. 2 there).
+    """The loss of SimCLR on slices, and an InfoNCE on pixels (Eq. 2 of Wang et al.).
 
     A pixel's positive is the pixel of the other view that is most similar by the encoder's own
-    features (Sec. 3.4 there): the match of this package, with one window that covers the map.
+    features (Sec. 3.4 of the paper): this package's match, with one window that covers the map.
     Changed: no momentum encoder and no queue, as in SimCLR here. Keys are those of the batch, and
     get a gradient; negatives are the pooled dense vectors of all other slices in it.
     """
@@ -111,7 +112,7 @@ def matches(features: Tensor) -> Tensor:
 
 
 def dense_loss(pixels: Tensor, match: Tensor, sample: Tensor, temperature: float) -> Tensor:
-    r"""Mean over all pixels of −log e^{r·t/τ} / (e^{r·t/τ} + Σ_k e^{r·k/τ}) (Eq. 2 there).
+    r"""Mean over all pixels of −log e^{r·t/τ} / (e^{r·t/τ} + Σ_k e^{r·k/τ}) (Eq. 2).
 
     r is a pixel's vector and t that of its match in the other view, both of unit norm; k are the
     means of the vectors of each view of another slice, of unit norm.

@@ -16,7 +16,7 @@ TURNS = 4
 
 
 class Rotation(Method):
-    """Cross-entropy over the four turns (Eq. 2 and 3 there).
+    """Cross-entropy over the four turns (Eqs. 2 and 3 of Gidaris et al.).
 
     Changed: each of the 2n views is turned once, by a turn drawn so that all four are equally
     frequent, where RotNet shows all four turns of each image; so a step costs what it costs the

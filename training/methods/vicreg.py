@@ -7,11 +7,11 @@ from torch.nn import functional as F
 
 from .base import full_precision
 
-EPS = 1e-4  # under the root of a variance, as in that paper (Eq. 2 there)
+EPS = 1e-4  # under the root of a variance, as in Eq. 2 of Bardes et al.
 
 
 def variance_covariance(features: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Variance and covariance terms (Eq. 1 and 4 there) of the pixels of (S, D, H, W).
+    r"""Variance and covariance terms (Eqs. 1 and 4 of Bardes et al.) of the pixels of (S, D, H, W).
 
     .. math:: v = \frac{1}{D} \sum_d \max(0, 1 - \sqrt{\mathrm{Var}(z_d) + \varepsilon}), \qquad
         c = \frac{1}{D} \sum_{d \neq e} \mathrm{Cov}(z_d, z_e)^2
