@@ -54,6 +54,9 @@ def test_small_maps_determine_the_whole_one(shape):
     scaled = sum(m.weight * executed(m.height, m.width) for m in shape.maps())
     assert scaled == pytest.approx(constant + edge * 2 * whole + 3 * whole**2)
     for size in shape.maps():
+        if size.room:  # pairs x windows as in the whole map
+            pairs = len(shape.pairs())
+            assert len(shape.pairs(size.room)) == pairs + size.room == pairs * whole**2
         assert size.height % shape.window == size.width % shape.window == rest
         assert max(size.height, size.width) < shape.side
 

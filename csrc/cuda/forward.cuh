@@ -49,8 +49,9 @@ inline void add_match(Plan& plan, Problem& p, int64_t shared_limit) {
   const bool tf32 = p.dtype == kFloat32 && p.allow_tf32, lower = p.dtype == kFloat32 && !tf32;
   if (t.streamed) {
     add_norms(plan, p);
-    const int64_t blocks = p.windows() * p.num_pairs * t.chunks;
-    const int64_t bytes = stream_shared_bytes(t.stages, lower);
+    const int64_t blocks = p.windows() * p.num_pairs * (t.both ? 1 : t.chunks);
+    const int64_t bytes = stream_shared_bytes(t.stages, lower) +
+                          (t.both ? stream_keys_bytes(t.chunks, t.pixels) : 0);
     if (tf32) {
       SALKERNELS_ADD(plan, stream_tf32, blocks, 1, bytes);
       return;

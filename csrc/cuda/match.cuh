@@ -338,7 +338,7 @@ __device__ __forceinline__ void match_blocks(const Problem& p, MatchShared& shar
   Sums<kShare> sums = {};
   float squares[kRowsOfThread] = {};
   multiply_tile<Mode, true, false>(
-      p, {shared.start, shared.staged, one_side}, shared.list, by_diagonal, shared.buffer, sums,
+      p, {shared.start, shared.staged, one_side}, &shared.list, by_diagonal, shared.buffer, sums,
       squares);
   if (by_diagonal) {
     store_diagonal(sums, shared.list, shared.scale);

@@ -92,6 +92,10 @@ inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 // than one block may ask for, and keeps 1 KB of each.
 inline int64_t half_of(int64_t shared_limit) { return (shared_limit + 1024) / 2 - 1024; }
 
+// Pairs x windows from which on a block serves both directions of a pair. These blocks are few and
+// long: half as many keep every multiprocessor of an H100 busy for four rounds.
+constexpr int64_t kManyPairs = 8 * 128;
+
 // Tiles of the forward: all samples of one window or of several, or some of one, or some pixels.
 inline Tiling forward_tiling(const Problem& p, int64_t shared_limit) {
   Tiling t{};
@@ -104,6 +108,9 @@ inline Tiling forward_tiling(const Problem& p, int64_t shared_limit) {
     t.pixels = ceil_div(ceil_div(pixels, ceil_div(pixels, kTile)), 8) * 8;
     t.chunks = ceil_div(pixels, t.pixels);
     t.stages = stream_shared_bytes(2, lower) <= shared_limit ? 2 : 1;
+    const int64_t bytes = stream_shared_bytes(t.stages, lower);
+    t.both = p.set_form && p.windows() * p.num_pairs >= kManyPairs &&
+             bytes + stream_keys_bytes(t.chunks, t.pixels) <= shared_limit;
     return t;
   }
   t.pixels = pixels;

@@ -173,6 +173,66 @@ __device__ inline int lane_of_columns() {
   return (lane / 16 * 8 + lane % 8) * kStagePitch + lane / 8 % 2 * 4;
 }
 
+// A tile of which all blocks are multiplied. A warp has the rows of four and the columns of two, so
+// that each operand it reads from shared memory serves several products:
+//
+//        columns by 32      sums.at[2 r + c]: rows 16 r and columns 16 c of the warp's part
+//        rows    0 1 2 3
+//        by 64   4 5 6 7
+constexpr int kWarpRows = 64, kWarpColumns = 32;
+
+struct WarpPart {
+  __device__ static int row() {
+    return int(threadIdx.x) / (32 * (kTile / kWarpColumns)) * kWarpRows;
+  }
+  __device__ static int column() {
+    return int(threadIdx.x) / 32 % (kTile / kWarpColumns) * kWarpColumns;
+  }
+};
+
+// A step of all rows, from block kRow on: its products with two blocks of columns.
+template <class Mode, int kWord, int kRow>
+__device__ inline void multiply_part_rows(Sums<kBlocks>& sums, SharedWords rows,
+                                          const uint32_t (&b)[2][4]) {
+  uint32_t a[4];
+  load_matrices<kWord + kRow * 16 * kStagePitch>(a, rows);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    multiply<Mode>(sums.at[2 * kRow + i / 2][i % 2], a, b[i / 2][i % 2 * 2],
+                   b[i / 2][i % 2 * 2 + 1]);
+  }
+  if constexpr (kRow + 1 < kWarpRows / 16) {
+    multiply_part_rows<Mode, kWord, kRow + 1>(sums, rows, b);
+  }
+}
+template <class Mode, int kWord>
+__device__ inline void multiply_part_step(Sums<kBlocks>& sums, SharedWords rows,
+                                          SharedWords columns) {
+  uint32_t b[2][4];
+  load_matrices<kWord>(b[0], columns);
+  load_matrices<kWord + 16 * kStagePitch>(b[1], columns);
+  multiply_part_rows<Mode, kWord, 0>(sums, rows, b);
+}
+
+// In three parts, block by block: the sums of a chunk by itself take registers too.
+template <class Mode>
+__device__ inline void multiply_part(Sums<kBlocks>& sums, SharedWords rows, SharedWords columns,
+                                     int lower) {
+  if constexpr (Mode::kProducts == 3) {
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+      __syncwarp();  // as between steps
+      multiply_block<Mode>(sums.at[i], rows + i / 2 * 16 * kStagePitch,
+                           columns + i % 2 * 16 * kStagePitch, lower);
+    }
+  } else {
+    multiply_part_step<Mode, 0>(sums, rows, columns);
+    multiply_part_step<Mode, 8>(sums, rows, columns);
+    multiply_part_step<Mode, 16>(sums, rows, columns);
+    multiply_part_step<Mode, 24>(sums, rows, columns);
+  }
+}
+
 // A thread's look at the pieces of its rows in a chunk: see above. Rows of keys follow those of
 // queries; `rows[side]` of each are staged.
 template <class Mode, bool kNorms>
@@ -208,10 +268,11 @@ struct TileRows {
 };
 
 // Sums of products of all channels, and, if kNorms, the squares of the rows that this thread looks
-// at; with `by_diagonal` these are not asked for, being products themselves.
+// at; with `by_diagonal` these are not asked for, being products themselves. If kWhole, all blocks
+// are multiplied, as WarpPart deals them out, and `list` is not looked at.
 template <class Mode, bool kNorms, bool kWhole, int kShare>
 __device__ __forceinline__ void multiply_tile(const Problem& p, const TileRows& tile,
-                                              const BlockList& list, bool by_diagonal,
+                                              const BlockList* list, bool by_diagonal,
                                               uint32_t* buffer, Sums<kShare>& sums,
                                               float (&squares)[kRowsOfThread]) {
   using T = typename Mode::T;
@@ -220,12 +281,12 @@ __device__ __forceinline__ void multiply_tile(const Problem& p, const TileRows& 
   const int stages = int(p.tiling.stages), words = (tile.one_side ? 1 : 2) * kTileWords;
   const int channels = int(p.channels), chunks = (channels + kChannels - 1) / kChannels;
   // Where this lane reads of each block: rows in the lower half, columns in the upper one, since
-  // registers are short. If kWhole, warp w has the blocks of rows 16 w in the order of columns.
+  // registers are short.
   const int first_column = lane_of_columns() + (tile.one_side ? 0 : kTileWords);
   uint32_t places[kShare];
 #pragma unroll
   for (int i = 0; i < kShare && !kWhole; ++i) {
-    const WarpBlock block = WarpBlock::of(list, i);
+    const WarpBlock block = WarpBlock::of(*list, i);
     places[i] = uint32_t(block.row * kStagePitch + lane_of_rows()) |
                 uint32_t(block.column * kStagePitch + first_column) << 16;
   }
@@ -265,15 +326,14 @@ __device__ __forceinline__ void multiply_tile(const Problem& p, const TileRows& 
       if (kWritten) __syncthreads();
     }
     const SharedWords at = shared_words(staged);
+    if constexpr (kWhole) {
+      multiply_part<Mode>(sums, at + (WarpPart::row() * kStagePitch + lane_of_rows()),
+                          at + (WarpPart::column() * kStagePitch + first_column), lower);
+    } else {
 #pragma unroll
-    for (int i = 0; i < kShare; ++i) {
-      // As between steps.
-      if constexpr (Mode::kProducts == 3) __syncwarp();
-      if constexpr (kWhole) {
-        const int row = threadIdx.x / 32 * 16 * kStagePitch + lane_of_rows();
-        multiply_block<Mode>(sums.at[i], at + row, at + (first_column + i * 16 * kStagePitch),
-                             lower);
-      } else {
+      for (int i = 0; i < kShare; ++i) {
+        // As between steps.
+        if constexpr (Mode::kProducts == 3) __syncwarp();
         multiply_block<Mode>(sums.at[i], at + int(places[i] & 0xffff), at + int(places[i] >> 16),
                              lower);
       }

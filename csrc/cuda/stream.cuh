@@ -2,12 +2,14 @@
 //
 // norms         ‖x‖ of every row, one warp for each
 // stream        a block owns some query pixels of one pair in one window; all key pixels pass by, a
-//               tile at a time, with a running maximum in registers
+//               tile at a time, with a running maximum in registers. Where there are pairs enough
+//               for all multiprocessors it owns all query pixels, and serves the other direction of
+//               the pair too: the key pixels have a running maximum in shared memory
 // match_plain   the forward of float64, one warp per query pixel of a pair
 #pragma once
 
 #include "pairs.cuh"
-#include "products.cuh"
+#include "tile_best.cuh"
 
 namespace salkernels {
 namespace cuda {
@@ -88,16 +90,46 @@ struct ListedPair {
   }
 };
 
+// How many parts a row of a tile falls into, or a column: the warps that share it.
+constexpr int kRowParts = kTile / kWarpColumns, kColumnParts = kTile / kWarpRows;
+
+// The pairs that a block works on. Of both directions the query is the sample that comes first,
+// also where the other direction alone is asked for: the same bits whatever else is listed.
+struct StreamPairs {
+  ListedPair pair;
+  int64_t slot, reverse;  // of this direction, and of the other; -1: not asked for
+  bool other_block;       // which has this pair as the reverse of its own
+
+  __device__ static StreamPairs of(const Problem& p, int64_t slot) {
+    StreamPairs all{ListedPair::of(p, slot), slot, -1, false};
+    const int64_t group = all.pair.group, query = all.pair.query, key = all.pair.key;
+    if (query < 0 || !p.tiling.both || query == key) return all;
+    const int64_t samples = p.maps[0].samples;
+    const int64_t place = (group * samples + key) * samples + query;
+    const int64_t at = pairs_before(p, place);
+    const bool listed = at < p.num_pairs && pair_place(p, at) == place;
+    if (query > key) return {{group, key, query}, -1, slot, listed};
+    if (listed) all.reverse = at;
+    return all;
+  }
+};
+
 struct alignas(16) StreamShared {
   const unsigned char* start[2 * kTile];  // rows of queries and keys
-  float scale[2 * kTile];
-  BlockList list;
-  int32_t staged[2];               // rows of each side in a stage
-  alignas(16) uint32_t buffer[4];  // stages, of dynamic size
+  Scale scale[2 * kTile];
+  Best<float> part[kRowParts][kTile];  // of rows or columns, what each warp has found
+  StreamPairs pairs;  // here, since registers are short
+  Unit unit;
+  int32_t staged[2];                   // rows of each side in a stage
+  alignas(16) uint32_t buffer[4];      // stages, of dynamic size; then the best of all keys, if both
 };
 
 __host__ __device__ constexpr int64_t stream_shared_bytes(int64_t stages, bool lower) {
   return int64_t(sizeof(StreamShared)) + 8 * (stages + (lower ? 1 : 0)) * kTileWords;
+}
+// And for the best of all keys of a window, where a block serves both directions of a pair.
+__host__ __device__ constexpr int64_t stream_keys_bytes(int64_t chunks, int64_t pixels) {
+  return chunks * pixels * int64_t(sizeof(Best<float>));
 }
 
 // Fills the row of this thread: a pixel of the query's or of the key's window. Whether it is lost:
@@ -107,77 +139,93 @@ __device__ inline bool fill_stream_row(const Problem& p, StreamShared& shared, i
                                        const Unit& unit, int64_t sample, int pixel, bool inside) {
   const Maps& maps = p.maps[which];
   const unsigned char* row = nullptr;
-  float scale = kAbsent;
+  Scale scale = Scale::absent();
   if (inside && pixel < unit.pixels() && is_valid(p, maps, unit, sample, pixel)) {
     row = static_cast<const unsigned char*>(maps.data) +
           map_offset(maps.strides, unit, sample, pixel) * int(sizeof(T));
     const int64_t node = sample + (which == 1 && !p.set_form ? p.maps[0].samples : 0);
-    scale = unit_scale(static_cast<const float*>(
-                           p.norm)[norm_index(p, unit.group, node, plane_index(p, unit, pixel))],
-                       float(p.eps));
+    scale = Scale::of(
+        unit_scale(static_cast<const float*>(
+                       p.norm)[norm_index(p, unit.group, node, plane_index(p, unit, pixel))],
+                   float(p.eps)));
   }
   shared.start[threadIdx.x] = row;
   shared.scale[threadIdx.x] = scale;
-  return scale != scale;
+  return scale.factor != scale.factor;
 }
 
-// All blocks: warp w has those of rows 16 w, in the order of columns.
-//
-//                columns by 16
-//       rows     0 0 0 0 0 0 0 0
-//       by 16    1 1 1 1 1 1 1 1
-__device__ inline void need_all_blocks(BlockList& list) {
-  if (threadIdx.x < kBlocks * kBlocks) {
-    list.blocks[threadIdx.x % kBlocks * kWarps + threadIdx.x / kBlocks] = uint8_t(threadIdx.x);
-  }
-  if (threadIdx.x == 0) list.count = kBlocks * kBlocks;
+__device__ inline void store_found(const Problem& p, const Unit& unit, int64_t slot, int pixel,
+                                   const Best<float>& best) {
+  store_match(p, match_index(p, slot, plane_index(p, unit, pixel)), best.value,
+              best.place < 0 ? -1 : nominal_offset(p, unit, best.place));
 }
 
-// The best of this lane's columns for its two rows.
-template <bool lost>
-__device__ inline void take_columns(const Sums<kBlocks>& sums, const float* scale, int columns,
-                                    int first, Best<float> (&best)[2]) {
-  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
-  const float row_scale[2] = {scale[row], scale[row + 8]};
-#pragma unroll
-  for (int i = 0; i < 2 * kBlocks; ++i) {
-    if (i * 8 >= columns) break;
-    const int column = i * 8 + lane % 4 * 2;
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const float column_scale = scale[kTile + column + k];
-#pragma unroll
-      for (int upper = 0; upper < 2; ++upper) {
-        const float product = sums.at[i / 2][i % 2][2 * upper + k] * row_scale[upper];
-        const float value = column_scale < 0 ? -INFINITY : product * column_scale;
-        if constexpr (lost) {
-          best[upper].take(value, first + column + k);
-        } else if (value > best[upper].value) {
-          best[upper] = {value, first + column + k};
-        }
-      }
-    }
-  }
-}
-
-// The best of all columns, from the four lanes of a row.
-__device__ inline void store_stream(const Problem& p, const StreamShared& shared, const Unit& unit,
-                                    int64_t slot, int first_pixel, int rows,
-                                    Best<float> (&best)[2]) {
+// The best of all columns, from the lanes and warps that share a row.
+__device__ inline void store_rows(const Problem& p, StreamShared& shared, const Unit& unit,
+                                  int64_t slot, int first_pixel, int rows,
+                                  Best<float> (&best)[kLaneRows]) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
-  for (int upper = 0; upper < 2; ++upper) {
-    const int row = threadIdx.x / 32 * 16 + lane / 4 + upper * 8, pixel = first_pixel + row;
+  for (int i = 0; i < kLaneRows; ++i) {
     for (int step = 1; step < 4; step *= 2) {
-      const float other = __shfl_xor_sync(kAllLanes, best[upper].value, step);
-      best[upper].merge(other, __shfl_xor_sync(kAllLanes, best[upper].place, step));
+      const float other = __shfl_xor_sync(kAllLanes, best[i].value, step);
+      best[i].merge(other, __shfl_xor_sync(kAllLanes, best[i].place, step));
     }
-    if (lane % 4 != 0 || row >= rows || pixel >= unit.pixels()) continue;
-    // A query that takes no part has a scale below zero, and so has no match.
-    const bool found = best[upper].place >= 0 && !(shared.scale[row] < 0);
-    store_match(p, match_index(p, slot, plane_index(p, unit, pixel)), best[upper].value,
-                found ? nominal_offset(p, unit, best[upper].place) : -1);
+    if (lane % 4 == 0) {
+      const int row = WarpPart::row() + lane / 4 + i * 8;
+      shared.part[WarpPart::column() / kWarpColumns][row] = best[i];
+    }
   }
+  __syncthreads();
+  const int row = threadIdx.x, pixel = first_pixel + row;
+  if (row < rows && pixel < unit.pixels()) {
+    Best<float> all = shared.part[0][row];
+    for (int i = 1; i < kRowParts; ++i) {
+      all.merge(shared.part[i][row].value, shared.part[i][row].place);
+    }
+    store_found(p, unit, slot, pixel, all);
+  }
+  __syncthreads();
+}
+
+// One tile: pixels of the query from first_row on, of the key from first_column on. What the keys
+// found goes to shared.part.
+template <class Mode>
+__device__ __forceinline__ void stream_tile(const Problem& p, StreamShared& shared, bool lost,
+                                            bool both, int first_row, int first_column,
+                                            Best<float> (&best)[kLaneRows]) {
+  Sums<kBlocks> sums = {};
+  float unused[kRowsOfThread];
+  multiply_tile<Mode, false, true>(p, {shared.start, shared.staged, false}, nullptr, false,
+                                   shared.buffer, sums, unused);
+  const auto take = [&](auto found) {
+    const Best<float> own = found.take();
+    if (!both) return;
+    shared.part[WarpPart::row() / kWarpRows][found.own_column()] = {own.value,
+                                                                    first_row + own.place};
+  };
+  if (lost) {
+    if (both) {
+      take(TileBest<true, true>(sums, shared.scale, first_column, best));
+    } else {
+      take(TileBest<true, false>(sums, shared.scale, first_column, best));
+    }
+  } else if (both) {
+    take(TileBest<false, true>(sums, shared.scale, first_column, best));
+  } else {
+    take(TileBest<false, false>(sums, shared.scale, first_column, best));
+  }
+}
+
+// Adds what the keys of a tile found to what they had. Rows come in ascending order.
+__device__ inline void merge_keys(const StreamShared& shared, Best<float>* keys, int columns) {
+  const int column = threadIdx.x;
+  if (column >= columns) return;
+  Best<float> all = keys[column];
+  for (int i = 0; i < kColumnParts; ++i) {
+    take_greater<true>(all, shared.part[i][column].value, shared.part[i][column].place);
+  }
+  keys[column] = all;
 }
 
 template <class Mode>
@@ -186,44 +234,54 @@ __device__ void stream(const Problem& p) {
   StreamShared& shared = *reinterpret_cast<StreamShared*>(memory);
   using T = typename Mode::T;
   const Tiling& t = p.tiling;
-  // Window by window: what the blocks beside each other read is the same.
-  const int64_t chunk = blockIdx.x % t.chunks, rest = blockIdx.x / t.chunks;
-  const int64_t slot = rest % p.num_pairs;
-  const ListedPair pair = ListedPair::of(p, slot);
-  if (pair.query < 0) return;
-  const Unit unit = unit_of(p, pair.group * p.windows() + rest / p.num_pairs);
-  const int pixels = int(t.pixels), first_pixel = int(chunk) * pixels, count = unit.pixels();
-  if (first_pixel >= count) return;
-
-  const int which = threadIdx.x / kTile, r = threadIdx.x % kTile;
-  bool lost_query = false;
-  need_all_blocks(shared.list);
+  // Window by window: what the blocks beside each other read is the same. A block has some pixels
+  // of the query, or, for both directions, all.
+  const int64_t blocks = t.both ? 1 : t.chunks, rest = blockIdx.x / blocks;
+  const StreamPairs all = StreamPairs::of(p, rest % p.num_pairs);
+  if (all.pair.query < 0 || all.other_block) return;
+  if (threadIdx.x == 0) {
+    shared.pairs = all;
+    shared.unit = unit_of(p, all.pair.group * p.windows() + rest / p.num_pairs);
+  }
   // Rows beyond the window too, as zeros: all blocks are multiplied.
   if (threadIdx.x < 2) shared.staged[threadIdx.x] = kTile;
-  if (which == 0) {
-    lost_query = fill_stream_row<T>(p, shared, 0, unit, pair.query, first_pixel + r, r < pixels);
-  }
-  const bool asked = __syncthreads_or(which == 0 && shared.start[r] != nullptr);
-  Best<float> best[2];
-  for (int from = 0; asked && from < count; from += pixels) {
-    bool lost = lost_query;
-    if (which == 1) {
-      lost = fill_stream_row<T>(p, shared, 1, unit, pair.key, from + r, r < pixels);
+  __syncthreads();
+  const Unit& unit = shared.unit;
+  const int pixels = int(t.pixels), count = unit.pixels();
+  const int begin = t.both ? 0 : int(blockIdx.x % blocks) * pixels;
+  const int end = t.both ? count : (begin + pixels < count ? begin + pixels : count);
+  const bool both = shared.pairs.reverse >= 0;
+  const int64_t staged = t.stages + (Mode::kProducts == 3 ? 1 : 0);
+  auto* const keys = reinterpret_cast<Best<float>*>(shared.buffer + staged * 2 * kTileWords);
+  for (int i = threadIdx.x; both && i < count; i += kThreads) keys[i] = Best<float>();
+
+  const int which = threadIdx.x / kTile, r = threadIdx.x % kTile;
+  for (int row = begin; row < end; row += pixels) {
+    bool lost_query = false;
+    if (which == 0) {
+      lost_query = fill_stream_row<T>(p, shared, 0, unit, shared.pairs.pair.query, row + r, r < pixels);
     }
-    lost = __syncthreads_or(lost);
-    const int columns = count - from < pixels ? count - from : pixels;
-    Sums<kBlocks> sums = {};
-    float unused[kRowsOfThread];
-    multiply_tile<Mode, false, true>(p, {shared.start, shared.staged, false}, shared.list, false,
-                                     shared.buffer, sums, unused);
-    if (lost) {
-      take_columns<true>(sums, shared.scale, columns, from, best);
-    } else {
-      take_columns<false>(sums, shared.scale, columns, from, best);
+    const bool asked = __syncthreads_or(which == 0 && shared.start[r] != nullptr);
+    Best<float> best[kLaneRows];
+    for (int column = 0; asked && column < count; column += pixels) {
+      bool lost = lost_query;
+      if (which == 1) {
+        lost = fill_stream_row<T>(p, shared, 1, unit, shared.pairs.pair.key, column + r, r < pixels);
+      }
+      lost = __syncthreads_or(lost);
+      stream_tile<Mode>(p, shared, lost, both, row, column, best);
+      __syncthreads();
+      const int columns = count - column < pixels ? count - column : pixels;
+      if (both) merge_keys(shared, keys + column, columns);
     }
-    __syncthreads();
+    if (both) __syncthreads();
+    if (shared.pairs.slot >= 0) {
+      store_rows(p, shared, unit, shared.pairs.slot, row, pixels, best);
+    }
   }
-  store_stream(p, shared, unit, slot, first_pixel, pixels, best);
+  for (int i = threadIdx.x; both && i < count; i += kThreads) {
+    store_found(p, unit, shared.pairs.reverse, i, keys[i]);
+  }
 }
 
 // One warp per (pair, query pixel); lanes take key pixels.

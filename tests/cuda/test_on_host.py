@@ -25,6 +25,7 @@ from against_reference import (
     maps,
     relative,
     some_pairs,
+    valid_pixels,
 )
 from test_dtypes import (
     test_dtypes_of_what_comes_out,
@@ -95,6 +96,7 @@ __all__ = [
 ]
 
 pytestmark = pytest.mark.usefixtures("host_kernels")  # which says what is missing
+MANY = 1024  # pairs, room included, from which on both directions of one are streamed together
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "nchw"])
@@ -111,6 +113,16 @@ def test_every_way_to_tile(shape, layout, host_kernels):
 def test_every_way_to_tile_in_other_dtypes(shape, dtype, host_kernels):
     query, key, window = features(shape, dtype=dtype)
     compare(host_kernels, query, key, some_pairs(query, key, 0.6), None, window)
+
+
+@pytest.mark.parametrize("kind", [None, "some", "samples"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_streamed_both_directions_of_a_pair_by_one_block(dtype, kind, host_kernels):
+    """The pairs (0, 1), (1, 0), (1, 2), (2, 0) and (2, 2): both directions, either, and itself."""
+    query = maps(1, 3, 40, 12, 13, dtype=dtype)
+    pairs = torch.tensor([1, 3, 5, 6, 8] + [-1] * MANY)
+    valid = None if kind is None else valid_pixels(query, None, (12, 12), kind)
+    compare(host_kernels, query, None, pairs, valid, (12, 12))
 
 
 @pytest.mark.parametrize("step", [1, 2])
@@ -160,22 +172,26 @@ def test_among_equals_the_first_is_the_match(window, dtype, host_kernels):
     """Two vectors only, so that every window is full of ties, which lanes find apart."""
     choice = torch.randint(0, 2, (1, 3, 18, 20))
     query = (torch.eye(16, dtype=dtype)[:2] * 2)[choice].movedim(-1, 2)
-    for valid in (None, torch.rand(1, 3, 18, 20) < 0.5):
-        arguments = (query, None, None, valid, window, EPS)
+    padded = torch.cat((torch.arange(9), torch.full((MANY,), -1)))
+    for pairs, valid in product((None, padded), (None, torch.rand(1, 3, 18, 20) < 0.5)):
+        arguments = (query, None, pairs, valid, window, EPS)
         expected, actual = (b.match(*arguments) for b in (reference, host_kernels))
         assert torch.equal(actual.argmax, expected.argmax)
         assert torch.equal(actual.max_sim, expected.max_sim)
 
 
-@pytest.mark.parametrize("window", [(3, 3), (12, 11)])
-def test_a_pair_does_not_depend_on_its_neighbours(window, host_kernels):
+@pytest.mark.parametrize(("window", "room"), [((3, 3), 0), ((12, 11), 0), ((12, 11), MANY)])
+def test_a_pair_does_not_depend_on_its_neighbours(window, room, host_kernels):
     query = maps(1, 6, 36, 12, 11)
     pairs = some_pairs(query, None, 0.3)
     everything, some = (
-        host_kernels.match(query, None, of, None, window, EPS) for of in (None, pairs)
+        host_kernels.match(
+            query, None, torch.cat((of, of.new_full((room,), -1))), None, window, EPS
+        )
+        for of in (torch.arange(36), pairs)
     )
     for whole, part in zip(everything[:3], some[:3], strict=True):
-        assert torch.equal(whole[pairs], part)
+        assert torch.equal(whole[pairs], part[: len(pairs)])
 
 
 def test_a_foreign_argmax_stays_inside_the_window(host_kernels):

@@ -299,8 +299,15 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one row a line, as JSON")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
     parser.add_argument("--capabilities", type=int, nargs="+", default=CAPABILITIES)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=tuple(DTYPES))
+    parser.add_argument("--all-valid", action="store_true", help="none where pixels take no part")
     options = parser.parse_args()
-    work = [(c, v) for v in variants(options.quick) for c in options.capabilities]
+    chosen = [
+        v
+        for v in variants(options.quick)
+        if v.dtype in options.dtypes and not (options.all_valid and v.valid)
+    ]
+    work = [(c, v) for v in chosen for c in options.capabilities]
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         for rows in pool.map(report, *zip(*work, strict=True)):
             for row in rows:

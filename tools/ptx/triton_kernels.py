@@ -1,6 +1,7 @@
 """Triton kernels without a GPU: compiled for sm_80, and their PTX run on `tools.ptxemu`.
 
-    python -m tools.ptx.triton_kernels     # two dozen inputs against the definition, as JSON
+    python -m tools.ptx.triton_kernels          # two dozen inputs against the definition, as JSON
+    python -m tools.ptx.triton_kernels 10 13    # of these the ones with such numbers, from 0 on
 
 The emulator executes the PTX instruction by instruction, checks every access, and counts
 instructions and memory traffic.
@@ -8,6 +9,7 @@ instructions and memory traffic.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import sys
@@ -212,8 +214,12 @@ def main() -> None:
     reason = obstacle()
     if reason is not None:
         sys.exit(reason)
+    parser = argparse.ArgumentParser("python -m tools.ptx.triton_kernels")
+    numbers = range(len(INPUTS))
+    parser.add_argument("numbers", nargs="*", type=int, choices=numbers, metavar="NUMBER")
     emulator = Emulator()
-    for item in INPUTS:
+    for number in parser.parse_args().numbers or numbers:
+        item = INPUTS[number]
         row = {
             "input": repr(item),
             "dtype": item.dtype,

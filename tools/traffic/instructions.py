@@ -43,7 +43,7 @@ def count(provider: str, passes: Passes, shape: Shape) -> list[Count]:
     """Both passes of a shape; of each, the kernels in the order of their launch, then the total."""
     whole: dict[str, dict[str, Counters]] = {"forward": {}, "backward": {}}
     for size in shape.maps():
-        for phase, kernels in run_on(passes, shape, size.height, size.width).items():
+        for phase, kernels in run_on(passes, shape, *size[:2], size.room).items():
             whole[phase] = add_map(shape, phase, whole[phase], kernels, size.weight)
     return [row for phase in whole for row in _rows(provider, shape, phase, whole[phase])]
 
@@ -73,9 +73,11 @@ def by_kernel(stats: Iterable[Any]) -> dict[str, Counters]:
     return dict(found)
 
 
-def run_on(passes: Passes, shape: Shape, height: int, width: int) -> dict[str, dict[str, Counters]]:
-    """Both passes on a small map."""
-    features, pairs = shape.features(height, width), shape.pairs()
+def run_on(
+    passes: Passes, shape: Shape, height: int, width: int, room: int = 0
+) -> dict[str, dict[str, Counters]]:
+    """Both passes on a small map, with room in the list of pairs."""
+    features, pairs = shape.features(height, width), shape.pairs(room)
     window = (shape.window, shape.window)
     passes.stats.clear()
     outputs = passes.forward(features, pairs, window)

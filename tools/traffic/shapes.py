@@ -36,6 +36,7 @@ class Map(NamedTuple):
     height: int
     width: int
     weight: float
+    room: int = 0  # entries of the list of pairs that are left over
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,11 @@ class Shape:
         """The maps that are counted; see the top of this file."""
         whole, rest = divmod(self.side, self.window)
         if rest == 0 and whole * whole <= FEW_WINDOWS:
-            return (Map(self.window, self.window, float(whole * whole)),)
+            # How a large window is cut goes by pairs x windows: the list is as long as it takes to
+            # be cut as the whole map is. What is left over costs a percent, and is counted too.
+            windows = whole * whole
+            room = (windows - 1) * len(self.pairs())
+            return (Map(self.window, self.window, float(windows), room),)
         if rest == 0:
             n = min(SMALL, whole // 2)
             sizes = [(n, n), (n, 2 * n)]
@@ -76,13 +81,14 @@ class Shape:
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         return noise.to(getattr(torch, self.dtype)).movedim(-1, 2)
 
-    def pairs(self) -> Tensor:
-        """The pairs, as flat indices into (groups, samples, samples).
+    def pairs(self, room: int = 0) -> Tensor:
+        """The pairs, as flat indices into (groups, samples, samples), then -1: room.
 
         One group holds two scans; of several groups, each holds one scan, as a training batch does.
         """
         mask = sample_pairs(self.samples) if self.groups == 1 else one_scan(self.samples)
-        return mask.expand(self.groups, -1, -1).flatten().nonzero().squeeze(1)
+        pairs = mask.expand(self.groups, -1, -1).flatten().nonzero().squeeze(1)
+        return torch.cat((pairs, pairs.new_full((room,), -1)))
 
     def bytes_moved(self, phase: str) -> int:
         """Least traffic of a pass: features read, and in the backward the gradient written."""
