@@ -104,10 +104,11 @@ def test_every_flag_in_the_pages_exists(capsys):
     from salkernels.training.cli import main as train
     from salkernels.training.data.manifest import main as manifest
 
-    programs = [(train, [command]) for command in COMMANDS] + [(manifest, [])]
-    for program, command in programs:
+    programs = [(train, [command, "--help-all"]) for command in COMMANDS]
+    programs.append((manifest, ["--help"]))
+    for program, words in programs:
         with pytest.raises(SystemExit):
-            program([*command, "--help"])
+            program(words)
     known = set(re.findall(r"--[a-z][\w.]*", capsys.readouterr().out))
     assert len(known) > 60
     known |= {"--config_file", "--dataset_dir", "--output_dir"}  # of a MONAI bundle

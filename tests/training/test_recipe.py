@@ -64,7 +64,7 @@ def followed(recipe, tmp_path_factory):
 
 
 def test_help_knows_the_method_and_its_settings(recipe, followed):
-    done = followed("pretrain", "--help")
+    done = followed("pretrain", "--help-all")
     assert done.returncode == 0, done.stderr
     assert f"--{recipe[0]}.power POWER" in done.stdout
     assert "exponent of the cosines. (type: int, default: 2)" in done.stdout
