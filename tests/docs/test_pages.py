@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 from pathlib import Path
@@ -104,10 +105,10 @@ def test_every_flag_in_the_pages_exists(capsys):
     from salkernels.training.cli import main as train
     from salkernels.training.data.manifest import main as manifest
 
-    programs = [(train, [command, "--help-all"]) for command in COMMANDS]
+    programs = [(train, [name, option]) for name in COMMANDS for option in ("--help", "--help-all")]
     programs.append((manifest, ["--help"]))
     for program, words in programs:
-        with pytest.raises(SystemExit):
+        with contextlib.suppress(SystemExit):
             program(words)
     known = set(re.findall(r"--[a-z][\w.]*", capsys.readouterr().out))
     assert len(known) > 60
