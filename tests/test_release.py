@@ -116,7 +116,7 @@ def test_long_tests_run_every_night():
     assert failing == ["torch-nightly"]
     commands = [step.get("run", "") for job in nightly["jobs"].values() for step in job["steps"]]
     assert any("--hypothesis-profile=nightly" in command for command in commands)
-    assert any("--nightly" in command for command in commands)
+    assert any("-m nightly --nightly" in command for command in commands)
 
 
 def test_only_a_tag_publishes_and_without_a_password():
