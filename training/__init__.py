@@ -19,7 +19,7 @@ _missing = [name for name in _NEEDED if _find_spec(name) is None]
 if _missing:
     raise ImportError(
         f"salkernels.training needs {', '.join(_missing)}, which the core package does not "
-        f"install: pip install 'salkernels[training]'"
+        f"install: pip install -e '.[training]' in the clone"
     )
 
 # Loaded when they are used: the command line needs few of them at a time.

@@ -413,7 +413,20 @@ def _spell_out(arguments: Sequence[str]) -> list[str]:
         following = arguments[place + 1 : place + 2] or ["--"]
         if argument in SWITCHES and following[0].startswith("--"):
             spelt.append("true")
-    return spelt
+    return _files_first(spelt)
+
+
+def _files_first(arguments: Sequence[str]) -> list[str]:
+    """--config right after the command: the parser lets what stands later win, we the flags."""
+    files: list[str] = []
+    others: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if word == "--config":
+            files += [word, *(value for value in [next(words, None)] if value is not None)]
+        else:
+            (files if word.startswith("--config=") else others).append(word)
+    return [*others[:1], *files, *others[1:]]
 
 
 def _named_preset(arguments: Sequence[str]) -> PresetName:

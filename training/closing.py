@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import FinetuneConfig, PretrainConfig
+from .experiment.audit import OWN
 from .experiment.cells import with_settings
 from .inputs import NOTES
 from .presets import FINETUNE, PresetName
@@ -37,8 +38,14 @@ def of_pretraining(
     if (config.out / "figures").is_dir():
         lines += [f"figures:  {config.out / 'figures'}"]
     lines += [f"warning:  {text}" for text in warnings(config.out)] or ["warnings: none"]
-    lines += [f"next:     {next_command(config, preset)}"]
+    if not of_an_experiment(config.out):  # which fine-tunes by itself
+        lines += [f"next:     {next_command(config, preset)}"]
     return "\n".join(lines)
+
+
+def of_an_experiment(out: Path) -> bool:
+    """Whether a run's folder lies in that of an experiment."""
+    return any((folder / OWN).is_file() for folder in out.absolute().parents[:4])
 
 
 def warnings(out: Path) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -93,10 +94,18 @@ def page(
         f"{out / 'results' / 'demo.md'}  the whole table; {out / 'pretrain' / 'sal'}  the encoder",
         "",
         "Next, on scans of your own (docs/training/own-data.md) or on ACDC:",
+        *_activation(),
         "  salkernels-train pretrain --preset desk --data DIR --out runs/sal",
         f"{duration(seconds)}. Settings and phantom are made so that an effect can show in "
         f"minutes: it says nothing about real scans.",
     ])  # fmt: skip
+
+
+def _activation() -> list[str]:
+    """The command that puts `salkernels-train` on the path, where it is not."""
+    if shutil.which("salkernels-train"):
+        return []
+    return [f"  . {Path(sys.prefix) / 'bin' / 'activate'}"]
 
 
 def _table(results: Results, m: int) -> str:
@@ -118,10 +127,9 @@ def learnt(results: Results, m: int) -> str:
         f"SAL less random, paired by fold: {found.mean:+.3f} Dice, 95 % interval "
         f"[{found.low:+.3f}, {found.high:+.3f}], {found.folds} folds of one pre-training."
     )
-    if found.low > 0:
-        return f"{said}\nPre-training helped: the interval lies above 0."
-    if found.high < 0:
-        return f"{said}\nPre-training harmed: the interval lies below 0."
+    if found.low > 0 or found.high < 0:
+        better = "better" if found.low > 0 else "worse"
+        return f"{said}\nSAL did {better} on these folds; the interval knows one pre-training only."
     return f"{said}\nNo difference can be told: the interval holds 0."
 
 

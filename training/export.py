@@ -44,6 +44,9 @@ def to_torch(weights: Weights) -> fx.GraphModule:
     for name, child in network.named_children():
         root.add_module(name, child)
     for node in traced.nodes:
+        node.type = (
+            None  # annotations are text here, which older torch (seen with 2.13) cannot save
+        )
         if node.op == "call_module":
             node.target = node.target.removeprefix("network.")
     return fx.GraphModule(root, traced, type(network).__name__).eval()
@@ -174,7 +177,12 @@ def to_smp(weights: Weights, classes: int, decoder_channels: tuple[int, ...] = (
     Raises:
         ImportError: segmentation-models-pytorch is not installed.
     """
-    import segmentation_models_pytorch as smp
+    try:
+        import segmentation_models_pytorch as smp
+    except ImportError as error:
+        raise ImportError(
+            "to_smp needs segmentation-models-pytorch: pip install segmentation-models-pytorch"
+        ) from error
 
     network = _network(weights)
     encoder = _SmpEncoder(network if isinstance(network, Encoder) else network.encoder)

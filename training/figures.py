@@ -292,7 +292,7 @@ def run_figures(out: Path) -> list[Path]:
 def summary(out: Path) -> str:
     """A few lines about a run folder: its kind, last metrics and result."""
     rows = read_metrics(out)
-    lines = [f"{out}: {int(rows[-1]['step']) if rows else 0} steps"]
+    lines = [f"{out}: {int(rows[-1]['step'])} steps" if rows else f"{out}:"]
     if rows:
         lines.append(", ".join(f"{k} {v:.4g}" for k, v in rows[-1].items() if k != "step"))
     result = out / "results.json"

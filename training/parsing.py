@@ -30,7 +30,7 @@ class Parser(ArgumentParser):
         # A `class_path` would be imported before anything is checked: no name is.
         set_parsing_settings(import_path_denylist=["*"])
         set_loader(MODE, _load, exceptions=(yaml.YAMLError,))
-        super().__init__(*args, parser_mode=MODE, **settings)
+        super().__init__(*args, parser_mode=MODE, allow_abbrev=False, **settings)
         self.commands: dict[str, Parser] = {}
         self.words: Sequence[str] = ()  # what is to be parsed, for messages
         self.first, self.needed, self.whole = tuple(first), needed, False

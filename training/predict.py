@@ -105,7 +105,7 @@ def predict_files(
             predict_file(model, about, image, target, device)
         except DataError as error:
             failures.append(str(error))
-    print(printable(f"{len(images) - len(failures)} label maps in {out}"))
+    print(printable(f"{(n := len(images) - len(failures))} label map{'s' * (n != 1)} in {out}"))
     if failures:
         raise DataError("these files were left out:\n" + "\n".join(failures))
 

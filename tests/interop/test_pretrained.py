@@ -126,6 +126,8 @@ def test_as_plain_torch(config, tmp_path):
     program = torch.export.export(to_torch(model), (IMAGES,))
     torch.testing.assert_close(program.module()(IMAGES), model(IMAGES))
     torch.save(to_torch(model), tmp_path / "plain.pt")
+    # torch 2.13 cannot save annotations that are text.
+    assert not any(isinstance(node.type, str) for node in to_torch(model).graph.nodes)
     torch.save((IMAGES, model(IMAGES)), tmp_path / "expected.pt")
     code = """
 import sys, torch

@@ -31,6 +31,9 @@ def _stops(words, capsys) -> tuple[int, str, str]:
     [
         (["pretain"], "there is no command 'pretain'; did you mean pretrain?"),
         (["pretrain", "--stpes=5"], "there is no setting --stpes; did you mean --optim.steps?"),
+        # An abbreviation could name another setting in the next version.
+        (["pretrain", "--optim.step=5"], "no setting --optim.step; did you mean --optim.steps"),
+        (["pretrain", "--conf=x"], "no setting --conf; did you mean --config?"),
         (["pretrain", "--iterations=5"], "did you mean --optim.steps?"),
         (["pretrain", "--epochs=5"], "did you mean --optim.epochs?"),
         (

@@ -18,7 +18,7 @@ def test_missing_packages_are_named_with_the_command_that_installs_them():
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert "salkernels.training needs monai, tqdm" in last
-    assert "pip install 'salkernels[training]'" in last
+    assert "pip install -e '.[training]'" in last
 
 
 def test_every_needed_package_is_in_the_extra():

@@ -274,7 +274,7 @@ def test_what_cannot_be_launched_is_refused(cluster, settings, message, tmp_path
 
 def test_without_submitit_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
-    with pytest.raises(RunError, match=r"pip install 'salkernels\[cluster\]'"):
+    with pytest.raises(RunError, match=r"pip install -e '\.\[cluster\]'"):
         Launcher("local", tmp_path)
 
 

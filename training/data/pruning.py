@@ -98,4 +98,4 @@ def report(folder: Path, idle: float, remove: bool) -> None:
         print(f"{'removed ' * remove}{cache.line()}")
     total = sum(cache.size for cache in found) / 2**20
     what = "removed" if remove else "in all"
-    print(f"{len(found)} caches, {total:,.1f} MB {what}", file=sys.stderr)
+    print(f"{len(found)} cache{'s' * (len(found) != 1)}, {total:,.1f} MB {what}", file=sys.stderr)

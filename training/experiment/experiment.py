@@ -167,8 +167,9 @@ def _conditions(config: ExperimentConfig, cells: Sequence[Cell]) -> str:
     run = pretraining or scoring
     if run is None:
         return "no runs"
+    data = "phantom" if config.name == "demo" else run.dataset.upper()
     parts = [
-        f"{run.dataset.upper()}, preset {config.preset} (crop {run.crop}, width "
+        f"{data}, preset {config.preset} (crop {run.crop}, width "
         f"{run.model.width}), {_counted('seed', config.seeds)}"
     ]
     if pretraining:

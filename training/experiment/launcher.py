@@ -68,7 +68,7 @@ class Launcher:
             import submitit
         except ImportError as error:
             raise RunError(
-                f"--launcher {cluster} needs submitit: pip install 'salkernels[cluster]'"
+                f"--launcher {cluster} needs submitit: pip install -e '.[cluster]' in the clone"
             ) from error
         cloudpickle.register_pickle_by_value(job)
         self.cluster = cluster

@@ -25,6 +25,7 @@ COLOURS = [
     )
     for i in places
 ]
+LEGEND = 2.4  # inches that it takes beside the panels
 LINES = ("-", "--", ":")  # of the strong, the pale and the dark ones
 
 
@@ -198,6 +199,8 @@ def collapse(results: Results) -> Figure | None:
         ("effective rank after E", lambda row: row.get("rank_embedding")),
         ("effective rank of the encoder", lambda row: row.get("rank_encoder")),
     ]
+    seen = [row for rows in shown.values() for row in rows]
+    panels = [panel for panel in panels if any(panel[1](row) is not None for row in seen)]
     figure, grid = _axes(len(panels), width=3.4, height=4)
     for axes, (title, value) in zip(grid, panels, strict=True):
         for arm, rows in shown.items():
@@ -236,8 +239,11 @@ def _legend(*panels: Axes) -> None:
     for axes in panels:
         handles, labels = axes.get_legend_handles_labels()
         named.update(zip(labels, handles, strict=True))
-    panels[0].figure.legend(
-        list(named.values()), list(named), frameon=False, fontsize=8, loc="outside right upper"
+    figure = panels[0].figure
+    assert isinstance(figure, Figure)
+    figure.set_figwidth(figure.get_figwidth() + LEGEND)
+    figure.legend(
+        list(named.values()), list(named), frameon=False, fontsize=8, loc="outside center right"
     )
 
 

@@ -273,7 +273,6 @@ def as_csv(results: Results) -> str:
 
 def markdown(results: Results, about: dict[str, Any]) -> str:
     """The table beside the paper's, classes, paired differences, and what pre-training came to."""
-    baseline = results.table.arm(results.table.baseline).label
     title = results.table.title + (f" ({ENDPOINT})" if results.endpoint == "probe" else "")
     head = [
         f"# {title}",
@@ -287,8 +286,7 @@ def markdown(results: Results, about: dict[str, Any]) -> str:
         head.append(f"**Not all of one piece**, and let pass by hand:\n\n{marks}")
     dice = [
         _dice_table(results),
-        f"## Paired differences from {baseline}\n\n{_explained(results, baseline)}\n\n"
-        f"{_difference_table(results)}",
+        *_differences(results),
         f"## Classes\n\n{_class_table(results)}",
     ]
     parts = head + (dice if results.labelled else [])
@@ -308,6 +306,16 @@ def markdown(results: Results, about: dict[str, Any]) -> str:
             f"{_nearest_table(results)}"
         )
     return "\n\n".join(parts) + "\n"
+
+
+def _differences(results: Results) -> list[str]:
+    """The section of paired differences; none where the baseline was not run."""
+    arm = results.table.baseline
+    if not any(results.difference(a, m, arm) for a in results.arms for m in results.labelled):
+        return []
+    name = results.table.arm(arm).label
+    said = _explained(results, name)
+    return [f"## Paired differences from {name}\n\n{said}\n\n{_difference_table(results)}"]
 
 
 def _explained(results: Results, baseline: str) -> str:
