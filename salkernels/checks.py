@@ -350,6 +350,7 @@ def _check_indices(pairs: Tensor, samples: int, keys: int) -> Tensor:
             f"pairs of {pairs.dtype} are indices (K, 2) of query and key, got shape "
             f"{tuple(pairs.shape)}; use pairs.bool() for a table or pairs.float() for weights"
         )
+    pairs = pairs.long()  # torch cannot compare unsigned ones
     if values_visible(pairs) and len(pairs):
         least, most = pairs.amin(dim=0).tolist(), pairs.amax(dim=0).tolist()
         if min(least) < 0 or most[0] >= samples or most[1] >= keys:
@@ -357,7 +358,7 @@ def _check_indices(pairs: Tensor, samples: int, keys: int) -> Tensor:
                 f"indices in pairs must be in [0, {samples}) for queries and [0, {keys}) for keys, "
                 f"got {least[0]} to {most[0]} and {least[1]} to {most[1]}"
             )
-    return pairs.long()
+    return pairs
 
 
 def as_tensor(name: str, x: object, device: torch.device | None = None) -> Tensor:

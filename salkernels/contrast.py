@@ -25,7 +25,7 @@ from .checks import (
     values_visible,
 )
 from .library_contrast import window_lse
-from .matching import EPS, grouped, match_set
+from .matching import EPS, grouped, match_set, reverse_mode_only
 from .reference import Outputs, no_match
 
 
@@ -105,9 +105,10 @@ def wla_contrast(
     name = backends.select(backend, features, keys, window)
     if isinstance(temperature, Tensor):
         scaled = with_temperature(features, keys, valid, temperature, eps)
-        lse = window_lse(*grouped(*scaled, against), window, LEAST_TEMPERATURE, eps, name)
+        inputs, fixed = grouped(*scaled, against), LEAST_TEMPERATURE
     else:
-        lse = window_lse(*grouped(features, keys, valid, against), window, temperature, eps, name)
+        inputs, fixed = grouped(features, keys, valid, against), temperature
+    lse = reverse_mode_only(window_lse, *inputs, window, fixed, eps, name)
     loss, taking_part = _contrast(found, lse.flatten(0, 1), chosen, temperature, valid is not None)
     if reduction == "none":
         return chosen.spread(loss, len(features))

@@ -6,7 +6,8 @@ feature map.
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ from .library import match
 from .reference import Outputs, match_places, no_match
 
 EPS = 1e-12
+
+Result = TypeVar("Result")
 
 
 class Matches(NamedTuple):
@@ -260,11 +263,18 @@ def _match(
     eps: float,
     backend: str,
 ) -> Outputs:
-    """The operator, with an error if it is differentiated in a way that it does not support.
+    """The operator, with an error if it is differentiated in a way that it does not support."""
+    prepare(query, key, pairs, valid)
+    return reverse_mode_only(match, query, key, pairs, valid, window, eps, backend)
+
+
+def reverse_mode_only(
+    operator: Callable[..., Result], query: Tensor, key: Tensor | None, *rest: Any
+) -> Result:
+    """An operator, with an error if it is differentiated in a way that it does not support.
 
     Forward mode would otherwise return zero tangents silently.
     """
-    prepare(query, key, pairs, valid)
     for tensor in (query, key):
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
             raise RuntimeError(
@@ -272,7 +282,7 @@ def _match(
                 "use loss.backward() or torch.autograd.grad"
             )
     try:
-        return match(query, key, pairs, valid, window, eps, backend)
+        return operator(query, key, *rest)
     except RuntimeError as error:
         if not transforms_active():
             raise

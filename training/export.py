@@ -172,7 +172,7 @@ def to_smp(weights: Weights, classes: int, decoder_channels: tuple[int, ...] = (
 
     Returns:
         A `segmentation_models_pytorch.base.SegmentationModel` with `encoder`, `decoder` and
-        `segmentation_head`; only the encoder is pre-trained.
+        `segmentation_head`, in eval mode; only the encoder is pre-trained.
 
     Raises:
         ImportError: segmentation-models-pytorch is not installed.
@@ -199,7 +199,7 @@ def to_smp(weights: Weights, classes: int, decoder_channels: tuple[int, ...] = (
     model.name = "salkernels-unet"
     smp.base.initialization.initialize_decoder(model.decoder)
     smp.base.initialization.initialize_head(model.segmentation_head)
-    found: nn.Module = model
+    found: nn.Module = model.eval()
     return found
 
 

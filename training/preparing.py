@@ -99,7 +99,13 @@ def as_volume(
         if pixel is None:
             return volume
         return Volume(volume.array, volume.affine, pixel, volume.orientation, volume.header)
-    array = np.asarray(scan.detach().cpu() if isinstance(scan, Tensor) else scan, np.float32)
+    array = np.asarray(scan.detach().float().cpu() if isinstance(scan, Tensor) else scan)
+    if array.dtype.kind not in "buif":
+        raise TypeError(
+            f"scan must be a path, or real numbers (X, Y, Z), got {type(scan).__name__} of "
+            f"{array.dtype}"
+        )
+    array = array.astype(np.float32, copy=False)
     if array.ndim != 3 or array.size == 0:
         raise ValueError(f"scan must be voxels (X, Y, Z), slices last, got shape {array.shape}")
     if not np.isfinite(array).all():
@@ -111,6 +117,8 @@ def as_volume(
     grid = np.asarray(affine, np.float64)
     if grid.shape != (4, 4):
         raise ValueError(f"affine must be (4, 4), got shape {grid.shape}")
+    if not (np.isfinite(grid).all() and np.linalg.det(grid[:3, :3])):
+        raise ValueError(f"affine must be finite and invertible, got {grid.tolist()}")
     if pixel is None:
         x, y, z = (float(n) for n in np.linalg.norm(grid[:3, :3], axis=0))
         pixel = x, y, z
@@ -120,8 +128,12 @@ def as_volume(
 
 def _spacing(spacing: Sequence[float] | float) -> tuple[float, float, float]:
     """Along X, Y and Z; that between slices plays no part where it is not given."""
-    numbers = [spacing] * 2 if isinstance(spacing, (int, float)) else list(spacing)
-    if len(numbers) not in (2, 3) or not all(0 < float(n) < np.inf for n in numbers):
+    try:
+        numbers = [float(n) for n in np.atleast_1d(np.asarray(spacing, np.float64))]
+    except (TypeError, ValueError):
+        numbers = []
+    numbers = numbers * 2 if len(numbers) == 1 else numbers
+    if len(numbers) not in (2, 3) or not all(0 < n < np.inf for n in numbers):
         raise ValueError(f"spacing must be 1 to 3 numbers in mm, each > 0, got {spacing!r}")
-    x, y, z = (*(float(n) for n in numbers), 1.0)[:3]
+    x, y, z = (*numbers, 1.0)[:3]
     return x, y, z

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import Field, fields, replace
 from typing import Any, Literal, TypeVar
+
+import numpy as np
 
 PresetName = Literal["phantom", "mini", "desk", "acdc", "chd", "pcl"]
 
@@ -234,14 +236,27 @@ def build(
         if rest:
             parts.setdefault(head, {})[rest] = value
         else:
-            whole[head] = value
+            whole[head] = _number(known[head], value) if head in known else value
     _require_known(set(whole) | set(parts), set(known), "")
     for head, inner in parts.items():
         make: Any = known[head].default_factory
         base = whole.get(head) or make()
-        _require_known(set(inner), {field.name for field in fields(base)}, f"{head}.")
+        own = {field.name: field for field in fields(base)}
+        _require_known(set(inner), set(own), f"{head}.")
+        inner = {key: _number(own[key], value, f"{head}.") for key, value in inner.items()}
         whole[head] = replace(base, **inner)
     return kind(**whole)
+
+
+def _number(of: Field[Any], value: Any, prefix: str = "") -> Any:
+    """A value as the records of a run hold it: no number of NumPy's, and of the setting's type."""
+    value = value.item() if isinstance(value, np.generic) else value
+    whole = type(value) is int
+    if of.type in ("int", int) and not whole:
+        raise TypeError(f"{prefix}{of.name} must be a whole number, got {value!r}")
+    if of.type in ("float", float) and not (whole or isinstance(value, float)):
+        raise TypeError(f"{prefix}{of.name} must be a number, got {value!r}")
+    return value
 
 
 def _require_known(given: set[str], known: set[str], prefix: str) -> None:
