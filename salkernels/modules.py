@@ -203,7 +203,9 @@ class SALLoss(nn.Module):
 
 
 def _shown(value: float | Tensor) -> float | str:
-    return f"{value.item():.6g} (a tensor)" if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    return "a tensor" if value.is_meta else f"{value.item():.6g} (a tensor)"
 
 
 def _learnable(name: str, value: float | Tensor, *, inclusive: bool = False) -> float | Tensor:

@@ -7,7 +7,7 @@ import torch
 from cases import EPS, F64
 from test_contrast import NEGATIVES, POSITIVES, formula, mean
 from torch import nn
-from torch.autograd import gradcheck
+from torch.autograd import forward_ad, gradcheck
 
 import salkernels
 
@@ -127,3 +127,18 @@ def test_a_parameter_of_a_module_is_learnt():
     gp = salkernels.GPLoss(nn.Parameter(torch.tensor(0.2)))
     gp(EMBEDDINGS, POSITIVES | POSITIVES.T).backward()
     assert gp.temperature.grad != 0
+
+
+def test_forward_mode_over_a_learnt_temperature_is_refused():
+    features = torch.randn(3, 4, 4, 4, dtype=torch.double)
+    positives = torch.eye(3, dtype=torch.bool).roll(1, 0)
+    negatives = ~(positives | torch.eye(3, dtype=torch.bool))
+
+    def loss(temperature):
+        return salkernels.wla_contrast(features, positives, negatives, 2, temperature)
+
+    tau = torch.tensor(0.3, dtype=torch.double)
+    with pytest.raises(RuntimeError, match="forward"):
+        torch.func.jvp(loss, (tau,), (torch.ones_like(tau),))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward"):
+        loss(forward_ad.make_dual(tau, torch.ones_like(tau)))

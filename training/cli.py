@@ -458,3 +458,7 @@ def _load_model(namespace: Namespace) -> Any:
     device = Device.of(RunConfig(device=namespace.device, precision=namespace.precision))
     model, about = load_unet(namespace.model)
     return device.to(model), about, device
+
+
+if __name__ == "__main__":  # what one tries first; training/run.py is the documented one
+    sys.exit(main())

@@ -392,3 +392,12 @@ class FinetuneConfig(LabelledConfig):
             raise ValueError("batch_size and select_every must be at least 1")
         if self.encoder_lr < 0:
             raise ValueError(f"encoder_lr must be >= 0, got {self.encoder_lr}")
+
+
+def require_kind(config: object, kind: type[RunConfig]) -> None:
+    """Raises a TypeError where a run is given the configuration of another."""
+    if not isinstance(config, kind):
+        raise TypeError(
+            f"config must be a {kind.__name__}, got {type(config).__name__}; "
+            f'{kind.__name__}.preset("desk", ...) makes one'
+        )

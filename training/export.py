@@ -194,7 +194,7 @@ def to_smp(weights: Weights, classes: int, decoder_channels: tuple[int, ...] = (
         decoder_channels=channels,
         n_blocks=len(encoder.out_channels) - 2,
     )
-    model.segmentation_head = smp.base.SegmentationHead(channels[-1], classes)
+    model.segmentation_head = smp.base.SegmentationHead(channels[-1], _count("classes", classes))
     model.classification_head = None
     model.name = "salkernels-unet"
     smp.base.initialization.initialize_decoder(model.decoder)
@@ -245,4 +245,11 @@ def _classes(network: Encoder | UNet, given: int | None) -> int:
         return network.classes
     if given is None:
         raise ValueError("an encoder has no classes: give out_channels, those of the new network")
+    return _count("out_channels", given)
+
+
+def _count(name: str, given: int) -> int:
+    """A number of classes, if it can be one."""
+    if not isinstance(given, int) or given < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {given!r}")
     return given

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .augment import augment
 from .callable_module import make_callable
-from .config import FinetuneConfig, LabelledConfig, SegmentationLoss
+from .config import FinetuneConfig, LabelledConfig, SegmentationLoss, require_kind
 from .data.cache import VolumeCache, require_labels
 from .data.manifest import dataset_info
 from .data.review import (
@@ -63,6 +63,7 @@ def finetune(config: FinetuneConfig) -> Scores:
         RunError: `config.out` holds another run; the encoder does not fit.
         DataError: the data cannot be read, or lack labels.
     """
+    require_kind(config, FinetuneConfig)
     device = Device.of(config)
     cache = open_dataset(config)
     start = Start.of(config, cache)

@@ -33,6 +33,8 @@ def sole_use(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
     place = folder.resolve()
     if place in _held:
         raise RunError(f"{folder} is in use by this process already")
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} is a file; give a folder that is new or of such a run")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a+") as file:
         deadline = time.monotonic() + patience

@@ -171,13 +171,13 @@ def _run(path: Path, content: bytes) -> ModuleType:
     sys.modules[module.__name__] = module  # dataclasses look their module up
     try:
         exec(compile(content, str(path), "exec"), vars(module))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         sys.modules.pop(module.__name__)
         raise RunError(_where(path, error)) from error
     return module
 
 
-def _where(path: Path, error: Exception) -> str:
+def _where(path: Path, error: BaseException) -> str:
     """In one line, where in the plug-in's file an error arose and which."""
     lines = [
         frame.lineno

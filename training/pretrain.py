@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .callable_module import make_callable
-from .config import PretrainConfig
+from .config import PretrainConfig, require_kind
 from .data.cache import VolumeCache
 from .data.errors import DataError, listed
 from .data.review import notices, spacing_recorded
@@ -57,9 +57,11 @@ def pretrain(config: PretrainConfig) -> Path:
     Raises:
         RunError: `config.out` holds another run; the device does not do.
         DataError: the data cannot be read.
+        TypeError: the configuration is that of another kind of run.
 
     Under torchrun the processes share each step: see `distributed`.
     """
+    require_kind(config, PretrainConfig)
     with processes(config.device):
         device = Device.of(config)
         cache = open_dataset(config)

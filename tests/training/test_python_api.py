@@ -180,6 +180,10 @@ def test_labels_of_an_array_are_those_of_the_command(weights, scan, tmp_path):
         ({"spacing": (1.0, -1.0)}, ValueError, "1 to 3 numbers in mm, each > 0"),
         ({"spacing": (1.0,) * 4}, ValueError, "1 to 3 numbers"),
         ({"affine": np.eye(3)}, ValueError, "affine must be (4, 4), got shape (3, 3)"),
+        ({"affine": np.diag([1.5, 1.5, 0, 1])}, ValueError, "must be finite and invertible"),
+        ({"affine": np.full((4, 4), np.nan)}, ValueError, "must be finite and invertible"),
+        ({"scan": np.ones((9, 9, 2), complex)}, TypeError, "real numbers (X, Y, Z)"),
+        ({"spacing": ["a", "b"]}, ValueError, "1 to 3 numbers in mm"),
         ({"scan": "nowhere.nii"}, DataError, "nowhere.nii"),
         ({"weights": {}}, ValueError, "do not say how their scans were prepared"),
         ({"weights": {**ABOUT, "spacing": "unknown"}}, ValueError, "had none"),
@@ -192,3 +196,24 @@ def test_what_cannot_be_prepared(arguments, error, words):
     with pytest.raises(error) as caught:
         training.prepare(**given)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("spacing", [np.float32(1.5), np.array(1.5), torch.tensor(1.5), (1.5, 1.5)])
+def test_one_spacing_may_be_any_number(spacing):
+    noise = np.random.default_rng(0).normal(size=(9, 9, 2))
+    expected = training.prepare(noise, ABOUT, spacing=1.5).slices
+    assert torch.equal(training.prepare(noise, ABOUT, spacing=spacing).slices, expected)
+
+
+def test_settings_are_numbers_of_their_kind():
+    config = training.PretrainConfig.preset("phantom", optim__steps=np.int64(2), crop=np.int32(32))
+    assert [type(config.optim.steps), type(config.crop)] == [int, int]
+    with pytest.raises(TypeError, match=r"optim\.steps must be a whole number, got 2\.5"):
+        training.PretrainConfig.preset("phantom", optim__steps=2.5)
+
+
+def test_a_run_refuses_the_configuration_of_another():
+    with pytest.raises(TypeError, match="must be a PretrainConfig, got FinetuneConfig"):
+        training.pretrain(training.FinetuneConfig.preset("phantom", data="nowhere"))
+    with pytest.raises(TypeError, match="must be a FinetuneConfig, got PretrainConfig"):
+        training.finetune(training.PretrainConfig.preset("phantom", data="nowhere"))
