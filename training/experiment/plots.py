@@ -243,7 +243,7 @@ def _legend(*panels: Axes) -> None:
     assert isinstance(figure, Figure)
     figure.set_figwidth(figure.get_figwidth() + LEGEND)
     figure.legend(
-        list(named.values()), list(named), frameon=False, fontsize=8, loc="outside center right"
+        list(named.values()), list(named), frameon=False, fontsize=8, loc="outside right center"
     )
 
 
