@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -118,7 +118,8 @@ def test_a_cpu_build_that_the_user_chose_stays(venv):
 
 
 needs_setuptools = pytest.mark.skipif(
-    importlib.util.find_spec("setuptools") is None or importlib.util.find_spec("pip") is None,
+    # Not find_spec, which runs a hook of setuptools that takes its distutils out of this process.
+    not {"setuptools", "pip"} <= {d.metadata["Name"] for d in importlib.metadata.distributions()},
     reason="needs setuptools and pip",
 )
 
