@@ -39,8 +39,8 @@ demo: $(if $(wildcard $(STAMP)),$(STAMP),$(DEMO))  ## phantom data -> SAL pre-tr
 	@echo '== Two to five minutes on two CPU cores; runs/demo can be deleted afterwards'
 	$(BIN)/salkernels-train demo
 
-test: $(STAMP)  ## run the tests
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## run the tests; TESTS=tests/training runs a part of them
+	$(BIN)/python -m pytest $(TESTS)
 
 bench: $(STAMP)  ## time the loss against its peers (about 15 minutes on a quiet machine)
 	$(BIN)/python -m pip install --quiet -e ".[bench]"
