@@ -122,7 +122,7 @@ def test_the_loss_falls_on_one_batch_seen_again_and_again(config_of, method):
     module = METHODS[method](config.model, getattr(config, method, None), corpus)
     optimiser = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=3e-3)
     cpu, losses = torch.device("cpu"), []
-    for _ in range(20):
+    for _ in range(40):
         views = make_views(batch, config, cpu, step_generator(0, 0, cpu), module.centres)
         loss = module(views).loss
         optimiser.zero_grad()

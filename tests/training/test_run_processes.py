@@ -276,7 +276,8 @@ def test_a_stuck_loader_is_reported_and_can_be_ended(pretrain_config, monkeypatc
     said = []
 
     def write(text, file):
-        said.append(text)
+        if "no batch for" in text:  # and not what is said of reading
+            said.append(text)
         if len(said) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -284,7 +285,6 @@ def test_a_stuck_loader_is_reported_and_can_be_ended(pretrain_config, monkeypatc
     began = time.monotonic()
     with pytest.raises(Stopped, match="SIGTERM at step 3 of 60"):
         pretrain.pretrain(config)
-    assert "no batch for" in said[0]
     assert "SIGTERM saves and ends the run" in said[0]
     assert time.monotonic() - began > 5 * 0.5  # not said every second
     assert load_checkpoint(config.out)["step"] == 3
