@@ -121,7 +121,7 @@ def test_the_best_of_many_is_marked(tmp_path):
     assert len(marked) == 1
     assert marked[0].startswith("| SAL | +0.200 [")
     assert marked[0].endswith(", p = 0.25; **best of 3** (p = 0.75) |")
-    assert "run again with fresh seeds" in text
+    assert "confirmed with fresh seeds" in text
     write(many, tmp_path, "x", about)
     found = json.loads((tmp_path / "x.json").read_text())["differences"]
     assert {row["arm"]: row["best_of"] for row in found} == {"gcl": None, "pcl": None, "sal": 3}
