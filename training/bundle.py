@@ -66,8 +66,10 @@ def to_bundle(weights: str | Path, folder: str | Path, *, name: str = "salkernel
         raise ValueError("the scans of the training recorded no spacing; those of a bundle must")
     if settings.orientation != "native":
         raise ValueError(f"a bundle takes slices as stored, not in {settings.orientation}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunError(f"{folder} is a file, or not empty; give a new folder")
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} is a file; give a new folder")
+    if folder.exists() and any(folder.iterdir()):
+        raise RunError(f"{folder} is not empty; give a new folder")
     for part in ("configs", "models", "scripts", "docs"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     torch.save(to_monai(model).state_dict(), folder / "models" / "model.pt")

@@ -261,6 +261,8 @@ def test_bundles_that_cannot_be_written(tmp_path):
     (tmp_path / "full" / "file").touch()
     with pytest.raises(RunError, match="full is not empty"):
         to_bundle(run, tmp_path / "full")
+    with pytest.raises(RunError, match="file is a file"):
+        to_bundle(run, tmp_path / "full" / "file")
     with pytest.raises(ValueError, match="as stored, not in RAS"):
         to_bundle(fine_tuned(tmp_path / "ras", orientation="RAS"), tmp_path / "b")
     assert not (tmp_path / "b").exists()
