@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         named = plugins.load_all(arguments)
     except RunError as error:
-        print(f"salkernels-train: error: {printable(str(error))}", file=sys.stderr)
+        print(f"{COMMAND}: error: {printable(str(error))}", file=sys.stderr)
         return 2
     parser = make_parser(arguments)
     if not arguments:
