@@ -19,8 +19,15 @@ from .record import Context
 
 ROOT = Path(__file__).resolve().parents[2]
 CALLS = 5
-MAIN_KERNELS = "regex:salkernels_(match|stream|gradient|gather)|match_kernel|gradient_kernel"
-REPORT, DETAILS = "kernels.ncu-rep", "kernels.csv"
+OURS = "regex:salkernels_|(match|norm|loss|gradient|gradient_across|plan|partners|count|list|sum)_kernel"
+# What says why a kernel is as slow as it is, in a third of the passes of the full set.
+SECTIONS = (
+    "SpeedOfLight", "MemoryWorkloadAnalysis", "ComputeWorkloadAnalysis", "SchedulerStats",
+    "WarpStateStats", "InstructionStats", "LaunchStats", "Occupancy",
+)  # fmt: skip
+CLOSING = 15  # seconds in which ncu writes what it has found
+REPORT = "kernels.ncu-rep"
+PAGES = {"details": "kernels.csv", "raw": "kernels-raw.csv"}  # of the report, as tables
 # Of the details of a kernel, those that say what bounds it.
 METRICS = {
     "Duration": "duration",
@@ -30,6 +37,10 @@ METRICS = {
     "L2 Cache Throughput": "l2",
     "Compute (SM) Throughput": "compute",
     "Issue Slots Busy": "issue",
+    "Executed Ipc Active": "ipc",
+    "Eligible Warps Per Scheduler": "eligible",
+    "Warp Cycles Per Issued Instruction": "cycles between",
+    "L2 Hit Rate": "l2 hits",
     "Registers Per Thread": "registers",
     "Achieved Occupancy": "occupancy",
 }
@@ -39,7 +50,8 @@ def cases(on_gpu: bool) -> list[Case]:
     if not on_gpu:
         return [QUICK]
     half = replace(PAPER, dtype="bfloat16")
-    return [PAPER, half, replace(ACDC, order="scans"), replace(half, window=4)]
+    wide = [replace(PAPER, window=6), replace(half, window=22), replace(PAPER, window=3)]
+    return [PAPER, half, replace(ACDC, order="scans"), *wide]
 
 
 def step_of(case: Case, backend: str, device: str) -> Callable[[], object]:
@@ -88,7 +100,7 @@ def _by_kernel(seen: profile, on_gpu: bool) -> dict[str, float]:
 def ncu(context: Context) -> None:
     """Nsight Compute on the main kernels; in a rehearsal what it would look at."""
     target = [sys.executable, "-m", "tools.gpu", "step", "inspected", "--device", context.device]
-    target += ["--out", str(context.folder)]
+    target += ["--out", str(context.folder), "--seconds", f"{context.left - CLOSING:.1f}"]
     if "inspected" in context.finished:
         return
     with context.measuring("inspected") as row:
@@ -98,18 +110,19 @@ def ncu(context: Context) -> None:
         if shutil.which("ncu") is None:
             raise FileNotFoundError("ncu is not on the PATH; it comes with CUDA's toolkit")
         report = context.folder / REPORT
-        words = ["ncu", "--clock-control", "none", "--set", "full", "--import-source", "no"]
-        words += ["-k", MAIN_KERNELS, "--launch-count", "10", "-f", "-o", str(report), *target]
+        words = ["ncu", "--clock-control", "none", "--import-source", "no"]
+        words += [word for section in SECTIONS for word in ("--section", section)]
+        words += ["-k", OURS, "-f", "-o", str(report), *target]
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
         print(done.stdout[-3000:], done.stderr[-3000:], flush=True)
         if done.returncode or not report.exists():
             said = (done.stdout + done.stderr).strip().splitlines()
             raise RuntimeError(f"ncu ended with {done.returncode}: {' '.join(said[-3:])}")
-        details = context.folder / DETAILS
-        with details.open("w") as file:
-            words = ["ncu", "--import", str(report), "--page", "details", "--csv"]
-            subprocess.run(words, stdout=file, check=True)
-        row["kernels"] = read_details(details.read_text("utf-8"))
+        for page, name in PAGES.items():
+            with (context.folder / name).open("w") as file:
+                words = ["ncu", "--import", str(report), "--page", page, "--csv"]
+                subprocess.run(words, stdout=file, check=True)
+        row["kernels"] = read_details((context.folder / PAGES["details"]).read_text("utf-8"))
 
 
 def read_details(text: str) -> list[dict[str, str]]:
@@ -126,10 +139,12 @@ def read_details(text: str) -> list[dict[str, str]]:
 
 
 def inspected(context: Context) -> None:
-    """What ncu looks at: one call of each backend in two dtypes."""
-    for dtype in ("float32", "bfloat16"):
+    """What ncu looks at: one call of each backend, in the order of worth."""
+    for case in cases(context.on_gpu):
         for name in context.backends:
-            base = PAPER if context.on_gpu else QUICK
-            step_of(replace(base, dtype=dtype), name, context.device)()
+            if context.left < 1:
+                print(f"out of time before {case.key} {name}", flush=True)
+                return
+            step_of(case, name, context.device)()
             context.synchronise()
-            print(f"{dtype} {name}", flush=True)
+            print(f"{case.key} {name}", flush=True)

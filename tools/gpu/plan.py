@@ -48,7 +48,7 @@ PLAN = (
     Step("kernels", "kernels", 30, "time by kernel"),
     Step("numerics", "smoke", 25, "nearly aligned features"),
     Step("train", "train", 75, "training steps of the presets"),
-    Step("ncu", "kernels", 60, "Nsight Compute on the main kernels"),
+    Step("ncu", "kernels", 75, "Nsight Compute on the main kernels"),
     Step("graph", "graph", 40, "graphs, streams, compile, repeats bit for bit"),
     Step("ddp", "ddp", 30, "NCCL with one rank"),
 )
