@@ -50,6 +50,8 @@ if [ "${WARM_SECONDS:-1800}" != 0 ]; then
   TRITON_CACHE_DIR=$work/triton "$python" -m tools.gpu.warm --capability "${architectures%%[ ;+]*}" \
     --seconds "${WARM_SECONDS:-1800}"
   tar -C "$work/triton" -cJf .gpu/triton.tar.xz .
+  # What its keys depend on: the step `report` says where that differs.
+  TRITON_CACHE_DIR=$work/triton "$python" -m tools.gpu.triton_cache facts >.gpu/triton.json
 fi
 
 {
