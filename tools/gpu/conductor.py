@@ -9,13 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
 from .plan import RESERVE, Step
-from .record import LEFT_OVER, LOST
+from .record import LEFT_OVER, LOST, lines
 
 ROOT = Path(__file__).resolve().parents[2]
 LOG, STEPS = "log.txt", "steps.json"
@@ -77,6 +76,9 @@ class Conductor:
             for number, step in enumerate(steps):
                 if step.times and background is not None:
                     background.wait(min(PATIENCE, self.left / 4))
+                if step.compiles and background is not None:
+                    self.endings[background.step.name] = background.end()
+                    background = None
                 kept = sum(later.least for later in steps[number + 1 :])
                 self.endings[step.name] = self._run(step, kept)
                 self._write()
@@ -152,6 +154,7 @@ class Background:
         self.conductor, self.step = conductor, step
         self.limit = min(step.limit_on(conductor.device), conductor.left)
         self.begin = time.monotonic()
+        self.rows = self._rows()
         with (conductor.folder / LOG).open("ab") as log:
             self.process = subprocess.Popen(
                 conductor.command(step, self.limit),
@@ -162,12 +165,17 @@ class Background:
             )
 
     def wait(self, seconds: float) -> None:
-        """Until it has ended, or so long."""
+        """Until it has ended, or has written a row, or so long."""
         start = time.monotonic()
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(max(0.0, seconds))
+        while self.process.poll() is None and self._rows() == self.rows:
+            if time.monotonic() - start > seconds:
+                break
+            time.sleep(0.1)
         if time.monotonic() - start > 1:
             self.conductor.say(f"waited {time.monotonic() - start:.0f} s for {self.step.name}")
+
+    def _rows(self) -> int:
+        return sum(row["step"] == self.step.name for row in lines(self.conductor.folder))
 
     def end(self) -> Ending:
         code = self.process.poll()

@@ -20,7 +20,10 @@ from .timing import wanted
 
 ROOT = Path(__file__).resolve().parents[2]
 CALLS = 5
-OURS = "regex:salkernels_|(match|norm|loss|gradient|gradient_across|plan|partners|count|list|sum)_kernel"
+OURS = (
+    "regex:salkernels_|"
+    "(match|norm|loss|gradient|gradient_across|plan|partners|count|list|sum)_kernel"
+)
 # What says why a kernel is as slow as it is, in a third of the passes of the full set.
 SECTIONS = (
     "SpeedOfLight", "MemoryWorkloadAnalysis", "ComputeWorkloadAnalysis", "SchedulerStats",

@@ -24,6 +24,7 @@ class Step:
         what: one line, for the log.
         least: seconds that the steps before it leave to it.
         times: whether it times anything, and waits for what compiles in the background.
+        compiles: whether it does so itself, and alone.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Step:
     what: str
     least: float = 0.0
     times: bool = False
+    compiles: bool = False
 
     def limit_on(self, device: str) -> float:
         """A CPU may be as slow as it likes, as long as it ends."""
@@ -61,9 +63,7 @@ PLAN = (
 BESIDE = Step("warm", "warm", 300, "compiles Triton's kernels that the cache lacks")
 # Run when it is named.
 ON_DEMAND = (
-    Step(
-        "tune", "tune", 100, "tiles of the Triton kernels, those of the table and others", 40, True
-    ),
+    Step("tune", "tune", 100, "the table's tiles of Triton kernels and others", 40, compiles=True),
 )
 # Run by other steps, under a tool that watches them.
 TARGETS = (

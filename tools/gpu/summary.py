@@ -61,8 +61,9 @@ def _pack(rows: Sequence[Row]) -> list[str]:
     """Whether Triton finds the kernels of a pack, and how many were missing."""
     packs = [row["pack"] for row in of(rows, "report") if "pack" in row]
     warm = [
-        f"{row['compiled']} were compiled in the background, {row['found']} were there"
-        for row in of(rows, "warm")
+        f"{row['compiled']} kernels compiled beside the steps in {row['seconds']:.0f} s, "
+        f"{row['found']} were there"
+        for row in of(rows, "warm")[-1:]
         if "found" in row
     ]
     return [f"Triton: {'; '.join([*packs, *warm])}"] if packs or warm else []
@@ -108,7 +109,7 @@ def _why(row: Row) -> str:
         return reasons[0] if reasons else "out of bounds"
     if row.get("failures"):
         return "; ".join(row["failures"])
-    skip = ("step", "name", "ok", "seconds", "backend", "what", "exit", "summary")
+    skip = ("step", "name", "commit", "ok", "seconds", "backend", "what", "exit", "summary")
     return ", ".join(f"{k} {v}" for k, v in row.items() if k not in skip) or "not as expected"
 
 

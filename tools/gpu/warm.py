@@ -17,22 +17,33 @@ from collections.abc import Container, Iterator, Mapping
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from benchmarks.cases import LAYOUTS, Case
 from salkernels._pair_list import count_blocks, regroup
-from salkernels.triton_kernels.offline import Compilers, Work
 
 from . import triton_cache
 from .inputs import EPS, F64, SMOKE, Call, Form, call
 from .record import Context
+
+if TYPE_CHECKING:  # needs Triton, without which a rehearsal does
+    from salkernels.triton_kernels.offline import Work
 
 NEARLY_ALIGNED = Form(1, 8, 0, 384, 8, 8, (2, 2), pairs=None)
 AROUND = Form(1, 8, 0, 32, 8, 8, (2, 2), pairs=None)  # of the step `graph`
 TIMED = ("time", "kernels", "train", "ncu", "host")  # steps that call the cases
 MAIN = 5  # of them come before the small forms
 Job = tuple[str, Case | Form]
+
+
+class Done(NamedTuple):
+    """A line on a call, and whether it went well."""
+
+    name: str
+    text: str
+    well: bool
 
 
 def work(steps: Container[str] | None = None, cases: tuple[str, ...] = ()) -> list[Job]:
@@ -65,6 +76,8 @@ def _of_cases(cases: tuple[str, ...]) -> list[Job]:
 
 
 def named(jobs: list[Job]) -> dict[str, Work]:
+    from salkernels.triton_kernels.offline import Work
+
     return {
         f"{kind} {what.key}": Work(functools.partial(arguments, kind, what)) for kind, what in jobs
     }
@@ -98,19 +111,30 @@ def warm(context: Context) -> None:
     from .tune import candidates_work
 
     major, minor = torch.cuda.get_device_capability()
+    capability = 10 * major + minor
     jobs = named(work(context.steps, context.cases))
-    if "tune" in context.steps:
-        jobs |= candidates_work(10 * major + minor, context.cases)
-    folder = triton_cache.folder_in_use()
+    rest = candidates_work(capability, context.cases) if "tune" in context.steps else {}
+    folder, begin = triton_cache.folder_in_use(), time.monotonic()
     before = triton_cache.entries(folder)
-    with context.measuring("triton", calls=len(jobs)) as row:
-        failed = []
-        for text, well in compiled(jobs, 10 * major + minor, context.left):
-            print(text, flush=True)
-            failed += [] if well else [text[:160]]
-        row["compiled"] = triton_cache.entries(folder) - before
-        row["found"] = before
-        row["not_compiled"] = failed[:8]
+
+    def tell(name: str, failed: list[str]) -> None:
+        now = triton_cache.entries(folder)
+        seconds = time.monotonic() - begin
+        context.emit(
+            name, found=before, compiled=now - before, failures=failed[:8], seconds=seconds
+        )
+
+    failures: list[str] = []
+    awaited = set(jobs)
+    for done in compiled(jobs | rest, capability, context.left):
+        print(done.text, flush=True)
+        failures += [] if done.well else [done.text[:160]]
+        if done.name in awaited:
+            awaited.remove(done.name)
+            if not awaited:  # the steps that wait go on
+                tell("triton", failures)
+    if rest or awaited or not jobs:
+        tell("triton and candidates", failures)
 
 
 def main(words: list[str] | None = None) -> int:
@@ -118,6 +142,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--capability", default="9.0")
     parser.add_argument("--seconds", type=float, default=1800)
     parser.add_argument("--first", type=int, help="only so many calls")
+    parser.add_argument("--tune", action="store_true", help="and the candidates of the step `tune`")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     given = parser.parse_args(words)
     if "TRITON_CACHE_DIR" not in os.environ:
@@ -125,17 +150,23 @@ def main(words: list[str] | None = None) -> int:
     Path(os.environ["TRITON_CACHE_DIR"]).mkdir(parents=True, exist_ok=True)
     capability = int(given.capability.replace(".", ""))
     jobs = named(work()[: given.first])
+    if given.tune:
+        from .tune import candidates_work
+
+        jobs |= candidates_work(capability)
     failed = 0
-    for text, well in compiled(jobs, capability, given.seconds, given.workers):
-        failed += not well
-        print(text, flush=True)
+    for done in compiled(jobs, capability, given.seconds, given.workers):
+        failed += not done.well
+        print(done.text, flush=True)
     return 1 if failed else 0
 
 
 def compiled(
     jobs: Mapping[str, Work], capability: int, seconds: float, workers: int | None = None
-) -> Iterator[tuple[str, bool]]:
-    """A line for each call, and whether it went well; what does not fit into the time is named."""
+) -> Iterator[Done]:
+    """Each call as it ends; what does not fit into the time is named at the end."""
+    from salkernels.triton_kernels.offline import Compilers
+
     begin = time.monotonic()
     with Compilers(capability, workers) as compilers:
         names = dict(zip(compilers.submit(jobs.values()), jobs, strict=True))
@@ -146,12 +177,13 @@ def compiled(
                     count = future.result()
                 except (Exception, BrokenProcessPool) as error:
                     said = " ".join(str(error).split())[:200]
-                    yield f"{name}: {type(error).__name__}: {said}", False
+                    yield Done(name, f"{name}: {type(error).__name__}: {said}", False)
                 else:
-                    yield f"{time.monotonic() - begin:5.0f} s {name}: {count} kernels", True
+                    text = f"{time.monotonic() - begin:5.0f} s {name}: {count} kernels"
+                    yield Done(name, text, True)
         except futures.TimeoutError:  # which is the built-in one from Python 3.11 on
             such = next(iter(names.values()))
-            yield f"out of time before {len(names)} calls, such as {such}", True
+            yield Done("", f"out of time before {len(names)} calls, such as {such}", True)
 
 
 if __name__ == "__main__":
