@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import _kept
 from .checks import values_visible
 
 
@@ -34,8 +35,12 @@ class PairList(NamedTuple):
         """
         flat = table.reshape(-1)
         if values_visible(table):
-            places = flat.nonzero().squeeze(1)
-            return cls.exactly(places, table.shape[0], device, table.shape[1])
+
+            def made() -> PairList:
+                places = flat.nonzero().squeeze(1)
+                return cls.exactly(places, table.shape[0], device, table.shape[1])
+
+            return _kept.recall("table", table, device, made, cls._bytes)
         places = torch.nonzero_static(flat, size=flat.numel()).squeeze(1)
         return cls(places, False, 1, to_device(places, device))
 
@@ -51,11 +56,20 @@ class PairList(NamedTuple):
         groups = 1
         if places.is_cpu and device.type != "cpu" and keys in (None, samples):
             groups = count_blocks(places, samples)
-        return cls(places, True, groups, to_device(regroup(places, samples, groups), device))
+        return cls(places, True, groups, copied(regroup(places, samples, groups), device))
 
     @classmethod
     def listed(cls, pairs: Tensor, samples: int, keys: int, device: torch.device) -> PairList:
         """Pairs (K, 2) of indices, in any order; one that is listed twice is computed once."""
+        return _kept.recall(
+            ("listed", samples, keys),
+            *(pairs, device),
+            lambda: cls._listed(pairs, samples, keys, device),
+            cls._bytes,
+        )
+
+    @classmethod
+    def _listed(cls, pairs: Tensor, samples: int, keys: int, device: torch.device) -> PairList:
         # A look-up and not the index itself: on a GPU torch stops at one that is out of range.
         query, key = (
             torch.arange(count, device=pairs.device)[column]
@@ -66,7 +80,7 @@ class PairList(NamedTuple):
             order = None
             if not bool((places[1:] > places[:-1]).all()):
                 places, order = torch.unique(places, return_inverse=True)
-                order = to_device(order, device)
+                order = copied(order, device)
             return cls.exactly(places, samples, device, keys)._replace(order=order)
         # As many places as pairs, so that none has to be counted: repetitions leave room.
         ascending, before = places.sort()
@@ -75,6 +89,9 @@ class PairList(NamedTuple):
         places = torch.full_like(ascending, -1).scatter(0, number, ascending)
         order = torch.empty_like(number).scatter(0, before, number)
         return cls(places, False, 1, to_device(places, device), to_device(order, device))
+
+    def _bytes(self) -> int:
+        return sum(x.nbytes for x in (self.places, self.grouped, self.order) if x is not None)
 
     def ordered(self, values: Tensor) -> Tensor:
         """Values (P, ...) of the list as those (K, ...) of the caller's pairs."""
@@ -124,5 +141,17 @@ def regroup(places: Tensor, samples: int, groups: int) -> Tensor:
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """x on a device; of small tensors of the CPU on a GPU, the copy made last time.
+
+    While a CUDA graph is captured, pinned memory is copied at each replay, as torch does.
+    """
+    if x.device == device:
+        return x
+    if _kept.capturing(device) and x.is_pinned():
+        return copied(x, device)
+    return _kept.recall("copy", x, device, lambda: copied(x, device), lambda copy: copy.nbytes)
+
+
+def copied(x: Tensor, device: torch.device) -> Tensor:
     """Asynchronous only towards a GPU: coming from one, values could be read before they arrive."""
     return x if x.device == device else x.to(device, non_blocking=x.is_cpu)

@@ -22,6 +22,9 @@ _is_batched: Callable[[torch.Tensor], bool] | None = getattr(
 )
 
 
+_raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
 def transforms_active() -> bool:
     """Whether a transform of torch.func is active. Without the name, errors are torch's own."""
     return _transforms is not None and _transforms()
@@ -35,6 +38,13 @@ def nobody_looks(tensor: torch.Tensor) -> bool:
     if _count_modes is None or _transforms is None or _is_batched is None:
         return False
     return _count_modes() == 0 and not _transforms() and not _is_batched(tensor)
+
+
+def raw_stream(device: torch.device) -> int:
+    """The current stream of a GPU, as a number. Without the name it takes ten times longer."""
+    if _raw_stream is None or device.index is None:
+        return torch.cuda.current_stream(device).cuda_stream
+    return _raw_stream(device.index)
 
 
 def constant_for_dynamo(function: Function) -> Function:

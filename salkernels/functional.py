@@ -129,6 +129,8 @@ def wla_set_loss(
             GPU: the pairs are then counted without waiting for the GPU, take no more memory than
             they need, and are split into groups if the samples of each scan are adjacent, which is
             many times faster. Weights on a GPU are not checked, since that would synchronise.
+            Captured in a CUDA graph, pairs on the CPU need a call with equal ones before, and stay
+            what they were at each replay.
             Weights that require a gradient get one, also where they are 0: all S² losses are then
             computed, and a NaN in any of them reaches the result.
         window_size: ω, as in `wla_loss`.
@@ -150,7 +152,8 @@ def wla_set_loss(
 
     Raises:
         ValueError, TypeError, RuntimeError: as `wla_loss`, and for `pairs` of a wrong shape or
-            dtype, with a negative weight, or with an index out of range.
+            dtype, with a negative weight, or with an index out of range; for pairs on the CPU
+            that are new in the capture of a CUDA graph.
     """
     given = check_set(features, pairs, keys, detach_keys, valid)
     features = given.features

@@ -32,6 +32,7 @@ from .checks import (
     check_valid_each,
     check_valid_pair,
     check_window,
+    values_visible,
 )
 from .library import match
 from .reference import Outputs, match_places, no_match
@@ -125,11 +126,13 @@ def align_set(
         )
     features = given.features
     window = check_window(window_size, features.shape[2], features.shape[3])
-    if given.pairs.dtype == torch.bool:
+    if given.pairs.dtype != torch.bool:
+        chosen = given.listed()
+    elif values_visible(given.pairs):
+        chosen = PairList.of(given.pairs, features.device)
+    else:
         places = given.pairs.reshape(-1).nonzero().squeeze(1)
         chosen = PairList.exactly(places, len(features), features.device, given.pairs.shape[1])
-    else:
-        chosen = given.listed()
     found = _matches(match_set(features, chosen, given.valid, window, eps, backend, given.keys))
     return Matches(*map(chosen.ordered, found))
 

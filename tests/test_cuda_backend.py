@@ -129,10 +129,11 @@ def test_inputs_that_it_does_not_take(gpu):
 
 
 @runs_on("cuda", "cuda")
-def test_a_call_can_be_captured_in_a_cuda_graph():
+@pytest.mark.parametrize("where", ["cuda", "cpu"])
+def test_a_call_can_be_captured_in_a_cuda_graph(where):
     features = torch.randn(6, 32, 8, 8, device="cuda").to(memory_format=torch.channels_last)
     features.requires_grad_()
-    pairs = ~torch.eye(6, dtype=torch.bool, device="cuda")
+    pairs = ~torch.eye(6, dtype=torch.bool, device=where)
     for window in (2, 8):
         expected = torch.autograd.grad(
             salkernels.wla_set_loss(features, pairs, window, backend="cuda"), features

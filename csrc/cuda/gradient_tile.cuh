@@ -76,6 +76,8 @@ __device__ inline void find_rows(const Problem& p, GradientShared& shared) {
   shared.start[r] = static_cast<const unsigned char*>(maps.data) +
                     map_offset(maps.strides, unit, sample, pixel) * element;
   shared.stride[r] = maps.strides[2];
+  // On its way while W is filled.
+  if (maps.vector) prefetch_row(shared.start[r], uint32_t(p.channels * sizeof(T)));
 }
 
 // W and x̂·V: each warp those of its samples.

@@ -99,6 +99,20 @@ __device__ inline void fill_units(const Problem& p, MatchShared& shared) {
   }
 }
 
+// Rows of a tile on the diagonal are on their way while the pairs are looked up, be there pairs for
+// all of them or not. Other tiles find them in the cache.
+template <class T>
+__device__ inline void prefetch_tile(const Problem& p, const MatchShared& shared) {
+  const Side& side = shared.work.sides[0];
+  const Maps& maps = p.maps[0];
+  const int r = threadIdx.x, member = r / side.pixels, pixel = r % side.pixels;
+  if (!shared.work.one_side || !maps.vector || !side.exists(shared.units, member)) return;
+  const Unit& unit = shared.units[side.unit(member)];
+  if (pixel >= unit.pixels()) return;
+  const int64_t offset = map_offset(maps.strides, unit, side.sample(member), pixel);
+  prefetch_row(static_cast<const T*>(maps.data) + offset, uint32_t(p.channels * sizeof(T)));
+}
+
 // Which of the units of a block belong to one group.
 struct UnitRun {
   int first, end;
@@ -388,6 +402,7 @@ __device__ void match(const Problem& p) {
   }
   __syncthreads();
   fill_units(p, shared);
+  prefetch_tile<typename Mode::T>(p, shared);
   const bool filled = mark_pairs(p, shared);
   const unsigned char* row = fill_row<typename Mode::T>(p, shared);
   // Norms of 16-bit features are taken from products of rows with themselves.

@@ -51,16 +51,26 @@ __device__ void reduce_losses(const Problem& p) {
   F* const max_sim = static_cast<F*>(p.max_sim) + slot;
   double sum = 0;
   if (paired) {
-    double sums[4] = {};  // so that loads are on their way side by side
+    // So many loads are on their way side by side: a block waits for memory a few times in all.
+    constexpr int kStep = kThreads / kLossPairs, kLoads = 16;
+    double sums[4] = {};
     int64_t i = threadIdx.x / kLossPairs;
-    constexpr int kStep = kThreads / kLossPairs;
-    for (; i + 3 * kStep < plane; i += 4 * kStep) {
+    for (; i + (kLoads - 1) * kStep < plane; i += kLoads * kStep) {
+      F values[kLoads];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        sums[j] += fabs(F(1) - max_sim[(i + j * kStep) * p.num_pairs]);
-      }
+      for (int j = 0; j < kLoads; ++j) values[j] = max_sim[(i + j * kStep) * p.num_pairs];
+#pragma unroll
+      for (int j = 0; j < kLoads; ++j) sums[j % 4] += fabs(F(1) - values[j]);
     }
-    for (; i < plane; i += kStep) sums[0] += fabs(F(1) - max_sim[i * p.num_pairs]);
+    // The rest likewise; behind the end is what costs nothing.
+    F values[kLoads];
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j) {
+      const int64_t at = i + j * kStep;
+      values[j] = at < plane ? max_sim[at * p.num_pairs] : F(1);
+    }
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j) sums[j % 4] += fabs(F(1) - values[j]);
     sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   } else if (exists) {
     for (int64_t i = threadIdx.x / kLossPairs; i < plane; i += kThreads / kLossPairs) {

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import gradient, match
-from .config import tile_for
+from .config import Tile, tile_for
 from .geometry import Cut, Matches, Product, Strides
 from .gradient import Terms
 from .launcher import SMALL, Launcher, list_of_pairs, maps_of, planner
@@ -24,6 +24,8 @@ __all__ = ["Problem", "backward", "capability", "forward"]
 
 MOST_TILES = 2  # of a group, whose weights fit into the registers
 KEPT = 256  # signatures
+# Of the sums over windows: a program waits for memory once for so many lines.
+SUMMING = Tile(0, 0, 8, 1)
 FORWARD = ("match", "stream_match", "norm")
 BACKWARD = ("gradient", "sum", "gradient_across")
 
@@ -36,7 +38,7 @@ class Forward:
         self.layout, self.sizes, form = layout, layout.extents(), layout.form()
         self.lines = signature.windows * layout.blocks
         compiled: dict[str, Any] = {"FORM": form, "CUT": layout.cut(), "PRODUCT": signature.product}
-        self.loss = Launcher(match.loss_kernel, SMALL, PAIRS=16, LINES=64)
+        self.loss = Launcher(match.loss_kernel, SUMMING, PAIRS=16, LINES=256)
         if layout.streamed:
             self.stream = Launcher(match.stream_match_kernel, layout.tile, **compiled)
             tile = signature.tiles[2]

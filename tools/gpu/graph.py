@@ -15,6 +15,7 @@ from benchmarks.clock import cuda_queue
 from .record import Context
 
 REPEATS = 50
+MANY = 100  # masks: more than the package keeps lists of
 Gradient = Callable[[Tensor], Tensor]
 
 
@@ -42,6 +43,8 @@ class _Checks:
         if self.context.on_gpu:
             for where in ("cuda", "cpu"):
                 checks[f"graph, mask on {where}"] = functools.partial(self._captured, where)
+            checks["graph, mask not seen before"] = self._unseen
+            checks["graph, mask changed later"] = self._changed_later
             checks["side stream"] = self._on_a_side_stream
         checks["repeats"] = self._repeats
         checks["autocast"] = self._under_autocast
@@ -54,18 +57,51 @@ class _Checks:
             with self.context.measuring(label, backend=self.name, what=what) as row:
                 row["ok"] = check()
 
-    def _same(self, gradient: Tensor) -> bool:
-        return torch.allclose(gradient, self.gradient(self.pairs), rtol=1e-5, atol=1e-7)
+    def _same(self, gradient: Tensor, expected: Tensor | None = None) -> bool:
+        expected = self.gradient(self.pairs) if expected is None else expected
+        return torch.allclose(gradient, expected, rtol=1e-5, atol=1e-7)
 
-    def _captured(self, where: str) -> bool:
-        """Forward and backward in a graph, with the table of pairs on either side."""
-        pairs = self.pairs.to(where)
+    def _graph(self, pairs: Tensor) -> Callable[[], Tensor]:
+        """Forward and backward in a graph, after calls that warm up; its replay."""
         found: list[Tensor] = []
         replay = cuda_queue().capture(lambda: found.append(self.gradient(pairs)))
-        found[-1].zero_()
-        replay()
-        torch.cuda.synchronize()
-        return self._same(found[-1])
+
+        def replayed() -> Tensor:
+            found[-1].zero_()
+            replay()
+            torch.cuda.synchronize()
+            return found[-1]
+
+        return replayed
+
+    def _captured(self, where: str) -> bool:
+        """With the table of pairs on either side."""
+        return self._same(self._graph(self.pairs.to(where))())
+
+    def _unseen(self) -> bool:
+        """A mask on the CPU that no call has used yet: a capture says what to do, and no more."""
+        mask = _mask(MANY + self.context.backends.index(self.name))
+        try:
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                self.gradient(mask)
+        except RuntimeError as error:
+            told = "before the capture" in str(error)
+        else:
+            told = False
+        return told and self._same(self._graph(mask)(), self.gradient(mask.to(self.context.device)))
+
+    def _changed_later(self) -> bool:
+        """Changed in place, a mask on the CPU is a new one to a call; a replay has the old list,
+        which it still finds when many other masks have come and gone."""
+        mask = self.pairs.clone()
+        old = self.gradient(mask)
+        replayed = self._graph(mask)
+        mask[:, 0] = False
+        new = self.gradient(mask)
+        for seed in range(MANY):
+            self.gradient(_mask(seed))
+        right = self._same(new, self.gradient(mask.to(self.context.device)))
+        return right and not self._same(new, old) and self._same(replayed(), old)
 
     def _on_a_side_stream(self) -> bool:
         """While the stream is still busy: whoever launches on another one reads too early."""
@@ -109,3 +145,8 @@ class _Checks:
             if not all(torch.equal(a, b) for a, b in zip(first, once(), strict=True)):
                 return False
         return True
+
+
+def _mask(seed: int) -> Tensor:
+    """Pairs of eight samples."""
+    return torch.rand(8, 8, generator=torch.Generator().manual_seed(seed)) < 0.5

@@ -1,0 +1,163 @@
+"""What was made on a GPU from recent tensors of the CPU, found again by what those hold.
+
+A mask of pairs comes from the CPU with every call, and from it a list on the GPU. Kept, an equal
+mask costs a look-up, and a CUDA graph can hold the call: while one is captured nothing can be
+copied from ordinary memory, but the warm-up before it has left the copy here.
+
+**Content.** The key holds every byte of the source, not a hash of it or its address: a mask that
+was changed in place, or another one at the same address, is a different key.
+
+**Streams.** A copy is queued on the current stream and does not wait for it, so that no call waits
+for the device. It belongs to that stream: another one makes its own, which replaces it. So each
+copy is written, read and freed in the order of one stream, as the memory of any tensor is, and
+neither an event nor `record_stream` is needed.
+
+**Graphs.** A capture has a stream of its own, and takes the copy of any: `torch.cuda.graph` waits
+for the device before it begins, and who uses `capture_begin` has to let its stream wait for that of
+the warm-up in any case. The copy lies outside the graph's private pool, which therefore does not
+keep it: freed here, its memory could be given to another tensor, and a replay would read that one.
+Nothing tells when the last graph has gone. So what a capture was given is kept until the process
+ends, some kilobytes for each mask that is captured.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from ._torch_private import nobody_looks, raw_stream
+
+MOST = 64  # values
+MOST_BYTES = 32 << 20  # of all values and their keys
+
+Value = TypeVar("Value")
+
+
+class Entry(NamedTuple):
+    """A value, the stream it was made on, and its bytes, those of its key included."""
+
+    value: Any
+    stream: int
+    size: int
+
+
+class Recent:
+    """The values that were asked for last, within bounds. Threads may share it."""
+
+    def __init__(self, most: int = MOST, most_bytes: int = MOST_BYTES) -> None:
+        self.most, self.most_bytes = most, most_bytes
+        self.bytes = 0
+        self.captured: dict[int, Any] = {}  # by identity: kept until the process ends
+        self._entries: OrderedDict[Hashable, Entry] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: Hashable, stream: int, capturing: bool) -> Any:
+        """The value of a key for use on a stream; None if there is none."""
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None or not (capturing or entry.stream == stream):
+                return None
+            self._entries.move_to_end(key)
+            if capturing:
+                self.captured[id(entry.value)] = entry.value
+            return entry.value
+
+    def put(self, key: Hashable, value: Any, stream: int, size: int) -> None:
+        """Keeps a value, and lets go of the oldest ones beyond the bounds."""
+        with self._lock:
+            self._remove(key)
+            if size > self.most_bytes:
+                return
+            self._entries[key] = Entry(value, stream, size)
+            self.bytes += size
+            while len(self._entries) > self.most or self.bytes > self.most_bytes:
+                self._remove(next(iter(self._entries)))
+
+    def _remove(self, key: Hashable) -> None:
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            self.bytes -= entry.size
+
+
+RECENT = Recent()
+
+
+def recall(
+    what: Hashable,
+    source: Tensor,
+    device: torch.device,
+    make: Callable[[], Value],
+    size_of: Callable[[Value], int],
+) -> Value:
+    """`make()`, or what it gave for an equal source on the CPU.
+
+    what: all that the value depends on besides the source and the device.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, and nothing was made from such a source yet.
+    """
+    if not _keepable(source, device):
+        return make()
+    content = _content(source)
+    key = (what, device, source.dtype, source.shape, content)
+    stream, captured = stream_of(device), capturing(device)
+    value: Value | None = RECENT.get(key, stream, captured)
+    if value is None:
+        if captured:
+            raise RuntimeError(_NOT_YET.format(shape=tuple(source.shape), device=device))
+        # Made in inference mode it could not be saved for a backward later.
+        with torch.inference_mode(False):
+            value = make()
+        RECENT.put(key, value, stream, len(content) + size_of(value))
+    return value
+
+
+_NOT_YET = (
+    "a CUDA graph is being captured, and a table or list {shape} on the CPU, which says what forms "
+    "a pair, has not been used on {device} yet: a graph cannot hold its copy. Call the loss once "
+    "with the same one before the capture, as warm-ups do, or keep it on the GPU"
+)
+
+
+def _keepable(source: Tensor, device: torch.device) -> bool:
+    """Whether the source's values are there to be read, and nobody records what is done to it."""
+    return (
+        not torch.compiler.is_compiling()
+        and _has_streams(device)
+        and type(source) is Tensor
+        and source.is_cpu
+        and not source.requires_grad
+        and nobody_looks(source)
+    )
+
+
+def _has_streams(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def stream_of(device: torch.device) -> int:
+    """The current stream of a GPU."""
+    return raw_stream(device)
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether what is queued now goes into a CUDA graph."""
+    return (
+        not torch.compiler.is_compiling()
+        and _has_streams(device)
+        and torch.cuda.is_current_stream_capturing()
+    )
+
+
+def _content(source: Tensor) -> bytes:
+    if source.dtype == torch.bfloat16:  # NumPy has none
+        source = source.view(torch.int16)
+    return source.numpy().tobytes()
