@@ -60,8 +60,8 @@ __host__ __device__ constexpr int64_t match_shared_bytes(int64_t stages, bool on
 
 __device__ inline Work work_of_tile(const Problem& p) {
   const Tiling& t = p.tiling;
-  const int64_t tile_pairs =
-      p.set_form ? t.tiles[0] * (t.tiles[0] + 1) / 2 : t.tiles[0] * t.tiles[1];
+  const uint32_t tile_pairs =
+      uint32_t(p.set_form ? t.tiles[0] * (t.tiles[0] + 1) / 2 : t.tiles[0] * t.tiles[1]);
   int first = int(blockIdx.x % tile_pairs), second;
   if (p.set_form) {  // the pairs of tiles on and above the diagonal, row by row
     const int tiles = int(t.tiles[0]);
@@ -76,7 +76,7 @@ __device__ inline Work work_of_tile(const Problem& p) {
   const bool one_side = p.set_form && first == second;
   return {{{first * t.samples[0], p.maps[0].samples, 0, units, int(t.samples[0]), pixels},
            {second * t.samples[1], p.maps[1].samples, 0, units, int(t.samples[1]), pixels}},
-          blockIdx.x / tile_pairs * units,
+          int64_t(blockIdx.x / tile_pairs) * units,
           one_side,
           {p.set_form ? one_side : second == 0, !p.set_form && first == 0}};
 }
@@ -344,9 +344,9 @@ __device__ inline void best_of_windows(const Problem& p, MatchShared& shared, bo
   }
 }
 
-// Products, norms and matches of a tile of which each warp has at most kShare blocks.
+// Products, norms and cosines of a tile of which each warp has at most kShare blocks.
 template <class Mode, int kShare>
-__device__ __forceinline__ void match_blocks(const Problem& p, MatchShared& shared, bool filled) {
+__device__ __forceinline__ void multiply_blocks(const Problem& p, MatchShared& shared) {
   const Work& work = shared.work;
   const bool one_side = work.one_side, by_diagonal = one_side && sizeof(typename Mode::T) == 2;
   Sums<kShare> sums = {};
@@ -364,8 +364,6 @@ __device__ __forceinline__ void match_blocks(const Problem& p, MatchShared& shar
   __syncthreads();
   store_cosines(sums, shared.list, shared.scale, shared.scale + (one_side ? 0 : kTile),
                 reinterpret_cast<float*>(shared.buffer));
-  __syncthreads();
-  best_of_windows(p, shared, filled);
 }
 
 // A warp can hold the sums of so many blocks of products where two thread blocks share the registers
@@ -413,15 +411,13 @@ __device__ void match(const Problem& p) {
   if (!any && shared.list.needed[0] == 0 && shared.list.needed[1] == 0) return;
   shared.list.number();
   const int share = (shared.list.count + kWarps - 1) / kWarps;
-  if (share <= 2) {
-    match_blocks<Mode, 2>(p, shared, filled);
-  } else if (share <= 3) {
-    match_blocks<Mode, 3>(p, shared, filled);
-  } else if (kMost == kFewBlocks || share <= kFewBlocks) {
-    match_blocks<Mode, kFewBlocks>(p, shared, filled);
+  if (share <= 3) {
+    multiply_blocks<Mode, 3>(p, shared);
   } else {
-    match_blocks<Mode, kMost>(p, shared, filled);
+    multiply_blocks<Mode, kMost>(p, shared);
   }
+  __syncthreads();
+  best_of_windows(p, shared, filled);
 }
 
 }  // namespace cuda

@@ -300,24 +300,22 @@ __device__ __forceinline__ void multiply_tile(const Problem& p, const TileRows& 
                                  buffer + place * words + side * kTileWords);
     }
   };
-  for (int chunk = 0; chunk < stages - 1; ++chunk) {
-    if (chunk < chunks) stage(chunk, chunk);
-    copy_async_commit();
-  }
-  int place = 0, next = stages - 1;  // in the ring, of this chunk and of the one to be staged
+  // In the ring, of the chunk that is multiplied and of the one that is staged. Both turns of the
+  // loop, before the first product and with it, are the same code: it is long, and a block runs
+  // through it a few times only, so that what it costs is to be fetched.
+  int place = 0, next = 0;
 #pragma unroll 1
-  for (int chunk = 0; chunk < chunks; ++chunk) {
-    if (stages == 1) {
-      __syncthreads();
-      stage(chunk, 0);
-      copy_async_commit();
-    }
-    copy_async_wait(stages == 1 ? 0 : stages - 2);
+  for (int chunk = stages == 1 ? 0 : 1 - stages; chunk < chunks; ++chunk) {
+    if (stages > 1 && chunk >= 0) copy_async_wait(stages - 2);
     // The chunk has landed for every thread, and none reads the one before it any more.
-    __syncthreads();
-    if (stages > 1) {
-      if (chunk + stages - 1 < chunks) stage(chunk + stages - 1, next);
-      copy_async_commit();
+    if (stages == 1 || chunk >= 0) __syncthreads();
+    if (chunk + stages - 1 < chunks) stage(chunk + stages - 1, next);
+    copy_async_commit();
+    next = next + 1 == stages ? 0 : next + 1;
+    if (chunk < 0) continue;
+    if (stages == 1) {
+      copy_async_wait(0);
+      __syncthreads();
     }
     uint32_t* const staged = buffer + place * words;
     const int lower = (stages - place) * words;
@@ -339,7 +337,6 @@ __device__ __forceinline__ void multiply_tile(const Problem& p, const TileRows& 
       }
     }
     place = place + 1 == stages ? 0 : place + 1;
-    next = next + 1 == stages ? 0 : next + 1;
   }
   copy_async_wait(0);
 }

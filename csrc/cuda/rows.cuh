@@ -7,7 +7,7 @@
 namespace salkernels {
 namespace cuda {
 
-// One window of one group. Extents of a map fit 32 bits, which divide faster than 64.
+// One window of one group.
 struct Unit {
   int64_t group;  // -1: there is none
   int32_t row, column, rows, columns;
@@ -15,11 +15,14 @@ struct Unit {
   __device__ int pixels() const { return rows * columns; }
 };
 
+// Units are numbered by 32 bits: the plan sees to it.
 __device__ inline Unit unit_of(const Problem& p, int64_t index) {
   if (index >= p.units()) return {-1, 0, 0, 0, 0};
-  const int64_t within = index % p.windows(), across = p.grid.across();
-  const Window window = p.grid.window(within / across, within % across);
-  return {index / p.windows(), int32_t(window.row), int32_t(window.column), int32_t(window.rows),
+  const uint32_t across = uint32_t(p.grid.across()), windows = uint32_t(p.windows());
+  const uint32_t group = uint32_t(index) / windows, within = uint32_t(index) - group * windows;
+  const uint32_t strip = within / across;
+  const Window window = p.grid.window(strip, within - strip * across);
+  return {group, int32_t(window.row), int32_t(window.column), int32_t(window.rows),
           int32_t(window.columns)};
 }
 
