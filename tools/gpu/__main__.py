@@ -14,6 +14,7 @@ from . import __doc__ as about
 from .plan import BESIDE, PLAN, REHEARSAL, TOTAL, find
 from .record import BEGIN, LEFT_OVER, Context, Expired, OutOfTime, read
 
+AGAIN = 0.5  # seconds until it is interrupted again
 LATE = 1.0  # seconds after its time at which a step is interrupted
 
 
@@ -114,7 +115,8 @@ def expiring(seconds: float) -> Iterator[None]:
         raise Expired
 
     before = signal.signal(signal.SIGALRM, expire)
-    signal.setitimer(signal.ITIMER_REAL, max(0.1, min(seconds, 1e6)))
+    # And again: raised in a callback, which cannot pass it on, it is lost.
+    signal.setitimer(signal.ITIMER_REAL, max(0.1, min(seconds, 1e6)), AGAIN)
     try:
         yield
     finally:

@@ -47,17 +47,17 @@ class Step:
 
 
 PLAN = (
-    Step("report", "report", 30, "machine, versions, backends", 8),
-    Step("smoke", "smoke", 60, "small inputs of every form against float64", 8),
+    Step("report", "report", 30, "machine, versions, backends", 20),
+    Step("smoke", "smoke", 60, "small inputs of every form against float64", 15),
     Step("checks", "checks", 100, "GPU tests, memcheck, racecheck, synccheck side by side", 40),
     Step("time", "timing", 150, "our backends and all peers, shape by shape", 30, times=True),
-    Step("kernels", "kernels", 30, "time by kernel", 10, times=True),
-    Step("numerics", "smoke", 25, "nearly aligned features", 8),
-    Step("host", "host", 20, "what a call costs the host, back to back", 10, times=True),
-    Step("train", "train", 60, "training steps of the presets", 20, times=True),
+    Step("kernels", "kernels", 30, "time by kernel", 15, times=True),
+    Step("numerics", "smoke", 25, "nearly aligned features", 12),
+    Step("host", "host", 20, "what a call costs the host, back to back", 18, times=True),
+    Step("train", "train", 60, "training steps of the presets", 25, times=True),
     Step("ncu", "kernels", 75, "Nsight Compute on the main kernels"),
-    Step("graph", "graph", 40, "graphs, streams, compile, repeats bit for bit", 15),
-    Step("ddp", "ddp", 30, "NCCL with one rank", 10),
+    Step("graph", "graph", 40, "graphs, streams, compile, repeats bit for bit", 20),
+    Step("ddp", "ddp", 30, "NCCL with one rank", 15),
 )
 # In the background from the start on, as long as others run.
 BESIDE = Step("warm", "warm", 300, "compiles Triton's kernels that the cache lacks")

@@ -22,7 +22,7 @@ GROUP = "__grp__"  # prefix of the files that list a kernel's paths
 NAMES = ("TRITON", "PTXAS", "CUDA", "NVPTX", "DISABLE_PTXAS", "LLVM_", "USE_IR_LOC")
 PACKED = Path(__file__).resolve().parents[2] / ".gpu" / "triton.json"
 # Facts on which the cache's keys depend; the others only say where things are.
-KEY_FACTS = ("triton", "triton_key", "libtriton_sha", "ptxas_version", "python", "key_variables")
+KEY_FACTS = ("triton", "triton_key", "libtriton_bytes", "ptxas_version", "python", "key_variables")
 
 
 def settle(folder: Path) -> int:
@@ -73,17 +73,13 @@ def _of_triton() -> dict[str, Any]:
     invalidating = getattr(libtriton, "get_cache_invalidating_env_vars", dict)
     return {
         "triton": triton.__version__,
-        "triton_key": _sha(cache.triton_key().encode()),
+        "triton_key": hashlib.sha256(cache.triton_key().encode()).hexdigest()[:16],
         "libtriton": str(library),
-        "libtriton_sha": _sha(library.read_bytes()),
+        "libtriton_bytes": library.stat().st_size,
         "ptxas": str(compiler.get_ptxas(90).path),
         "ptxas_version": str(compiler.get_ptxas_version(90)).strip().splitlines()[-1],
         "key_variables": dict(invalidating()),
     }
-
-
-def _sha(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def differences(packed: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
