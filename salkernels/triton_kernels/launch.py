@@ -16,7 +16,7 @@ from . import gradient, match
 from .config import Tile, tile_for
 from .geometry import Cut, Matches, Product, Strides
 from .gradient import Terms
-from .launcher import SMALL, Launcher, list_of_pairs, maps_of, planner
+from .launcher import Launcher, list_of_pairs, maps_of, planner
 from .layout import Layout, Problem, Signature, ceil
 from .lists import BackwardByLists, addressable
 

@@ -25,7 +25,7 @@ from benchmarks.providers import gram
 from .record import Context
 from .timing import wanted
 
-ROUNDS = 12
+ROUNDS = 9
 CALLS, OF_MANY, OF_ONE = 25, 8, 100  # of a round: a thousand launches fill the device's queue
 LEAD = 1.5  # times what the host takes: so long the device is kept busy
 PROFILED, TOP = 200, 25  # calls under cProfile, and the functions that are told
@@ -48,20 +48,25 @@ def host(context: Context) -> None:
     """Yardsticks, our backends and `gram`: µs per call; then where our own time goes."""
     for name, call in yardsticks(context.device).items():
         _measure(context, name, call, OF_ONE)
-    for case in cases(context):
-        calls = calls_of(case, context)
-        for name, call in calls.items():
-            count = OF_MANY if name.startswith("gram") else CALLS
-            _measure(context, f"{case.key} {name}", call, count)
+    first, *others = cases(context)
+    _measure_case(context, first)
+    calls = calls_of(first, context)
     for name in context.backends:
-        call = calls_of(cases(context)[0], context)[f"{name} both"]
         label = f"profile {name}"
         if label in context.finished:
             continue
         context.need(2, label)
         with context.measuring(label, backend=name) as row:
-            text, row["us"] = profiled(context, call)
+            text, row["us"] = profiled(context, calls[f"{name} both"])
             print(text, flush=True)
+    for case in others:
+        _measure_case(context, case)
+
+
+def _measure_case(context: Context, case: Case) -> None:
+    for name, call in calls_of(case, context).items():
+        count = OF_MANY if name.startswith("gram") else CALLS
+        _measure(context, f"{case.key} {name}", call, count)
 
 
 def cases(context: Context) -> list[Case]:

@@ -20,10 +20,14 @@ LONGEST = 300
 
 def _tell(**what: Any) -> None:
     path = os.environ.get(VARIABLE)
-    # Workers of xdist hand all on to the process that started them, which tells it.
-    if path and "PYTEST_XDIST_WORKER" not in os.environ:
+    if path and not _in_a_worker():
         with Path(path).open("a", encoding="utf-8") as file:
             file.write(json.dumps(what) + "\n")
+
+
+def _in_a_worker() -> bool:
+    """Workers of xdist hand all on to the process that started them, which tells it."""
+    return "PYTEST_XDIST_WORKER" in os.environ
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -32,7 +36,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         said = [line[1:].strip() for line in text.splitlines() if line.startswith("E ")]
         reason = " ".join(said or text.splitlines()[-1:])
         _tell(test=report.nodeid, outcome="failed", reason=reason[:LONGEST])
-        print(f"\nFAILED {report.nodeid}: {reason[:LONGEST]}", flush=True)
+        if not _in_a_worker():
+            print(f"\nFAILED {report.nodeid}: {reason[:LONGEST]}", flush=True)
     elif report.when == "call" or report.skipped:
         _tell(test=report.nodeid, outcome=report.outcome)
 

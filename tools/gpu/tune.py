@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import time
 from dataclasses import replace
 from typing import Any
@@ -68,6 +69,7 @@ def tune(context: Context) -> None:
         return
     from salkernels.triton_kernels import launch
 
+    os.environ.pop(config.FILE_VARIABLE, None)  # it would hide the tiles that are tried
     capability = launch.capability(torch.empty(0, device="cuda"))
     left = [one for one in subjects(context.cases) if one.label not in context.finished]
     found: list[Tuned] = []

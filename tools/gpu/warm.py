@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # needs Triton, without which a rehearsal does
 NEARLY_ALIGNED = Form(1, 8, 0, 384, 8, 8, (2, 2), pairs=None)
 AROUND = Form(1, 8, 0, 32, 8, 8, (2, 2), pairs=None)  # of the step `graph`
 TIMED = ("time", "kernels", "train", "ncu", "host")  # steps that call the cases
+NICENESS = 10  # the steps that are timed go first
 MAIN = 5  # of them come before the small forms
 Job = tuple[str, Case | Form]
 
@@ -110,6 +111,7 @@ def warm(context: Context) -> None:
         return
     from .tune import candidates_work
 
+    os.nice(NICENESS)  # the processes that compile inherit it
     major, minor = torch.cuda.get_device_capability()
     capability = 10 * major + minor
     jobs = named(work(context.steps, context.cases))
