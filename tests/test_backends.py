@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import salkernels
 from salkernels import backends, reference
+from salkernels.backends import measured
 
 X, Y = torch.randn(2, 2, 3, 4, 5)
 PAIRS = torch.tensor([[False, True], [True, False]])

@@ -175,9 +175,7 @@ def in_order(
     return order.items()
 
 
-def select(
-    name: str | None, query: Tensor, key: Tensor | None, window: tuple[int, int]
-) -> str:
+def select(name: str | None, query: Tensor, key: Tensor | None, window: tuple[int, int]) -> str:
     """The name of the backend that runs this input."""
     if name is not None:
         reason = get(name).why_not(query, key, window)

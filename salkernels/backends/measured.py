@@ -1,7 +1,7 @@
 """Which of the two backends for GPUs is faster, pass by pass, as it was measured.
 
-On an NVIDIA H100 with cold caches, S = 32, C = 384, 44 x 44 pixels, 272 pairs, channels-last, unless
-said otherwise; µs of the forward and of the backward (benchmarks/results/h100.md):
+On an NVIDIA H100 with cold caches; S = 32, C = 384, 44 x 44 pixels, 272 pairs,
+channels-last, unless said otherwise. µs of the forward and of the backward (benchmarks/results/h100.md):
 
 | features | window | `cuda` | `triton` | first choice |
 | --- | --- | --- | --- | --- |
@@ -15,8 +15,8 @@ said otherwise; µs of the forward and of the backward (benchmarks/results/h100.
 | 16 bits | 11 x 11 | 702 + 591 | 431 + 303 | `triton` |
 | 16 bits | 22 x 22 | 840 + 375 | 1399 + 464 | `cuda` |
 
-Ties, and gains of less than a tenth of both passes together, go to `cuda`: it has nothing to compile
-at the first call, and costs the host less. The set form alone was measured.
+Ties, and gains of less than a tenth of both passes together, go to `cuda`: it has nothing to
+compile at the first call, and costs the host less. The set form alone was measured.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 import salkernels
 from benchmarks.cases import ACDC, PAPER, QUICK, Case
 
+from . import counters
 from .record import Context
 from .timing import wanted
 
@@ -131,6 +132,8 @@ def ncu(context: Context) -> None:
                 words = ["ncu", "--import", str(report), "--page", page, "--csv"]
                 subprocess.run(words, stdout=file, check=True)
         row["kernels"] = read_details((context.folder / PAGES["details"]).read_text("utf-8"))
+        raw = (context.folder / PAGES["raw"]).read_text("utf-8")
+        counters.write(context.folder, counters.rows_of(raw, counters.labels_of(done.stdout)))
 
 
 def read_details(text: str) -> list[dict[str, str]]:

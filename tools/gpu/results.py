@@ -11,6 +11,7 @@ from pathlib import Path
 from benchmarks import report
 from salkernels._shared.files import write_atomically
 
+from . import counters
 from .conductor import read_endings
 from .record import Row, latest, lines
 from .summary import summary
@@ -62,9 +63,13 @@ def take(folders: Sequence[Path], label: str, home: Path = HOME) -> list[Path]:
     taken = [everything, home / f"{label}-gpu.md"]
     taken += [path for path in (home / f"{label}.csv", home / f"{label}.md") if path.exists()]
     for folder in reversed(folders):  # of Nsight Compute the latest
-        if (folder / "kernels.csv").exists():
-            kept = shutil.copyfile(folder / "kernels.csv", home / f"{label}-kernels.csv")
-            return [*taken, Path(kept)]
+        files = [folder / f"{counters.NAME}.{end}" for end in ("csv", "md")]
+        if all(file.exists() for file in files):
+            kept = [home / f"{label}-counters{file.suffix}" for file in files]
+            return [
+                *taken,
+                *(Path(shutil.copyfile(*both)) for both in zip(files, kept, strict=True)),
+            ]
     return taken
 
 
