@@ -231,7 +231,7 @@ def match_set(
 ) -> Outputs:
     """Pairs within groups of samples, whose keys are its queries unless there are others."""
     eps = check_eps(eps)
-    name = backends.select(backend, features, keys, window, pairs.groups)
+    name = backends.select(backend, features, keys, window)
     return _match(*grouped(features, keys, valid, pairs), window, eps, name)
 
 

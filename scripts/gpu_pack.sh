@@ -12,6 +12,7 @@
 # ARCHITECTURES   compute capabilities of the libraries (default: 9.0; see TORCH_CUDA_ARCH_LIST)
 # TARGET          of the other machine, the Python of the wheels (default: PYTHON's)
 # WARM_SECONDS    for Triton's kernels (default: 1800; 0 leaves them out)
+# WARM_TUNE       if set, also those of the step `tune`, which takes several times as long
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(command -v "${PYTHON:-.venv/bin/python}")
@@ -48,8 +49,10 @@ if [ "${WARM_SECONDS:-1800}" != 0 ]; then
   echo "Triton's kernels"
   mkdir "$work/triton"
   TRITON_CACHE_DIR=$work/triton "$python" -m tools.gpu.warm --capability "${architectures%%[ ;+]*}" \
-    --seconds "${WARM_SECONDS:-1800}"
+    --seconds "${WARM_SECONDS:-1800}" ${WARM_TUNE:+--tune}
   tar -C "$work/triton" -cJf .gpu/triton.tar.xz .
+  # What its keys depend on: the step `report` says where that differs.
+  TRITON_CACHE_DIR=$work/triton "$python" -m tools.gpu.triton_cache facts >.gpu/triton.json
 fi
 
 {

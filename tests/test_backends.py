@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import salkernels
 from salkernels import backends, reference
+from salkernels.backends import measured
 
 X, Y = torch.randn(2, 2, 3, 4, 5)
 PAIRS = torch.tensor([[False, True], [True, False]])
@@ -189,30 +191,37 @@ def on_a_gpu(samples, dtype=torch.float32):
 
 
 @pytest.mark.parametrize(
-    ("samples", "pairwise", "window", "dtype", "first"),
+    ("pairwise", "window", "dtype", "first"),
     [
-        (32, False, (2, 2), torch.float32, "cuda+triton"),  # the paper's: 128 rows
-        (33, False, (2, 2), torch.float32, "cuda"),
-        (32, False, (2, 2), torch.bfloat16, "cuda"),
-        (32, False, (2, 2), torch.float64, "cuda"),  # triton does not take it
-        (32, True, (2, 2), torch.float32, "cuda"),
+        (False, (2, 2), torch.float32, "triton"),
+        (False, (3, 3), torch.float32, "cuda"),
+        (False, (2, 2), torch.bfloat16, "cuda"),
+        (False, (3, 3), torch.float16, "triton+cuda"),
+        (False, (6, 6), torch.bfloat16, "cuda"),
+        (False, (11, 11), torch.bfloat16, "triton"),
+        (False, (2, 2), torch.float64, "cuda"),  # triton does not take it
+        (True, (2, 2), torch.float32, "cuda"),  # was not measured
     ],
 )
-def test_on_a_gpu_the_order_goes_by_dtype_and_the_rows_of_a_window(
-    samples, pairwise, window, dtype, first, both_on_a_gpu
-):
-    x = on_a_gpu(samples, dtype)
+def test_on_a_gpu_the_order_goes_by_dtype_and_window(pairwise, window, dtype, first, both_on_a_gpu):
+    x = on_a_gpu(32, dtype)
     y = x if pairwise else None
     assert backends.select(None, x, y, window) == first
     order = [status.name for status in salkernels.explain(x, window, y)]
-    assert [name for name in order if "+" not in name] == list(backends.BACKENDS)
+    assert order[0] == first
+    rest = [name for name in backends.BACKENDS if name != first]
+    assert [name for name in order[1:] if "+" not in name] == rest
     assert next(s.name for s in salkernels.explain(x, window, y) if s.available) == first
 
 
-def test_the_rows_of_a_group_are_counted_not_those_of_all(both_on_a_gpu):
-    x = on_a_gpu(64)
-    assert backends.select(None, x, None, (2, 2)) == "cuda"
-    assert backends.select(None, x, None, (2, 2), groups=2) == "cuda+triton"
+def test_rules_do_not_overlap_and_name_backends():
+    for rule in measured.RULES:
+        assert backends.get(rule.names)
+        assert rule.min_pixels <= rule.max_pixels
+    for itemsize in (2, 4):
+        own = sorted(rule for rule in measured.RULES if rule.itemsize == itemsize)
+        for before, after in itertools.pairwise(own):
+            assert before.max_pixels < after.min_pixels
 
 
 def test_without_triton_cuda_does_both_passes(both_on_a_gpu, monkeypatch):
@@ -243,12 +252,14 @@ def test_two_names_are_one_backend_for_each_pass(monkeypatch):
     features = torch.randn(4, 3, 4, 4, requires_grad=True)
     pairs = ~torch.eye(4, dtype=torch.bool)
     salkernels.wla_set_loss(features, pairs, 2, backend="cuda+triton").backward()
-    assert seen == ["cuda match", "triton match_backward"]
+    salkernels.wla_set_loss(features, pairs, 2, backend="triton+cuda").backward()
+    assert seen == ["cuda match", "triton match_backward", "triton match", "cuda match_backward"]
 
 
-@pytest.mark.parametrize(("dynamic", "first"), [(False, "cuda+triton"), (True, "cuda")])
-def test_compiled_code_orders_by_sizes_that_are_known(dynamic, first, both_on_a_gpu):
-    """A size that is a symbol stays one: nothing is recompiled where it crosses the limit."""
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_code_orders_by_what_is_known(dynamic, both_on_a_gpu):
+    """A size that is a symbol stays one."""
+    first = "triton"
 
     def chosen(x):
         return x.new_empty(len(backends.select(None, x, None, (2, 2))))

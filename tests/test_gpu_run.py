@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from tools.gpu import __main__ as command
 from tools.gpu import conductor, record
 from tools.gpu.conductor import Conductor, Ending, read_endings
 from tools.gpu.inputs import SMOKE
-from tools.gpu.plan import PLAN, RESERVE, TARGETS, TOTAL, Step, find
+from tools.gpu.plan import BESIDE, ON_DEMAND, PLAN, RESERVE, TARGETS, TOTAL, Step, find
 from tools.gpu.record import LEFT_OVER, LOST, Context, OutOfTime, read
 from tools.gpu.summary import summary
 
@@ -158,13 +160,112 @@ def test_the_plan_fits_into_eight_minutes_and_names_functions():
     assert TOTAL <= 8 * 60 - 10
     assert RESERVE < TOTAL / 10
     # What is worth most has its full time even if all before it takes its limit.
-    assert sum(step.limit for step in PLAN[:5]) <= TOTAL - RESERVE
-    assert len({step.name for step in (*PLAN, *TARGETS)}) == len(PLAN) + len(TARGETS)
-    for step in (*PLAN, *TARGETS):
+    kept = sum(step.least for step in PLAN[4:])
+    assert sum(step.limit for step in PLAN[:4]) + kept <= TOTAL - RESERVE
+    everything = (*PLAN, *ON_DEMAND, BESIDE, *TARGETS)
+    assert len({step.name for step in everything}) == len(everything)
+    for step in everything:
         assert callable(step.function())
         assert find(step.name) is step
+        assert step.least <= step.limit
+    assert find("time:40").limit == 40
+    assert find("time:40").function() is find("time").function()
     with pytest.raises(ValueError, match="no step 'tme'; expected one of report, smoke"):
         find("tme")
+    for text in ("time:x", "time:0", "time:inf"):
+        with pytest.raises(ValueError, match=f"expected STEP:SECONDS, .* got '{text}'"):
+            find(text)
+
+
+def test_steps_leave_to_the_later_ones_what_those_need_at_least(scripted):
+    quick = dict.fromkeys(("first", "second", "third"), "pass")
+    first, second, third = steps(*quick)
+    found = scripted(quick, seconds=20.0).run([first, second, replace(third, least=8.0)])
+    assert 11 < found["second"].limit <= found["first"].limit <= 12
+    assert 12 < found["third"].limit <= 20
+    # Where there is too little for all, what is worth more has its own least.
+    plan = [replace(first, least=4.0), replace(second, least=8.0)]
+    found = scripted(quick, seconds=6.0).run(plan)
+    assert 3.9 <= found["first"].limit <= 4.0
+
+
+def test_a_step_in_the_background_is_waited_for_and_ended(scripted, tmp_path, monkeypatch):
+    """What times waits for it, but not for ever; at the end its processes are gone."""
+    beside, late, plain, timing_step = steps("beside", "late", "plain", "timing")
+    timing_step = replace(timing_step, times=True)
+    mark = tmp_path / "mark"
+    scripts = {
+        "beside": f"import time; time.sleep(2); open({str(mark)!r}, 'w')",
+        "late": f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()));"
+        "time.sleep(60)",
+        "plain": "pass",
+        "timing": f"import os; raise SystemExit(not os.path.exists({str(mark)!r}))",
+    }
+    found = scripted(scripts).run([plain, timing_step], beside=beside)
+    assert [found[name].status for name in ("beside", "plain", "timing")] == ["done"] * 3
+    # It may say that all is there that they need, and go on.
+    row = json.dumps({"step": "beside", "name": "x"}) + "\n"
+    scripts["beside"] = (
+        "import time; time.sleep(0.5);"
+        f"open({str(tmp_path / record.RESULTS)!r}, 'a').write({row!r}); time.sleep(60)"
+    )
+    start = time.monotonic()
+    found = scripted(scripts).run([timing_step], beside=beside)
+    assert time.monotonic() - start < 20
+    assert found["timing"].status == "done"
+    # What compiles by itself does it alone.
+    scripts["compiling"] = (
+        f"import os; pid = int(open({str(tmp_path / 'pid')!r}).read());"
+        "raise SystemExit(os.path.exists(f'/proc/{pid}'))"
+    )
+    alone = replace(steps("compiling")[0], compiles=True)
+    found = scripted(scripts).run([plain, alone], beside=late)
+    assert (found["late"].status, found["compiling"].status) == ("left over", "done")
+    monkeypatch.setattr(conductor, "PATIENCE", 1.5)
+    found = scripted(scripts).run([timing_step], beside=late)
+    assert found["late"].status == "left over"
+    assert found["timing"].status == "done"
+    assert has_ended(int((tmp_path / "pid").read_text()))
+    assert read_endings(tmp_path)["late"].status == "left over"
+
+
+def test_a_measurement_that_takes_too_long_is_left_over(tmp_path, monkeypatch, capsys):
+    """What catches every Exception does not catch that, and no row calls it a failure."""
+
+    def endless(here):
+        here.emit("first", value=1)
+        with here.measuring("second"):
+            try:
+                time.sleep(60)
+            except Exception:
+                time.sleep(60)
+            except BaseException:  # as a callback loses it
+                time.sleep(60)
+
+    monkeypatch.setattr(Step, "function", lambda self: endless)
+    monkeypatch.setattr(command, "LATE", 0.2)
+    monkeypatch.setattr(command, "BEGIN", time.monotonic())
+    before = signal.getsignal(signal.SIGALRM)
+    start = time.monotonic()
+    words = ["step", "smoke", "--device", "cpu", "--seconds", "0.5", "--out", str(tmp_path)]
+    assert command.main(words) == LEFT_OVER
+    assert time.monotonic() - start < 30
+    assert [row["name"] for row in read(tmp_path)] == ["first"]
+    assert "out of time in the middle" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGALRM) is before
+
+
+def test_a_command_names_shapes_and_steps():
+    given = command.parser().parse_args(
+        ["run", "--steps", "time:40", "tune", "--cases", "w22", "S64"]
+    )
+    found = Conductor(given.out, "cpu", 60.0, given.cases)
+    found.names = ["time", "tune"]
+    words = found.command(find("time"), 44.0)
+    again = command.parser().parse_args(words[3:])
+    assert (again.name, again.seconds) == ("time", 40.0)
+    assert again.cases == ["w22", "S64"]
+    assert again.beside == ["time", "tune"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -191,12 +292,24 @@ def test_a_measurement_that_raises_is_a_row_and_not_the_end(tmp_path):
     with here.measuring("good") as row:
         row["value"] = 1 / 3
     bad, good = read(tmp_path)
+    assert bad.pop("commit", None) == record.commit()
     assert bad == {
         "step": "smoke", "name": "bad", "backend": "x", "failed": "RuntimeError: no luck"
     }  # fmt: skip
     assert good["value"] == 0.33333
     assert context(tmp_path).finished == {"good"}
     assert context(tmp_path, "graph").finished == set()
+
+
+def test_what_other_code_has_measured_is_measured_again(tmp_path, monkeypatch):
+    """It is known to have been tried, and what has not been comes first."""
+    context(tmp_path).emit("a", value=1)
+    monkeypatch.setattr(record, "commit", lambda: "another")
+    here = context(tmp_path)
+    here.emit("b", value=2)
+    again = context(tmp_path)
+    assert again.finished == {"b"}
+    assert again.tried == {"a", "b"}
 
 
 def test_the_latest_row_counts_but_no_failure_replaces_a_result(tmp_path):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from benchmarks.provider import Provider
 from benchmarks.providers import gram, providers
 from salkernels import backends, reference
 from tools.gpu import __main__ as command
-from tools.gpu import checks, kernels, record, smoke, timing, warm
+from tools.gpu import checks, host, kernels, record, smoke, timing, warm
 from tools.gpu.inputs import SMOKE, call
 from tools.gpu.record import Context, OutOfTime, read
 
@@ -95,17 +97,21 @@ def test_timing_verifies_times_and_tells(tmp_path, monkeypatch):
     assert sum("ZeroDivisionError" in line for line in lines) == 2
 
 
-def test_a_check_that_is_cut_short_tells_what_it_has_found(tmp_path, monkeypatch):
-    """pytest, interrupted, names what has failed so far; the rest is left over."""
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_check_that_is_cut_short_tells_what_it_has_found(tmp_path, monkeypatch, fails):
+    """Without a summary of pytest, which is killed here: what has failed is named and bad, and what
+    has not been reached is left over."""
     tests = tmp_path / "test_it.py"
     tests.write_text(
-        "import time\ndef test_a(): assert 0, 'of a'\n"
-        "def test_b(): open('reached', 'w'); time.sleep(60)\n"
+        "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        f"def test_a(): assert not {fails}, 'of a'\n"
+        f"def test_b(): open({str(tmp_path / 'reached')!r}, 'w'); time.sleep(60)\n"
     )
-    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
-    monkeypatch.setattr(checks, "ROOT", tmp_path)
-    monkeypatch.setattr(checks, "GRACE", 200)
-    one = checks.Check("tests of cuda", words, tmp_path / "log", {})
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    words += ["-p", checks.PLUGIN, str(tests)]
+    monkeypatch.setattr(checks, "GRACE", 2)
+    told = tmp_path / "told"
+    one = checks.Check("tests of cuda", words, tmp_path / "log", {checks.VARIABLE: str(told)}, told)
     monkeypatch.setattr(checks, "planned", lambda context: [one])
     here = context(tmp_path, "checks")
     monkeypatch.setattr(
@@ -115,9 +121,47 @@ def test_a_check_that_is_cut_short_tells_what_it_has_found(tmp_path, monkeypatch
         checks.checks(here)
     found = {row["name"]: row for row in read(tmp_path)}
     row = found["tests of cuda, cut short"]
-    assert row["ok"] is False
-    assert "test_it.py::test_a" in row["failures"][0]
+    assert row["ok"] is not fails
+    assert row["summary"] == f"cut short at 50%, {1 - fails} passed, {int(fails)} failed"
+    assert len(row["failures"]) == fails
+    if fails:
+        assert "test_it.py::test_a: AssertionError: of a" in row["failures"][0]
+        assert "FAILED" in (tmp_path / "log").read_text(), "told as it happens"
     assert "tests of cuda" not in found  # nor finished
+
+
+def test_host_times_are_of_a_call(tmp_path):
+    here = context(tmp_path, "host")
+
+    def call():
+        time.sleep(0.002)
+
+    found = host.microseconds(here, call, count=5)
+    assert 2000 <= found["least_us"] <= found["us"] < 50_000
+    text, under_profiler = host.profiled(here, call)
+    assert "sleep" in text
+    assert under_profiler >= 2000
+    host.host(here)
+    names = {row["name"] for row in read(tmp_path) if row["us"] > 0}
+    assert {"torch.mul", "trivial autograd.Function", f"{QUICK.key} gram both"} <= names
+    assert {f"{QUICK.key} {name} forward" for name in here.backends} <= names
+    assert {f"profile {name}" for name in here.backends} <= names
+
+
+def tuner_step():
+    pytest.importorskip("triton")
+    from tools.gpu import tune
+
+    return tune
+
+
+def test_the_tuner_is_rehearsed(tmp_path):
+    tune = tuner_step()
+    tune.tune(context(tmp_path, "tune"))
+    (row,) = read(tmp_path)
+    assert row["ok"]
+    assert len(row["all"]) == tune.tuner.MOST
+    assert json.loads((tmp_path / tune.TILES).read_text())[0]["kernel"] == "match"
 
 
 @pytest.mark.parametrize(
@@ -204,9 +248,55 @@ def test_what_is_compiled_beforehand_is_what_is_launched():
     assert room.pairs.shape == (64 * 64,)
 
 
+def test_what_is_compiled_beforehand_follows_the_steps():
+    """Five of the main shapes, the small forms, and then all others."""
+    everything = warm.work()
+    kinds = [kind for kind, _ in everything]
+    assert "form" not in kinds[: warm.MAIN]
+    assert kinds[warm.MAIN] == "form"
+    assert warm.work(["report", "ddp"]) == []
+    assert {kind for kind, _ in warm.work(["smoke", "graph"])} == {"form"}
+    assert ("form", warm.AROUND) not in warm.work(["smoke"])
+    few = warm.work(["time"], ("w22",))
+    assert few
+    assert {what.window for _, what in few} == {22}
+
+
+def test_candidates_of_the_tuner_are_compiled_beforehand():
+    tune = tuner_step()
+    found = tune.candidates_work(90, ("w6",))
+    wide = [one for one in tune.subjects() if "-w6-" in one.label]
+    assert len(found) == sum(len(one.candidates()) for one in wide) == 2 * tune.tuner.MOST
+    work = found[f"{wide[0].label} 64x16 w4 s1"]
+    assert work.passes == ("forward",)
+    assert work.make()[4] == (6, 6)
+
+
+def test_shapes_are_named_by_parts_of_their_keys():
+    keys = {case.key for case, _ in timing.groups(True, ["cuda"], ("w2", "S64"))}
+    assert all("-w2-" in key or key.startswith("S64-") for key in keys)
+    assert len(keys) > 3
+    assert {case.key for case in kernels.cases(True, ("w22",))} == {
+        "S32-C384-44x44-w22-bfloat16-channels_last"
+    }
+
+
+def test_what_was_never_tried_is_timed_first(tmp_path):
+    here = Context("time", "cuda", tmp_path, 60.0)
+    order = [case.key for case, _ in timing._left(here)]
+    first, names = next(timing.groups(True, here.backends))
+    for name in names:
+        here.emit(f"{first.key} {name}", failed="RuntimeError: not this time")
+    again = [case.key for case, _ in timing._left(Context("time", "cuda", tmp_path, 60.0))]
+    assert again[-1] == order[0] == first.key
+    assert again[:-1] == order[1:]
+
+
 def test_kernels_that_were_not_compiled_in_time_are_told():
-    lines = list(warm.compiled([("form", warm.AROUND)] * 3, 90, seconds=0.0))
-    assert lines == [(f"out of time before 3 calls, such as form {warm.AROUND.key}", True)]
+    pytest.importorskip("triton")
+    jobs = warm.named([("form", form) for form in SMOKE[:3]])
+    lines = list(warm.compiled(jobs, 90, seconds=0.0, workers=1))
+    assert lines == [("", f"out of time before 3 calls, such as form {SMOKE[0].key}", True)]
 
 
 @pytest.mark.slow
@@ -216,8 +306,10 @@ def test_triton_kernels_are_compiled_without_a_gpu(tmp_path):
     # The second call of a signature finds its kernels kept, and must not launch them either.
     program = (
         "from tools.gpu import warm; warm.work = lambda: [('form', warm.AROUND)];"
-        "status = warm.main([]); warm.pretend(90);"
-        "print([warm.compile_one('form', warm.AROUND) for _ in range(2)]);"
+        "from salkernels.triton_kernels import offline;"
+        "status = warm.main(['--workers=1']); offline.pretend(90);"
+        "(work,) = warm.named(warm.work()).values();"
+        "print([offline.compile_work(work) for _ in range(2)]);"
         "raise SystemExit(status)"
     )
     done = subprocess.run(

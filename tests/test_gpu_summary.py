@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.cases import QUICK
 from tools.gpu import __main__ as command
+from tools.gpu import record
 from tools.gpu.conductor import Ending
 from tools.gpu.record import Context
 from tools.gpu.results import take
@@ -94,14 +95,46 @@ def test_results_are_taken_over(tmp_path):
     home, folder = tmp_path / "home", tmp_path / "gpu-results"
     here = Context("report", "cuda", folder, 60)
     with pytest.raises(ValueError, match="no results that name their machine"):
-        take(folder, "h100", home)
+        take([folder], "h100", home)
     here.emit(**{k: v for k, v in MACHINE.items() if k != "step"})
     row = timed("salkernels-cuda", forward=1, backward=2, both=3)
     Context("time", "cuda", folder, 60).emit(**{k: v for k, v in row.items() if k != "step"})
     command.tell(folder)
-    names = {path.name for path in take(folder, "h100", home)}
+    names = {path.name for path in take([folder], "h100", home)}
     assert names == {"h100.csv", "h100.md", "h100-gpu.md", "h100-gpu.json"}
     kept = json.loads((home / "h100-gpu.json").read_text())
     assert [row["step"] for row in kept["rows"]] == ["report", "time"]
     assert "salkernels-cuda" in (home / "h100.md").read_text()
     assert len(list(folder.iterdir())) <= 8  # few enough to be carried away by hand
+
+
+def test_results_of_two_commits_are_merged(tmp_path, monkeypatch):
+    """Rows of both are kept; the table and the summary have the latest."""
+    home = tmp_path / "home"
+    for commit, milliseconds, windows in (("old", 9.0, (2, 3)), ("new", 5.0, (2,))):
+        monkeypatch.setattr(record, "commit", lambda commit=commit: commit)
+        folder = tmp_path / commit
+        here = Context("report", "cuda", folder, 60)
+        here.emit(**{k: v for k, v in (MACHINE | {"commit": commit}).items() if k != "step"})
+        for window in windows:
+            row = timed("salkernels-cuda", replace(QUICK, window=window).key, forward=milliseconds)
+            row["rows"] = [line | {"commit": commit} for line in row["rows"]]
+            here = Context("time", "cuda", folder, 60)
+            here.emit(**{k: v for k, v in row.items() if k != "step"})
+    take([tmp_path / "old", tmp_path / "new"], "h100", home)
+    kept = json.loads((home / "h100-gpu.json").read_text())
+    assert [run["commit"] for run in kept["runs"]] == ["old", "new"]
+    times = [(row["commit"], row["rows"][0]["median_ms"]) for row in kept["rows"] if "rows" in row]
+    assert times == [("old", "9.0"), ("old", "9.0"), ("new", "5.0")]
+    csv = (home / "h100.csv").read_text()
+    assert csv.count(",9.0,") >= 2
+    assert csv.count(",5.0,") >= 1
+    text = (home / "h100-gpu.md").read_text()
+    assert "-w2-float32-channels_last forward: cuda 5.0" in text
+    assert "-w3-float32-channels_last forward: cuda 9.0" in text
+    assert "9.0" in (home / "h100.md").read_text()
+    other = Context("report", "cuda", tmp_path / "other", 60)
+    machine = MACHINE | {"processor": "NVIDIA A100"}
+    other.emit(**{k: v for k, v in machine.items() if k != "step"})
+    with pytest.raises(ValueError, match="different machines, NVIDIA A100 and NVIDIA H100"):
+        take([tmp_path / "old", tmp_path / "other"], "h100", home)

@@ -326,7 +326,7 @@ def test_tuning_takes_the_fastest_that_runs(capsys):
     times = {Tile(64, 16, 4, 1): 3.0, Tile(64, 32, 4, 1): 1.0, Tile(64, 64, 4, 1): None}
     tried = []
 
-    def measure():
+    def measure(best_so_far):
         tile = config.tile_for(*KEY)
         tried.append(tile)
         if times[tile] is None:
@@ -350,7 +350,7 @@ def test_tuning_takes_the_fastest_that_runs(capsys):
 def test_tuning_keeps_the_first_unless_another_wins_by_more_than_the_noise(noise, number):
     tiles = [Tile(64, 16, 4, 1), Tile(64, 32, 4, 1)]
 
-    def measure():
+    def measure(best_so_far):
         return tune.Time(1.0 - 0.1 * tiles.index(config.tile_for(*KEY)), noise)
 
     assert tune.best(KEY, tiles, measure)[0] == tiles[number]
@@ -360,7 +360,12 @@ def test_candidates_begin_with_the_table_and_hold_nothing_twice():
     for (kernel, dtype), tile in config.TABLE.items():
         found = tune.candidates(kernel, dtype)
         assert found[0] == tile
-        assert len(found) == len(set(found))
+        assert len(found) == len(set(found)) == tune.MOST
+    # The nearest, and of those only such as hold a window.
+    found = tune.candidates("match", torch.bfloat16)
+    assert Tile(128, 64, 8, 3) in found, "twice the rows with twice the warps is one step"
+    assert Tile(128, 16, 8, 1) not in found
+    assert {tile.rows for tile in tune.candidates("match", F32, pixels=36)} == {64, 128}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -19,7 +19,7 @@ and, if its outputs lie otherwise than plain contiguous tensors, or with norms,
     outputs(query, key, pairs, window)              them, uninitialised, as `reference.outputs`
 
 An explicit name runs that backend or raises with its reason; `None` takes the first that can. Two
-names, "cuda+triton", are one backend for the forward and another for the backward: the two for GPUs
+names, "triton+cuda", are one backend for the forward and another for the backward: the two for GPUs
 keep the same for it.
 
 The package itself can be called: `salkernels.backends()` is `statuses()`.
@@ -38,6 +38,7 @@ from torch import Tensor
 
 from ..reference import Outputs, outputs
 from . import cpu, cuda, reference, slow, triton
+from .measured import fastest
 
 
 class Backend(Protocol):
@@ -72,8 +73,7 @@ BACKENDS: dict[str, Backend] = {
     "cpu": cpu,
     "reference": reference,
 }
-MIXED = "cuda+triton"
-TILE = 128  # rows that a block of either GPU backend works on together
+MIXED = ("triton+cuda", "cuda+triton")  # forward, backward
 
 
 @dataclass(frozen=True)
@@ -128,12 +128,12 @@ class BackendStatus:
 
 def get(name: str) -> Backend:
     """The backend of that name; an unknown name is a ValueError."""
-    if name == MIXED:
-        return Mixed(BACKENDS["cuda"], BACKENDS["triton"])
+    if name in MIXED:
+        return Mixed(*(BACKENDS[part] for part in name.split("+")))
     try:
         return BACKENDS[name]
     except KeyError:
-        known = ", ".join((*BACKENDS, MIXED))
+        known = ", ".join((*BACKENDS, *MIXED))
         raise ValueError(
             f"unknown backend {name!r}; expected one of {known}, or None to choose"
         ) from None
@@ -165,43 +165,17 @@ def statuses_for(
 
 
 def in_order(
-    query: Tensor, key: Tensor | None, window: tuple[int, int], groups: int = 1
+    query: Tensor, key: Tensor | None, window: tuple[int, int]
 ) -> Iterable[tuple[str, Backend]]:
-    """All backends, the preferred ones for this input first.
-
-    Of the two for GPUs `cuda` executes fewer instructions in both passes, or about as many, and has
-    nothing to compile at the first call. The exception is the backward of fp32 where all samples of
-    a window fit a tile: there `triton` executes less than half. That was counted on an emulator
-    (benchmarks/results/traffic.md) and has not been timed.
-    """
-    order: list[tuple[str, Backend]] = list(BACKENDS.items())
-    if (
-        query.device.type == "cuda"
-        and query.dtype == torch.float32
-        and key is None
-        and _fits_a_tile(query.shape[0] // groups * window[0] * window[1])
-    ):
-        order.insert(0, (MIXED, get(MIXED)))
-    return order
+    """All backends, the preferred ones for this input first; see `measured`."""
+    order = dict(BACKENDS)
+    if query.device.type == "cuda" and key is None:
+        first = fastest(query.dtype, window)
+        order = {first: get(first), **order}
+    return order.items()
 
 
-def _fits_a_tile(rows: int) -> bool:
-    """Of a symbolic size that is not known, and not asked: the answer would tie a graph to it."""
-    fits = rows <= TILE
-    if torch.compiler.is_compiling():
-        from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-        return statically_known_true(fits)
-    return fits
-
-
-def select(
-    name: str | None,
-    query: Tensor,
-    key: Tensor | None,
-    window: tuple[int, int],
-    groups: int = 1,  # of equal size, into which the samples fall
-) -> str:
+def select(name: str | None, query: Tensor, key: Tensor | None, window: tuple[int, int]) -> str:
     """The name of the backend that runs this input."""
     if name is not None:
         reason = get(name).why_not(query, key, window)
@@ -212,7 +186,7 @@ def select(
             )
         return name
     device = query.device.type
-    for candidate, backend in in_order(query, key, window, groups):
+    for candidate, backend in in_order(query, key, window):
         devices = getattr(backend, "DEVICES", None)
         if devices is not None and device not in devices:
             continue  # without asking torch or a driver what is there: most calls end here

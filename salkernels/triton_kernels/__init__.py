@@ -12,4 +12,5 @@ sum.py        and their sum
 geometry.py   which samples, pixels and pairs a program works on
 config.py     tile sizes by device and shape
 tune.py       times tiles on a machine with a GPU
+offline.py    compiles kernels in other processes, without a GPU
 """

@@ -17,8 +17,10 @@ from pathlib import Path
 
 from .inputs import BF16, F32, SMALL, call
 from .record import Context, OutOfTime
+from .told import VARIABLE, progress
 
 ROOT = Path(__file__).resolve().parents[2]
+PLUGIN = "tools.gpu.told"
 TOOLS = ("memcheck", "racecheck", "synccheck")
 EVERY_BACKEND = [
     f"tests/test_{name}.py"
@@ -26,14 +28,15 @@ EVERY_BACKEND = [
         "parity", "edges", "ties", "dtypes", "determinism", "gradients", "library", "valid",
     )
 ]  # fmt: skip
-# Tests are named [backend-device-...]: those on the GPU, and not again what CI does on a CPU.
+# Tests are named [backend-device-...]: those on the GPU, and not again what CI does on a CPU. Those
+# for which Triton compiles most come last.
 SUITES = {
     "tests of cuda": (
         ["tests/cuda/test_on_gpu.py", "tests/test_cuda_backend.py", *EVERY_BACKEND],
         "on_a_gpu or cuda-cuda or cuda_graph or test_cuda_backend",
     ),
     "tests of triton": (
-        ["tests/test_triton.py", "tests/test_triton_match.py", *EVERY_BACKEND],
+        [*EVERY_BACKEND, "tests/test_triton_match.py", "tests/test_triton.py"],
         "triton-cuda or (test_triton and not interpreter and not offline)",
     ),
 }
@@ -48,6 +51,7 @@ class Check:
     command: list[str]
     log: Path
     variables: dict[str, str]
+    told: Path | None = None  # of pytest: where each test is told
     process: subprocess.Popen[bytes] = field(init=False)
 
     def start(self) -> None:
@@ -99,10 +103,32 @@ def _conclude(context: Context, check: Check, cut: bool) -> None:
     if not cut:
         with context.measuring(check.name, exit=code) as row:
             row.update(verdict(check.name, code, text))
+            if check.told is not None:
+                row["failures"] = _failures(check.told) or row["failures"]
         return
     with context.measuring(f"{check.name}, cut short") as row:
-        row.update(verdict(check.name, code, text))
-        row["ok"] = not row.get("failures") and not row.get("findings")
+        row.update(so_far(check, code, text))
+
+
+def so_far(check: Check, code: int, text: str) -> dict[str, object]:
+    """Of a check that was cut short: bad is what has failed, and not what has not been done."""
+    if check.told is None:
+        try:
+            found = verdict(check.name, code, text)
+        except RuntimeError:  # no summary yet
+            return {"summary": "cut short before it said anything"}
+        return found | {"ok": not found.get("failures") and not found.get("findings")}
+    found = progress(check.told)
+    counts = f"{found['passed']} passed, {found['failed']} failed"
+    return {
+        "ok": not found["failures"],
+        "summary": f"cut short at {found['share']:.0%}, {counts}",
+        "failures": _failures(check.told),
+    }
+
+
+def _failures(told: Path) -> list[str]:
+    return [line[:200] for line in progress(told)["failures"][:20]]
 
 
 def verdict(name: str, code: int, text: str) -> dict[str, object]:
@@ -130,14 +156,18 @@ def verdict(name: str, code: int, text: str) -> dict[str, object]:
 def planned(context: Context) -> list[Check]:
     logs = Path(tempfile.mkdtemp(prefix="salkernels-checks-"))
     parallel = importlib.util.find_spec("xdist") is not None
-    workers = max(1, (os.cpu_count() or 2) // 3)
+    cores = os.cpu_count() or 2
     # Under a sanitizer Python takes a while to start.
     limit = int(max(10, context.left - 3 * GRACE))
     found = []
     for name, (files, expression) in (SUITES if context.on_gpu else REHEARSED).items():
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
-        command += ["-k", expression, *(["-n", str(workers)] if parallel else [])]
-        found.append(Check(name, command, logs / f"{name.replace(' ', '-')}.txt", {}))
+        # What compiles has more of them.
+        workers = max(1, cores // 2 if "triton" in name else cores // 5)
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", PLUGIN]
+        command += [*files, "-k", expression, *(["-n", str(workers)] if parallel else [])]
+        log = logs / f"{name.replace(' ', '-')}.txt"
+        lines = log.with_suffix(".jsonl")
+        found.append(Check(name, command, log, {VARIABLE: str(lines)}, lines))
     target = [sys.executable, "-m", "tools.gpu", "step", "sanitized", "--device", context.device]
     target += ["--out", str(context.folder), "--seconds", str(limit)]
     for tool in TOOLS if context.on_gpu else ():

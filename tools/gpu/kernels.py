@@ -15,11 +15,16 @@ from torch.profiler import ProfilerActivity, profile
 import salkernels
 from benchmarks.cases import ACDC, PAPER, QUICK, Case
 
+from . import counters
 from .record import Context
+from .timing import wanted
 
 ROOT = Path(__file__).resolve().parents[2]
 CALLS = 5
-OURS = "regex:salkernels_|(match|norm|loss|gradient|gradient_across|plan|partners|count|list|sum)_kernel"
+OURS = (
+    "regex:salkernels_|"
+    "(match|norm|loss|gradient|gradient_across|plan|partners|count|list|sum)_kernel"
+)
 # What says why a kernel is as slow as it is, in a third of the passes of the full set.
 SECTIONS = (
     "SpeedOfLight", "MemoryWorkloadAnalysis", "ComputeWorkloadAnalysis", "SchedulerStats",
@@ -46,12 +51,14 @@ METRICS = {
 }
 
 
-def cases(on_gpu: bool) -> list[Case]:
+def cases(on_gpu: bool, parts: tuple[str, ...] = ()) -> list[Case]:
+    """Those whose keys contain one of the parts; all if there are none."""
     if not on_gpu:
         return [QUICK]
     half = replace(PAPER, dtype="bfloat16")
     wide = [replace(PAPER, window=6), replace(half, window=22), replace(PAPER, window=3)]
-    return [PAPER, half, replace(ACDC, order="scans"), *wide]
+    found = [PAPER, half, replace(ACDC, order="scans"), *wide]
+    return [case for case in found if wanted(case, parts)]
 
 
 def step_of(case: Case, backend: str, device: str) -> Callable[[], object]:
@@ -69,7 +76,7 @@ def step_of(case: Case, backend: str, device: str) -> Callable[[], object]:
 
 def kernels(context: Context) -> None:
     activity = ProfilerActivity.CUDA if context.on_gpu else ProfilerActivity.CPU
-    for case in cases(context.on_gpu):
+    for case in cases(context.on_gpu, context.cases):
         for name in context.backends:
             label = f"{case.key} {name}"
             if label in context.finished:
@@ -101,9 +108,11 @@ def ncu(context: Context) -> None:
     """Nsight Compute on the main kernels; in a rehearsal what it would look at."""
     target = [sys.executable, "-m", "tools.gpu", "step", "inspected", "--device", context.device]
     target += ["--out", str(context.folder), "--seconds", f"{context.left - CLOSING:.1f}"]
-    if "inspected" in context.finished:
+    target += ["--cases", *context.cases] if context.cases else []
+    label = " ".join(("inspected", *context.cases))
+    if label in context.finished:
         return
-    with context.measuring("inspected") as row:
+    with context.measuring(label) as row:
         if not context.on_gpu:
             subprocess.run(target, cwd=ROOT, check=True)
             return
@@ -123,6 +132,8 @@ def ncu(context: Context) -> None:
                 words = ["ncu", "--import", str(report), "--page", page, "--csv"]
                 subprocess.run(words, stdout=file, check=True)
         row["kernels"] = read_details((context.folder / PAGES["details"]).read_text("utf-8"))
+        raw = (context.folder / PAGES["raw"]).read_text("utf-8")
+        counters.write(context.folder, counters.rows_of(raw, counters.labels_of(done.stdout)))
 
 
 def read_details(text: str) -> list[dict[str, str]]:
@@ -140,7 +151,7 @@ def read_details(text: str) -> list[dict[str, str]]:
 
 def inspected(context: Context) -> None:
     """What ncu looks at: one call of each backend, in the order of worth."""
-    for case in cases(context.on_gpu):
+    for case in cases(context.on_gpu, context.cases):
         for name in context.backends:
             if context.left < 1:
                 print(f"out of time before {case.key} {name}", flush=True)

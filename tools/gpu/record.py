@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,11 @@ class OutOfTime(Exception):
     """What is left of the time is not enough for the next measurement."""
 
 
+class Expired(BaseException):
+    """The time is over in the middle of a measurement: no failure of what is measured, and nothing
+    that code which catches an `Exception` is to take for one."""
+
+
 def rounded(value: Any) -> Any:
     """Floats at five significant digits, also inside lists and dictionaries."""
     if isinstance(value, float):
@@ -39,17 +45,39 @@ def read(folder: Path) -> list[Row]:
 
     One that failed does not replace one that did not.
     """
+    return latest(lines(folder), by_commit=False)
+
+
+def latest(rows: Iterable[Row], by_commit: bool) -> list[Row]:
+    """Of each step and name, and of each commit where that is wanted, the latest."""
+    found: dict[tuple[str | None, ...], Row] = {}
+    for row in rows:
+        key = row["step"], row["name"], row.get("commit") if by_commit else None
+        if "failed" not in row or "failed" in found.get(key, row):
+            found[key] = row
+    return list(found.values())
+
+
+def lines(folder: Path) -> list[Row]:
+    """All rows of a folder as they were written."""
     path = folder / RESULTS
-    latest: dict[tuple[str, str], Row] = {}
+    found = []
     for line in path.read_text("utf-8").splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
-            key = row["step"], row["name"]
-        except (ValueError, KeyError, TypeError):
+        except ValueError:
             continue
-        if "failed" not in row or "failed" in latest.get(key, row):
-            latest[key] = row
-    return list(latest.values())
+        if isinstance(row, dict) and "step" in row and "name" in row:
+            found.append(row)
+    return found
+
+
+@functools.cache
+def commit() -> str | None:
+    """Of this checkout; None where there is no git."""
+    from salkernels._shared import revision
+
+    return revision.commit()
 
 
 @dataclass
@@ -61,6 +89,8 @@ class Context:
         device: "cuda" or "cpu"; on a CPU everything is a rehearsal on tiny shapes.
         folder: for results.
         seconds: that it may take.
+        cases: parts of the keys of the shapes that are wanted; all if there are none.
+        steps: of the run, this one's and the others'.
     """
 
     step: str
@@ -68,14 +98,19 @@ class Context:
     folder: Path
     seconds: float
     begin: float = field(default_factory=time.monotonic)
+    cases: tuple[str, ...] = ()
+    steps: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        earlier = read(self.folder)
+        self.commit = commit()
+        earlier = [row for row in read(self.folder) if row["step"] == self.step]
+        self.tried = {row["name"] for row in earlier}
+        # Of other code, it is to be measured again.
         self.finished = {
             row["name"]
             for row in earlier
-            if row["step"] == self.step and ("failed" not in row or row.get("lost"))
+            if ("failed" not in row or row.get("lost")) and row.get("commit") == self.commit
         }
 
     @property
@@ -102,7 +137,9 @@ class Context:
             raise OutOfTime(before)
 
     def emit(self, name: str, **row: Any) -> None:
-        line = json.dumps(rounded({"step": self.step, "name": name, **row}))
+        known = {"step": self.step, "name": name}
+        known |= {"commit": self.commit} if self.commit else {}
+        line = json.dumps(rounded(known | row))
         with (self.folder / RESULTS).open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         print(line, flush=True)

@@ -12,6 +12,7 @@ import salkernels
 from benchmarks.machine import describe
 from salkernels.__main__ import report as text
 
+from . import triton_cache
 from .record import Context
 
 PACKAGES = ("numpy", "triton", "monai", "nibabel", "late-interaction-kernels", "flash-maxsim")
@@ -28,6 +29,12 @@ def report(context: Context) -> None:
         row["backends"] = {s.name: s.reason or "available" for s in salkernels.backends()}
         if context.on_gpu:
             row["gpu"] = _gpu()
+    with context.measuring("triton") as row:
+        here = triton_cache.facts()
+        row.update(here)
+        if (line := triton_cache.compared(here)) is not None:
+            row["pack"] = line
+            print(line, flush=True)
     if context.on_gpu and not torch.cuda.is_available():
         raise SystemExit("torch finds no GPU; --device cpu rehearses without one")
 

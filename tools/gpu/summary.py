@@ -21,6 +21,8 @@ def summary(rows: Sequence[Row], endings: dict[str, Ending]) -> str:
         *_right(rows),
         *_bad(rows),
         *_fast(rows),
+        *_host(rows),
+        *_tiles(rows),
         *_kernels(rows),
         *_train(rows),
         *_near(rows),
@@ -51,7 +53,20 @@ def _machine(rows: Sequence[Row]) -> list[str]:
         f"commit {found['commit'] or 'unknown'}, {found['date']}; Python {found['python']}, torch "
         f"{found['torch']}; {found['versions']}",
         f"backends: {backends}"[:300],
+        *_pack(rows),
     ]
+
+
+def _pack(rows: Sequence[Row]) -> list[str]:
+    """Whether Triton finds the kernels of a pack, and how many were missing."""
+    packs = [row["pack"] for row in of(rows, "report") if "pack" in row]
+    warm = [
+        f"{row['compiled']} kernels compiled beside the steps in {row['seconds']:.0f} s, "
+        f"{row['found']} were there"
+        for row in of(rows, "warm")[-1:]
+        if "found" in row
+    ]
+    return [f"Triton: {'; '.join([*packs, *warm])}"] if packs or warm else []
 
 
 def _steps(endings: dict[str, Ending]) -> list[str]:
@@ -94,7 +109,7 @@ def _why(row: Row) -> str:
         return reasons[0] if reasons else "out of bounds"
     if row.get("failures"):
         return "; ".join(row["failures"])
-    skip = ("step", "name", "ok", "seconds", "backend", "what", "exit", "summary")
+    skip = ("step", "name", "commit", "ok", "seconds", "backend", "what", "exit", "summary")
     return ", ".join(f"{k} {v}" for k, v in row.items() if k not in skip) or "not as expected"
 
 
@@ -132,6 +147,33 @@ def _order(found: dict[str, Row], in_full: bool = False) -> str:
         shown.append(text)
     rest = len(ranked) - len(shown)
     return " < ".join(shown) + (f" < {rest} more" if rest else "")
+
+
+def _host(rows: Sequence[Row]) -> list[str]:
+    """Back to back, by shape; what was measured while the device waited is marked."""
+    groups: dict[str, list[str]] = {}
+    for row in of(rows, "host"):
+        if "least_us" in row:
+            first, _, rest = row["name"].partition(" ")
+            is_case = first.startswith("S") and "-" in first
+            mark = "" if row["busy"] else " (device idle)"
+            text = f"{rest if is_case else row['name']} {row['us']:.4g}{mark}"
+            groups.setdefault(first if is_case else "yardsticks", []).append(text)
+    lines = [f"- {key}: {', '.join(parts)}" for key, parts in groups.items()]
+    return ["## Host, µs per call back to back", *lines] if lines else []
+
+
+def _tiles(rows: Sequence[Row]) -> list[str]:
+    lines = [
+        f"- {row['name']}: {row['tile']} {_ms(row['ms'])}, best {row['best']} {_ms(row['best_ms'])}"
+        for row in of(rows, "tune")
+        if "best" in row
+    ]
+    return ["## Tiles, ms: the table's, then the best", *lines] if lines else []
+
+
+def _ms(value: float | None) -> str:
+    return "does not run" if value is None else f"{value:.4g}"
 
 
 def _kernels(rows: Sequence[Row]) -> list[str]:

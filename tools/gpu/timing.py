@@ -90,8 +90,23 @@ def variants(backends: list[str]) -> dict[str, Provider]:
     return {provider.name: provider for provider in found}
 
 
-def groups(on_gpu: bool, backends: list[str]) -> Iterator[Group]:
-    """Cases and who runs them, in order of worth; those of a group take turns."""
+def groups(on_gpu: bool, backends: list[str], cases: tuple[str, ...] = ()) -> Iterator[Group]:
+    """Cases and who runs them, in order of worth; those of a group take turns.
+
+    Args:
+        cases: parts of the keys of those that are wanted (default: all).
+    """
+    for case, names in _all_groups(on_gpu, backends):
+        if wanted(case, cases):
+            yield case, names
+
+
+def wanted(case: Case, cases: tuple[str, ...]) -> bool:
+    """Whether a key contains one of them; a `-w2` does not stand for `-w22`."""
+    return not cases or any(f"{part}-" in f"{case.key}-" or part == case.key for part in cases)
+
+
+def _all_groups(on_gpu: bool, backends: list[str]) -> Iterator[Group]:
     ours = [f"salkernels-{name}" for name in backends]
     masked = [f"gpumask-{name}" for name in backends]
     if not on_gpu:
@@ -127,10 +142,7 @@ def time(context: Context) -> None:
     machine = describe(context.device, torch.get_num_threads())
     settings = Settings(context.device, torch.get_num_threads(), BUDGET, ROUNDS, not context.on_gpu)
     rates: dict[str, Rates] = {}
-    for case, names in groups(context.on_gpu, context.backends):
-        left = [name for name in names if f"{case.key} {name}" not in context.finished]
-        if not left:
-            continue
+    for case, left in _left(context):
         context.need(6 if context.on_gpu else 1, case.key)
         if case.dtype not in rates:
             with context.measuring(f"rates {case.dtype}") as row:
@@ -140,6 +152,18 @@ def time(context: Context) -> None:
         _Group(context, case, settings, shared, rates.get(case.dtype)).run(left)
         if context.on_gpu:
             torch.cuda.empty_cache()
+
+
+def _left(context: Context) -> list[Group]:
+    """What is not measured yet; first what no run has tried, of this commit or of an earlier."""
+    found = []
+    for case, names in groups(context.on_gpu, context.backends, context.cases):
+        left = [name for name in names if f"{case.key} {name}" not in context.finished]
+        found += [(case, left)] if left else []
+    return sorted(
+        found,
+        key=lambda group: all(f"{group[0].key} {name}" in context.tried for name in group[1]),
+    )
 
 
 class _Group:

@@ -9,45 +9,79 @@ not there; its cache holds for the same Triton under the same Python only.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from concurrent import futures
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
 
 from benchmarks.cases import LAYOUTS, Case
 from salkernels._pair_list import count_blocks, regroup
 
+from . import triton_cache
 from .inputs import EPS, F64, SMOKE, Call, Form, call
+from .record import Context
+
+if TYPE_CHECKING:  # needs Triton, without which a rehearsal does
+    from salkernels.triton_kernels.offline import Work
 
 NEARLY_ALIGNED = Form(1, 8, 0, 384, 8, 8, (2, 2), pairs=None)
 AROUND = Form(1, 8, 0, 32, 8, 8, (2, 2), pairs=None)  # of the step `graph`
-Work = tuple[str, Case | Form]
-SEEN: list[Any] = []  # kernels of the call that is being compiled
+TIMED = ("time", "kernels", "train", "ncu", "host")  # steps that call the cases
+NICENESS = 10  # the steps that are timed go first
+MAIN = 5  # of them come before the small forms
+Job = tuple[str, Case | Form]
 
 
-def work() -> list[Work]:
+class Done(NamedTuple):
+    """A line on a call, and whether it went well."""
+
+    name: str
+    text: str
+    well: bool
+
+
+def work(steps: Container[str] | None = None, cases: tuple[str, ...] = ()) -> list[Job]:
     """What to compile, in the order of the steps' worth, each once.
 
     "pairs": the list of a table on the CPU; "mask": room for all, as of a table on the GPU.
+
+    Args:
+        steps: that are to follow (default: all).
+        cases: parts of the keys of the cases that are to be timed (default: all).
     """
+    timed = _of_cases(cases) if steps is None or any(s in steps for s in TIMED) else []
+    forms: list[Job] = []
+    if steps is None or "smoke" in steps:
+        forms += [("form", form) for form in SMOKE if form.dtype != F64]
+    for form, step in ((NEARLY_ALIGNED, "numerics"), (AROUND, "graph")):
+        forms += [("form", form)] if steps is None or step in steps else []
+    return list(dict.fromkeys([*timed[:MAIN], *forms, *timed[MAIN:]]))
+
+
+def _of_cases(cases: tuple[str, ...]) -> list[Job]:
     from .timing import groups
 
-    found: list[Work] = []
-    for case, names in groups(True, ["triton"]):
+    found: list[Job] = []
+    for case, names in groups(True, ["triton"], cases):
         if case.dtype != "float64" and "salkernels-triton" in names:
             found.append(("pairs", case))
             found += [("mask", case)] if "gpumask-triton" in names else []
-    found += [("form", form) for form in SMOKE if form.dtype != F64]
-    found += [("form", form) for form in (NEARLY_ALIGNED, AROUND)]
-    return list(dict.fromkeys(found))
+    return found
+
+
+def named(jobs: list[Job]) -> dict[str, Work]:
+    from salkernels.triton_kernels.offline import Work
+
+    return {
+        f"{kind} {what.key}": Work(functools.partial(arguments, kind, what)) for kind, what in jobs
+    }
 
 
 def arguments(kind: str, what: Case | Form) -> Call:
@@ -67,64 +101,42 @@ def arguments(kind: str, what: Case | Form) -> Call:
     return Call(features.unflatten(0, (groups, -1)), None, places, None, window, EPS)
 
 
-class AbsentDevice:
-    """What Triton's JIT asks a driver before it compiles."""
+def warm(context: Context) -> None:
+    """Beside the other steps: what the cache lacks is there by the time that it is needed.
 
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
+    Where nothing is missing it ends within seconds; the row says how many kernels were.
+    """
+    if not context.on_gpu:
+        context.emit("triton", compiled=0, absent="Triton's kernels are for GPUs")
+        return
+    from .tune import candidates_work
 
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
+    os.nice(NICENESS)  # the processes that compile inherit it
+    major, minor = torch.cuda.get_device_capability()
+    capability = 10 * major + minor
+    jobs = named(work(context.steps, context.cases))
+    rest = candidates_work(capability, context.cases) if "tune" in context.steps else {}
+    folder, begin = triton_cache.folder_in_use(), time.monotonic()
+    before = triton_cache.entries(folder)
 
-        return GPUTarget("cuda", self.capability, 32)
+    def tell(name: str, failed: list[str]) -> None:
+        now = triton_cache.entries(folder)
+        seconds = time.monotonic() - begin
+        context.emit(
+            name, found=before, compiled=now - before, failures=failed[:8], seconds=seconds
+        )
 
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def map_python_to_cpp_type(self, name: str) -> str:
-        return name
-
-
-def pretend(capability: int) -> None:
-    """From here on launches of this process compile and do not run; `SEEN` gets the kernels."""
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
-
-    from salkernels.triton_kernels import launch
-
-    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        raise SystemExit("unset TRITON_INTERPRET: in the interpreter nothing is compiled")
-    driver.set_active(AbsentDevice(capability))
-    launch.capability = lambda x: capability
-    plain = JITFunction.run
-
-    def run(self: Any, *words: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        # Not returned: what a launcher keeps it launches at the next call of the signature.
-        SEEN.append(plain(self, *words, grid=grid, warmup=True, **options))
-
-    JITFunction.run = run
-
-
-def compile_one(kind: str, what: Case | Form) -> int:
-    """Both passes of one call, where launches compile; the number of different kernels."""
-    from salkernels.backends import triton as backend
-    from salkernels.triton_kernels import launch
-
-    SEEN.clear()
-    given = arguments(kind, what)
-    problem = launch.Problem(*given)
-    found = backend.outputs(given.query, given.key, given.pairs, given.window)
-    launch.forward(problem, *found)
-    gradient = torch.empty_like(given.query)
-    other: Tensor | None = None if given.key is None else torch.empty_like(given.key)
-    launch.backward(problem, found.max_sim, *found[1:], gradient, other)
-    return len({kernel.hash for kernel in SEEN if kernel is not None})
+    failures: list[str] = []
+    awaited = set(jobs)
+    for done in compiled(jobs | rest, capability, context.left):
+        print(done.text, flush=True)
+        failures += [] if done.well else [done.text[:160]]
+        if done.name in awaited:
+            awaited.remove(done.name)
+            if not awaited:  # the steps that wait go on
+                tell("triton", failures)
+    if rest or awaited or not jobs:
+        tell("triton and candidates", failures)
 
 
 def main(words: list[str] | None = None) -> int:
@@ -132,41 +144,48 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--capability", default="9.0")
     parser.add_argument("--seconds", type=float, default=1800)
     parser.add_argument("--first", type=int, help="only so many calls")
+    parser.add_argument("--tune", action="store_true", help="and the candidates of the step `tune`")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
     given = parser.parse_args(words)
     if "TRITON_CACHE_DIR" not in os.environ:
         parser.error("set TRITON_CACHE_DIR to the folder that is to hold the kernels")
+    Path(os.environ["TRITON_CACHE_DIR"]).mkdir(parents=True, exist_ok=True)
     capability = int(given.capability.replace(".", ""))
-    jobs = work()[: given.first]
+    jobs = named(work()[: given.first])
+    if given.tune:
+        from .tune import candidates_work
+
+        jobs |= candidates_work(capability)
     failed = 0
-    for text, well in compiled(jobs, capability, given.seconds):
-        failed += not well
-        print(text, flush=True)
+    for done in compiled(jobs, capability, given.seconds, given.workers):
+        failed += not done.well
+        print(done.text, flush=True)
     return 1 if failed else 0
 
 
-def compiled(jobs: list[Work], capability: int, seconds: float) -> Iterator[tuple[str, bool]]:
-    """A line for each call, and whether it went well; what does not fit into the time is named."""
+def compiled(
+    jobs: Mapping[str, Work], capability: int, seconds: float, workers: int | None = None
+) -> Iterator[Done]:
+    """Each call as it ends; what does not fit into the time is named at the end."""
+    from salkernels.triton_kernels.offline import Compilers
+
     begin = time.monotonic()
-    # In processes of their own: what Triton takes for its device stays with them.
-    pool = ProcessPoolExecutor(
-        mp_context=get_context("spawn"), initializer=pretend, initargs=(capability,)
-    )
-    names = {pool.submit(compile_one, *job): f"{job[0]} {job[1].key}" for job in jobs}
-    try:
-        for future in as_completed(names, timeout=seconds):
-            name = names.pop(future)
-            try:
-                count = future.result()
-            except (Exception, BrokenProcessPool) as error:
-                yield f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}", False
-            else:
-                yield f"{time.monotonic() - begin:5.0f} s {name}: {count} kernels", True
-    except futures.TimeoutError:  # which is the built-in one from Python 3.11 on
-        yield f"out of time before {len(names)} calls, such as {next(iter(names.values()))}", True
-    finally:
-        for process in list((pool._processes or {}).values()):
-            process.terminate()
-        pool.shutdown(wait=False, cancel_futures=True)
+    with Compilers(capability, workers) as compilers:
+        names = dict(zip(compilers.submit(jobs.values()), jobs, strict=True))
+        try:
+            for future in futures.as_completed(list(names), timeout=max(0.0, seconds)):
+                name = names.pop(future)
+                try:
+                    count = future.result()
+                except (Exception, BrokenProcessPool) as error:
+                    said = " ".join(str(error).split())[:200]
+                    yield Done(name, f"{name}: {type(error).__name__}: {said}", False)
+                else:
+                    text = f"{time.monotonic() - begin:5.0f} s {name}: {count} kernels"
+                    yield Done(name, text, True)
+        except futures.TimeoutError:  # which is the built-in one from Python 3.11 on
+            such = next(iter(names.values()))
+            yield Done("", f"out of time before {len(names)} calls, such as {such}", True)
 
 
 if __name__ == "__main__":
