@@ -136,7 +136,7 @@ def order_of(mask, keys):
 def test_without_a_list_nothing_is_planned():
     x = torch.zeros(1, 33, 1, 2, 2, device=DEVICE)
     asked = launch.Asked.by(Problem(x, None, None, None, (2, 2), EPS), launch.FORWARD)
-        signature = asked.signature(gradient=False)
+    signature = asked.signature(gradient=False)
     assert planner(Layout.of(signature))(None, 33 * 33) == (None, None)
 
 
