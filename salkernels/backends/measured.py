@@ -1,7 +1,7 @@
 """Which of the two backends for GPUs is faster, pass by pass, as it was measured.
 
 On an NVIDIA H100 with cold caches; S = 32, C = 384, 44 x 44 pixels, 272 pairs,
-channels-last, unless said otherwise. µs of the forward and of the backward (benchmarks/results/h100.md):
+channels-last, unless said otherwise. µs, forward + backward, of benchmarks/results/h100.md:
 
 | features | window | `cuda` | `triton` | first choice |
 | --- | --- | --- | --- | --- |

@@ -7,6 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+
+from salkernels.backends.measured import fastest
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -14,16 +17,14 @@ PROVIDERS = {
     "**`cpu` backend**": "salkernels-cpu",
     "window-wise Gram, eager": "gram",
     "window-wise Gram, `torch.compile`": "gram-compiled",
-    "normalise once, gather the pairs": "gather",
-    "KeOps": "keops",
     "the paper's text, pair by pair, eager": "naive",
     "`late-interaction-kernels` (`maxsim_padded`)": "late-interaction-padded",
 }
 
 
-def table(heading: str) -> list[list[str]]:
-    """The cells of the first table below a heading, without its header."""
-    section = README[README.index(f"## {heading}") :]
+def table(below: str) -> list[list[str]]:
+    """The cells of the first table below a heading or other words, without its header."""
+    section = README[README.index(below) :]
     rows = re.search(r"(?:^\|.*\n)+", section, re.MULTILINE)[0].splitlines()[2:]
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
 
@@ -49,7 +50,7 @@ def test_its_times_are_those_of_the_results():
             for row in csv.DictReader(file)
             if (row["suite"], row["layout"], row["pass"]) == ("paper", "channels_last", "both")
         }
-    shown = table("Speed")
+    shown = table("## Speed")
     assert [row[0] for row in shown] == list(PROVIDERS)
     ours = float(rows["salkernels-cpu"]["median_ms"])
     for name, ms, times, memory in shown:
@@ -59,11 +60,36 @@ def test_its_times_are_those_of_the_results():
         assert abs(number(memory) - float(row["peak_mb"])) <= 0.5, name
 
 
+def test_its_times_on_a_gpu_are_those_of_the_results_and_of_the_default():
+    with (ROOT / "benchmarks" / "results" / "h100.csv").open(newline="") as file:
+        rows = {
+            (row["dtype"], row["provider"]): row
+            for row in csv.DictReader(file)
+            if row["case"].startswith("S32-C384-44x44-w2-") and row["pass"] == "both"
+            and row["layout"] == "channels_last"
+        }  # fmt: skip
+    chosen = {dtype: fastest(getattr(torch, dtype), (2, 2)) for dtype in ("float32", "bfloat16")}
+    (name, *ours), (_, *gram) = table("On an NVIDIA H100")
+    assert name == (
+        f"**`{chosen['float32']}` in fp32, `{chosen['bfloat16']}` in bf16: the default**"
+    )
+    providers = {
+        "float32": (f"salkernels-{chosen['float32']}", "gram"),
+        "bfloat16": (f"salkernels-{chosen['bfloat16']}", "gram-half"),
+    }
+    for i, (dtype, names) in enumerate(providers.items()):
+        for cell, provider in zip((ours[i], gram[i]), names, strict=True):
+            row = rows[dtype, provider]
+            ms, memory = cell.split(", ")
+            assert number(ms) == float(f"{float(row['median_ms']):.3g}"), (dtype, provider)
+            assert abs(number(memory) - float(row["peak_mb"])) <= 0.5, (dtype, provider)
+
+
 def test_its_dice_are_those_of_the_results():
     written = "".join(
         path.read_text(encoding="utf-8") for path in (ROOT / "training" / "results").rglob("*.md")
     )
-    rows = table("Dice on ACDC")
+    rows = table("## Dice on ACDC")
     assert len(rows) == 5
     for name, *cells in rows:
         for cell in cells[:2]:
