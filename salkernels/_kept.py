@@ -25,6 +25,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -94,10 +95,10 @@ def recall(
     what: Hashable,
     source: Tensor,
     device: torch.device,
-    make: Callable[[], Value],
+    make: Callable[[Tensor, torch.device], Value],
     size_of: Callable[[Value], int],
 ) -> Value:
-    """`make()`, or what it gave for an equal source on the CPU.
+    """`make(source, device)`, or what it gave for an equal source on the CPU.
 
     what: all that the value depends on besides the source and the device.
 
@@ -105,18 +106,34 @@ def recall(
         RuntimeError: a CUDA graph is being captured, and nothing was made from such a source yet.
     """
     if not _keepable(source, device):
-        return make()
+        return make(source, device)
     content = _content(source)
     key = (what, device, source.dtype, source.shape, content)
-    stream, captured = stream_of(device), capturing(device)
+    stream, captured = stream_of(device), torch.cuda.is_current_stream_capturing()
     value: Value | None = RECENT.get(key, stream, captured)
     if value is None:
         if captured:
             raise RuntimeError(_NOT_YET.format(shape=tuple(source.shape), device=device))
         # Made in inference mode it could not be saved for a backward later.
         with torch.inference_mode(False):
-            value = make()
+            value = make(source, device)
         RECENT.put(key, value, stream, len(content) + size_of(value))
+    return value
+
+
+def one(like: Tensor) -> Tensor:
+    """1 as a tensor () of the dtype of another and on its device: made anew it is a launch."""
+    device = like.device
+    if not (device.type == "cpu" or _has_streams(device)):
+        return like.new_ones(())
+    stream = stream_of(device) if _has_streams(device) else 0
+    key, captured = ("one", device, like.dtype), capturing(device)
+    value: Tensor | None = RECENT.get(key, stream, captured)
+    if value is None:
+        with torch.inference_mode(False):
+            value = like.new_ones(())
+        if not captured:  # there it is a node of the graph, and its memory the graph's
+            RECENT.put(key, value, stream, value.nbytes)
     return value
 
 
@@ -130,15 +147,16 @@ _NOT_YET = (
 def _keepable(source: Tensor, device: torch.device) -> bool:
     """Whether the source's values are there to be read, and nobody records what is done to it."""
     return (
-        not torch.compiler.is_compiling()
-        and _has_streams(device)
-        and type(source) is Tensor
+        type(source) is Tensor
         and source.is_cpu
+        and not torch.compiler.is_compiling()
+        and _has_streams(device)
         and not source.requires_grad
         and nobody_looks(source)
     )
 
 
+@cache
 def _has_streams(device: torch.device) -> bool:
     return device.type == "cuda"
 

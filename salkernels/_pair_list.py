@@ -33,16 +33,16 @@ class PairList(NamedTuple):
 
         With room for exactly as many as there are if counting them is free, else for all of them.
         """
-        flat = table.reshape(-1)
         if values_visible(table):
-
-            def made() -> PairList:
-                places = flat.nonzero().squeeze(1)
-                return cls.exactly(places, table.shape[0], device, table.shape[1])
-
-            return _kept.recall("table", table, device, made, cls._bytes)
+            return _kept.recall("table", table, device, cls._of, cls._bytes)
+        flat = table.reshape(-1)
         places = torch.nonzero_static(flat, size=flat.numel()).squeeze(1)
         return cls(places, False, 1, to_device(places, device))
+
+    @classmethod
+    def _of(cls, table: Tensor, device: torch.device) -> PairList:
+        places = table.reshape(-1).nonzero().squeeze(1)
+        return cls.exactly(places, table.shape[0], device, table.shape[1])
 
     @classmethod
     def exactly(
@@ -61,12 +61,11 @@ class PairList(NamedTuple):
     @classmethod
     def listed(cls, pairs: Tensor, samples: int, keys: int, device: torch.device) -> PairList:
         """Pairs (K, 2) of indices, in any order; one that is listed twice is computed once."""
-        return _kept.recall(
-            ("listed", samples, keys),
-            *(pairs, device),
-            lambda: cls._listed(pairs, samples, keys, device),
-            cls._bytes,
-        )
+
+        def made(pairs: Tensor, device: torch.device) -> PairList:
+            return cls._listed(pairs, samples, keys, device)
+
+        return _kept.recall(("listed", samples, keys), pairs, device, made, cls._bytes)
 
     @classmethod
     def _listed(cls, pairs: Tensor, samples: int, keys: int, device: torch.device) -> PairList:
@@ -149,7 +148,7 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
         return x
     if _kept.capturing(device) and x.is_pinned():
         return copied(x, device)
-    return _kept.recall("copy", x, device, lambda: copied(x, device), lambda copy: copy.nbytes)
+    return _kept.recall("copy", x, device, copied, lambda copy: copy.nbytes)
 
 
 def copied(x: Tensor, device: torch.device) -> Tensor:

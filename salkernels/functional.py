@@ -173,7 +173,7 @@ def wla_set_loss(
         if reduction == "sum":
             return loss.sum()  # 0 where room is left over
         if chosen.exact and taking_part is None:
-            return loss.sum() / max(1, loss.shape[0])
+            return _reduced(loss, None, "mean")
     # Shares are computed in the weights' own precision: a small weight must not vanish in fp32.
     shares = to_device(chosen.pick(table), loss.device)
     shares = shares.to(torch.promote_types(shares.dtype, loss.dtype))

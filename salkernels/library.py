@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, schema
+from . import _kept, backends, schema
 from ._torch_private import nobody_looks
 from .checks import AUTOCAST_DEVICES, autocast_on
 from .reference import Outputs, check_not_empty, match_tangent, outputs
 
 _match_operator = torch.ops.salkernels.match.default
 _match_backward_operator = torch.ops.salkernels.match_backward.default
+_smooth_l1_backward = torch.ops.aten.smooth_l1_loss_backward.grad_input
 
 # ---- To the backend ------------------------------------------------------------------------------
 
@@ -116,6 +117,21 @@ def penalty_gradient(grad_loss: Tensor, max_sim: Tensor) -> Tensor:
     return torch.sign(1 - max_sim) * scale[:, None, None]
 
 
+NO_WIDTH = 1e-30  # less than any distance from 1 that a float can have, but not 0: sign(0) is 0
+
+
+def _penalty_gradient_at_once(grad_loss: Tensor, max_sim: Tensor) -> Tensor:
+    """The same numbers in one pass over the maxima instead of three: |1 − m| is the smooth L1 loss
+    of no width. NaN is NaN. Only where nobody differentiates it once more."""
+    if not (max_sim.is_cpu or max_sim.is_cuda):  # others may not have the operator
+        return penalty_gradient(grad_loss, max_sim)
+    scale = grad_loss / (max_sim.shape[1] * max_sim.shape[2])
+    # Into a result that lies as the maxima do: without one torch would make a contiguous one.
+    result, one = torch.empty_like(max_sim), _kept.one(max_sim)
+    _smooth_l1_backward(scale.view(-1, 1, 1), max_sim, one, 0, NO_WIDTH, grad_input=result)
+    return result
+
+
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     query, key, pairs, valid, ctx.window, ctx.eps, ctx.backend = inputs
     loss, max_sim, argmax, norm = output
@@ -128,20 +144,21 @@ def _differentiate(
     ctx: Any, grad_loss: Tensor | None, grad_max_sim: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
-    if grad_loss is not None:
-        grad_sim = penalty_gradient(grad_loss, saved[4])
-        if grad_max_sim is not None:
-            grad_sim = grad_sim + grad_max_sim
-    elif grad_max_sim is not None:
-        grad_sim = grad_max_sim
-    else:
+    given = [grad for grad in (grad_loss, grad_max_sim) if grad is not None]
+    if not given:
         return (None,) * 7
-    run: Callable[..., tuple[Tensor, Tensor]] = _match_backward_operator
+    run: Callable[..., tuple[Tensor, Tensor | None]] = _match_backward_operator
+    penalty = penalty_gradient
+    choice: tuple[Any, ...] = (ctx.window, ctx.eps, ctx.backend)
     if torch.is_grad_enabled():
         run = _once_differentiable_backward
-    elif unobserved(grad_sim):
-        run = _match_backward
-    grad_query, grad_key = run(grad_sim, *saved, ctx.window, ctx.eps, ctx.backend)
+    elif all(map(unobserved, given)):
+        run, penalty = _open_backend(ctx.backend).match_backward, _penalty_gradient_at_once
+        choice = (tuple(ctx.window), ctx.eps)
+    grad_sim = given[-1] if grad_loss is None else penalty(grad_loss, saved[4])
+    if len(given) == 2:
+        grad_sim = grad_sim + given[1]
+    grad_query, grad_key = run(grad_sim, *saved, *choice)
     return (grad_query, None if saved[1] is None else grad_key, None, None, None, None, None)
 
 
@@ -296,8 +313,11 @@ def match(
     backend: str,
 ) -> Outputs:
     """`salkernels::match`, without the dispatcher where that gives the same result."""
+    run: Callable[..., Any] = _match  # nothing to keep for a backward
     if torch.compiler.is_compiling() or not unobserved(query):
-        found = _match_operator(query, key, pairs, valid, window, eps, backend)
-    else:
-        found = _Match.apply(query, key, pairs, valid, window, eps, backend)
-    return Outputs(*found)
+        run = _match_operator
+    elif torch.is_grad_enabled() and (
+        query.requires_grad or (key is not None and key.requires_grad)
+    ):
+        run = _Match.apply
+    return Outputs(*run(query, key, pairs, valid, window, eps, backend))

@@ -254,7 +254,7 @@ def grouped(
 
 def _grouped(samples: Tensor, groups: int) -> Tensor:
     """(S, ...) as (groups, S / groups, ...), a view."""
-    return samples.unsqueeze(0) if groups == 1 else samples.unflatten(0, (groups, -1))
+    return samples.unsqueeze(0) if groups == 1 else samples.view(groups, -1, *samples.shape[1:])
 
 
 def _match(

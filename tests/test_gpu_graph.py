@@ -87,7 +87,7 @@ def test_each_check_bites(checks, monkeypatch, fault, found):
     if fault == "nothing is kept":
         monkeypatch.setattr(_kept.Recent, "put", lambda *_: None)
     elif fault == "no error":
-        monkeypatch.setattr(_kept, "capturing", lambda device: False)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     else:
         monkeypatch.setattr(_kept, "_content", lambda source: b"%d" % source.data_ptr())
     row = checks()[found]

@@ -189,6 +189,23 @@ def test_threads_share_it():
     assert recent.bytes == 100 * len(recent) <= 800
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_is_made_once(gpu, dtype):
+    like = torch.empty(2, dtype=dtype, device="meta")
+    with torch.inference_mode():
+        first = _kept.one(like)
+    assert _kept.one(like) is first
+    assert (first.dtype, first.shape, first.is_inference()) == (dtype, (), False)
+    gpu.stream = 2
+    second = _kept.one(like)
+    assert second is not first
+    assert _kept.one(torch.empty(2, dtype=dtype)).item() == 1
+    gpu.capturing, gpu.stream = True, 3
+    assert _kept.one(like) is second
+    half = like.to(torch.float16)
+    assert _kept.one(half) is not _kept.one(half), "one of a graph is kept for nobody else"
+
+
 # ---- Graphs --------------------------------------------------------------------------------------
 
 

@@ -135,7 +135,8 @@ def order_of(mask, keys):
 @runs
 def test_without_a_list_nothing_is_planned():
     x = torch.zeros(1, 33, 1, 2, 2, device=DEVICE)
-    signature = launch._signature(Problem(x, None, None, None, (2, 2), EPS), launch.FORWARD)
+    asked = launch.Asked.by(Problem(x, None, None, None, (2, 2), EPS), launch.FORWARD)
+    signature = asked.signature(gradient=False)
     assert planner(Layout.of(signature))(None, 33 * 33) == (None, None)
 
 

@@ -52,7 +52,7 @@ def status() -> str | None:
 
 
 def why_not(query: Tensor, key: Tensor | None, window: tuple[int, int]) -> str | None:
-    if query.device.type != "cuda":
+    if not query.is_cuda:
         # Without a word to the driver: that would break graphs of CPU code, and forked processes.
         return _absent() or f"it runs on GPUs, and the features are on {query.device}"
     if query.dtype not in DTYPES:

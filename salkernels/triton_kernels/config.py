@@ -78,11 +78,21 @@ FILE_VARIABLE = "SALKERNELS_TRITON_TILES"
 
 def tile_for(kernel: str, dtype: torch.dtype, capability: int) -> Tile:
     """The tile of a kernel on compute capability 10 · major + minor; 0 is the interpreter."""
+    return tiles_for((kernel,), dtype, capability)[0]
+
+
+def tiles_for(kernels: tuple[str, ...], dtype: torch.dtype, capability: int) -> tuple[Tile, ...]:
+    """The tiles of several kernels: each call asks, and the environment takes time to answer."""
     if capability == 0:
-        return INTERPRETER
+        return (INTERPRETER,) * len(kernels)
     path = os.environ.get(FILE_VARIABLE)
-    found = read(path).get((kernel, dtype, capability)) if path else None
-    return found or OVERRIDES.get((kernel, dtype, capability // 10)) or TABLE[kernel, dtype]
+    measured = read(path) if path else {}
+    return tuple(
+        measured.get((kernel, dtype, capability))
+        or OVERRIDES.get((kernel, dtype, capability // 10))
+        or TABLE[kernel, dtype]
+        for kernel in kernels
+    )
 
 
 @cache

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import gradient, match
-from .config import Tile, tile_for
+from .config import Tile, tiles_for
 from .geometry import Cut, Matches, Product, Strides
 from .gradient import Terms
 from .launcher import Launcher, list_of_pairs, maps_of, planner
@@ -113,13 +113,65 @@ class Backward:
             kernel(*given)
 
 
-@lru_cache(KEPT)
-def _forward(signature: Signature, device: torch.device) -> Forward:
-    return Forward(signature)
+class Asked(NamedTuple):
+    """All that a call's signature follows from, as it is found: cheap to make and to look up."""
+
+    query: torch.Size
+    key: torch.Size | None
+    window: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+    strides: tuple[tuple[int, ...], ...]  # of queries and keys, and, backward, of their gradients
+    listed: bool
+    valid: bool
+    capability: int
+    tf32: bool
+    tiles: tuple[Tile, ...]
+
+    @classmethod
+    def by(cls, problem: Problem, kernels: tuple[str, ...], *grads: Tensor | None) -> Asked:
+        query, key = problem.query, problem.key
+        device, dtype = query.device, query.dtype
+        strides = [query.stride(), query.stride() if key is None else key.stride()]
+        for i, grad in enumerate(grads):
+            strides.append(strides[i + 1] if grad is None else grad.stride())
+        found = capability(query)
+        return cls(
+            query.shape,
+            None if key is None else key.shape,
+            problem.window,
+            dtype,
+            device,
+            tuple(strides),
+            problem.pairs is not None,
+            problem.valid is not None,
+            found,
+            dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32",
+            tiles_for(kernels, dtype, found),
+        )
+
+    def signature(self, gradient: bool) -> Signature:
+        return Signature(
+            self.query,
+            self.key,
+            self.window,
+            self.dtype,
+            tuple(Strides(*strides) for strides in self.strides),
+            self.listed,
+            self.valid,
+            product(self.dtype, self.capability, self.tf32, gradient),
+            self.tiles,  # type: ignore[arg-type]
+        )
 
 
 @lru_cache(KEPT)
-def _backward(signature: Signature, device: torch.device) -> Any:
+def _forward(asked: Asked) -> Forward:
+    return Forward(asked.signature(gradient=False))
+
+
+@lru_cache(KEPT)
+def _backward(asked: Asked) -> Any:
+    signature = asked.signature(gradient=True)
     layout = Layout.of(signature)
     if layout.streamed or layout.tiles > MOST_TILES:
         return BackwardByLists(signature)
@@ -129,8 +181,7 @@ def _backward(signature: Signature, device: torch.device) -> Any:
 def forward(problem: Problem, loss: Tensor, max_sim: Tensor, argmax: Tensor, norm: Tensor) -> None:
     """Fills every element of loss (P,), max_sim and argmax (P, H, W) and norm (nodes, H, W)."""
     with _on_device(problem.query):
-        signature = _signature(problem, FORWARD)
-        call = _forward(signature, problem.query.device)
+        call = _forward(Asked.by(problem, FORWARD))
         call(problem, loss, Matches(max_sim, argmax, norm))
 
 
@@ -145,34 +196,17 @@ def backward(
 ) -> None:
     """Fills every element of the gradients."""
     query, key = problem.query, problem.key
-    key = None if key is None else addressable(key)
-    problem = problem._replace(query=addressable(query), key=key)
+    if not (_is_near(query) and (key is None or _is_near(key))):
+        key = None if key is None else addressable(key)
+        problem = problem._replace(query=addressable(query), key=key)
     with _on_device(problem.query):
-        signature = _signature(problem, BACKWARD, grad_query, grad_key)
-        call = _backward(signature, problem.query.device)
+        call = _backward(Asked.by(problem, BACKWARD, grad_query, grad_key))
         call(problem, Terms(max_sim, argmax, grad_sim), norm, grad_query, grad_key)
 
 
-def _signature(problem: Problem, kernels: tuple[str, ...], *grads: Tensor | None) -> Signature:
-    query, key = problem.query, problem.key
-    tensors: tuple[Tensor | None, ...] = (query, key, *grads)
-    strides = [
-        Strides(*(x if x is not None else tensors[i - 1]).stride())  # type: ignore[union-attr]
-        for i, x in enumerate(tensors)
-    ]
-    device = capability(query)
-    tiles = tuple(tile_for(kernel, query.dtype, device) for kernel in kernels)
-    return Signature(
-        query.shape,
-        None if key is None else key.shape,
-        problem.window,
-        query.dtype,
-        tuple(strides),
-        problem.pairs is not None,
-        problem.valid is not None,
-        product(query.dtype, device, bool(grads)),
-        tiles,  # type: ignore[arg-type]
-    )
+def _is_near(x: Tensor) -> bool:
+    """Whether 31 bits reach all of it: then it is `addressable` in any case."""
+    return x.untyped_storage().nbytes() < 1 << 31
 
 
 def capability(x: Tensor) -> int:
@@ -186,12 +220,12 @@ def _capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def product(dtype: torch.dtype, capability: int, gradient: bool) -> Product:
+def product(dtype: torch.dtype, capability: int, tf32: bool, gradient: bool) -> Product:
     """The arithmetic of fp32 products; those of 16 bits are always exact."""
     interpreted = capability == 0
     if torch.version.hip is not None or interpreted:
         precision = "ieee"
-    elif dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+    elif tf32:
         precision = "tf32"
     elif dtype == torch.float32 or (gradient and dtype == torch.float16):
         precision = "tf32x3"

@@ -5,7 +5,7 @@ From the second call on a launch costs its arguments, and not Triton's own look-
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,6 +22,9 @@ MOST_REGISTERS = 248  # told so, the assembler does not spill a few for one more
 SMALL = Tile(0, 0, 4, 1)  # of kernels that have no tiles
 
 
+Place = tuple[int, int | None]  # an argument, or one of its parts
+
+
 class Launcher:
     """A kernel with what is compiled into it."""
 
@@ -30,6 +33,8 @@ class Launcher:
         self.options = {"num_warps": tile.warps, "num_stages": tile.stages}
         if torch.version.hip is None:
             self.options["maxnreg"] = MOST_REGISTERS
+        self.given = tuple(constants.values())
+        self.places: tuple[Place, ...] | None = None
         self.compiled: dict[int, Any] = {}
 
     def __call__(self, *arguments: Any, programs: int = 0) -> None:
@@ -39,24 +44,36 @@ class Launcher:
                 f"this input needs {programs} programs, more than the {MOST_PROGRAMS} of a grid; "
                 "split the pairs over several calls"
             )
-        # Everything that Triton specialises on and that may differ between calls of one signature.
-        key = _aligned(arguments)
+        # Everything that Triton specialises on and that may differ between calls of one signature;
+        # which of the arguments are tensors may not.
+        if self.places is None:
+            self.places = tuple(_tensors(arguments))
+        key = _aligned(arguments, self.places)
         compiled = self.compiled.get(key)
         if compiled is None:
             compiled = self.kernel[(programs,)](*arguments, **self.constants, **self.options)
             if compiled is not None:  # neither interpreted nor recorded
                 self.compiled[key] = compiled
         else:
-            compiled[(programs, 1, 1)](*arguments, *self.constants.values())
+            compiled[(programs, 1, 1)](*arguments, *self.given)
 
 
-def _aligned(arguments: tuple[Any, ...], bits: int = 1) -> int:
-    """Whether each tensor starts at a multiple of 16 bytes, a bit for each."""
-    for x in arguments:
+def _tensors(arguments: tuple[Any, ...]) -> Iterator[Place]:
+    """Where tensors are: among the arguments, or in the tuples that some of those are."""
+    for i, x in enumerate(arguments):
         if isinstance(x, Tensor):
-            bits = 2 * bits + (x.data_ptr() % 16 == 0)
-        elif isinstance(x, tuple) and not isinstance(x[0], int):  # of numbers: strides, extents
-            bits = _aligned(x, bits)
+            yield i, None
+        elif isinstance(x, tuple):
+            yield from ((i, j) for j, part in enumerate(x) if isinstance(part, Tensor))
+
+
+def _aligned(arguments: tuple[Any, ...], places: tuple[Place, ...]) -> int:
+    """Whether each tensor starts at a multiple of 16 bytes: a bit for each that does not."""
+    bits = 0
+    for n, (i, j) in enumerate(places):
+        x = arguments[i] if j is None else arguments[i][j]
+        if x.data_ptr() & 15:
+            bits |= 1 << n
     return bits
 
 
