@@ -207,88 +207,40 @@ __device__ inline void load_slice(const Problem& p, const RowsShared& shared,
   __syncthreads();
 }
 
-// A row of the slice as the lanes that share it need it: where its terms are, and its scales.
-struct SliceRow {
-  bool exists = false;
-  int row, which;
-  RowTerms<float> terms{};
-  float norm;
-  unsigned char* grad;
-
-  __device__ static SliceRow of(const Problem& p, const RowsShared& shared, const PixelRow* pixels,
-                                const RowWalk& at, int rows) {
-    SliceRow found;
-    if (at.row >= rows) return found;
-    const PixelRow& pixel = pixels[at.pixel];
-    if (pixel.norms < 0) return found;
-    const NodeRow& node = shared.nodes[at.node];
-    found.exists = true;
-    found.row = at.row;
-    found.which = at.node >= p.maps[0].samples;
-    found.terms = RowTerms<float>::of(p, node.first_term, node.first_row, at.pixel);
-    found.norm = static_cast<const float*>(p.norm)[pixel.norms + at.node];
-    found.grad = node.grad + pixel.grad_offset[found.which];
-    return found;
-  }
-  __device__ int count() const { return exists ? int(terms.end - terms.at) : 0; }
-  // Behind the last term one that adds nothing: zero times a row of zeros or of numbers.
-  __device__ Term<float> term(int i) const { return i < count() ? terms.at[i] : Term<float>{0, 0}; }
-};
-
-// The most terms that a row of this warp has, of which `lanes` beside each other share one.
-__device__ inline int most_terms(int count, int lanes) {
-  for (int step = 16; step >= lanes; step /= 2) {
-    const int other = __shfl_xor_sync(kAllLanes, count, step);
-    count = other > count ? other : count;
-  }
-  return count;
-}
-
 // Gradients of all rows of the slice. kPieces of a row to a lane.
-//
-// Each of the lanes of a row loads one term and hands it to the others, so that a row waits for
-// memory once for so many terms, and what the next row needs is on its way meanwhile. All rows of a
-// warp go on until the longest of their lists ends.
 template <class T, int kPieces>
 __device__ inline void sum_slice(const Problem& p, const RowsShared& shared,
                                  const PixelRow* pixels, const Slice& slice) {
   constexpr int kValues = Pieces<T>::kValues;
   const int lanes = slice.words / 4 / kPieces;
   const int rows = int(p.group_nodes()) * int(p.window_pixels());
-  const int member = threadIdx.x % lanes, first_lane = threadIdx.x % 32 - member;
-  const int lane_word = member * 4, far = lanes * 4;  // from a piece to the next
+  const int lane_word = threadIdx.x % lanes * 4, far = lanes * 4;  // from a piece to the next
   const uint32_t* const own = slice.rows + lane_word;
-  RowWalk at(threadIdx.x / lanes, kThreads / lanes, int(p.window_pixels()));
-  SliceRow next = SliceRow::of(p, shared, pixels, at, rows);
-  Term<float> ahead = next.term(member);
-  for (int turns = (rows + at.step - 1) / at.step; turns > 0; --turns) {
-    const SliceRow row = next;
-    at.next();
-    next = SliceRow::of(p, shared, pixels, at, rows);
-    const int most = most_terms(row.count(), lanes);
+  for (RowWalk at(threadIdx.x / lanes, kThreads / lanes, int(p.window_pixels())); at.row < rows;
+       at.next()) {
+    const PixelRow& pixel = pixels[at.pixel];
+    if (pixel.norms < 0) continue;
+    const NodeRow& node = shared.nodes[at.node];
+    const auto terms = RowTerms<float>::of(p, node.first_term, node.first_row, at.pixel);
+    const float norm = static_cast<const float*>(p.norm)[pixel.norms + at.node];
     float sums[kPieces][kValues] = {};
-    for (int first = 0; first < most; first += lanes) {
-      const Term<float> loaded = ahead;
-      ahead = row.term(first + lanes + member);
-      const int some = most - first < lanes ? most - first : lanes;
-#pragma unroll 2
-      for (int j = 0; j < some; ++j) {
-        const int partner = __shfl_sync(kAllLanes, loaded.row, first_lane + j);
-        const float weight = __shfl_sync(kAllLanes, loaded.weight, first_lane + j);
+    // By fours: their loads are on their way side by side, and one by one a warp would stand still
+    // for most of the time.
+#pragma unroll 4
+    for (const Term<float>* term = terms.at; term != terms.end; ++term) {
+      const Term<float> of = *term;
 #pragma unroll
-        for (int i = 0; i < kPieces; ++i) {
-          Pieces<T>::add(sums[i], weight, own + partner * slice.words + i * far);
-        }
+      for (int i = 0; i < kPieces; ++i) {
+        Pieces<T>::add(sums[i], of.weight, own + of.row * slice.words + i * far);
       }
     }
-    ahead = next.term(member);
-    if (!row.exists) continue;
     const auto rest =
-        Projection<float>::of(row.norm, row.terms.along, float(p.eps), row.count() > 0);
-    T* const grad = reinterpret_cast<T*>(row.grad);
+        Projection<float>::of(norm, terms.along, float(p.eps), terms.at != terms.end);
+    const int which = at.node >= p.maps[0].samples;
+    T* const grad = reinterpret_cast<T*>(node.grad + pixel.grad_offset[which]);
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
-      const int word = row.row * slice.words + i * far;
+      const int word = at.row * slice.words + i * far;
       Pieces<T>::add(sums[i], -rest.self, own + word);
       const Piece piece = Pieces<T>::scaled(sums[i], rest.inverse);
       const int channel =

@@ -411,8 +411,14 @@ __device__ void match(const Problem& p) {
   if (!any && shared.list.needed[0] == 0 && shared.list.needed[1] == 0) return;
   shared.list.number();
   const int share = (shared.list.count + kWarps - 1) / kWarps;
-  if (share <= 3) {
+  // Of the kernel with few blocks, whose blocks are short, two versions are enough: the rest would
+  // be code to fetch.
+  if (kMost > kFewBlocks && share <= 2) {
+    multiply_blocks<Mode, 2>(p, shared);
+  } else if (share <= 3) {
     multiply_blocks<Mode, 3>(p, shared);
+  } else if (kMost > kFewBlocks && share <= kFewBlocks) {
+    multiply_blocks<Mode, kFewBlocks>(p, shared);
   } else {
     multiply_blocks<Mode, kMost>(p, shared);
   }
