@@ -45,6 +45,7 @@ struct alignas(16) MatchShared {
   int32_t nominal[kTile];  // and its offset in the nominal window
   TilePair batch[kBatch];
   int32_t batch_count;
+  int32_t filled;  // whether the batch holds all pairs of all units
   int32_t staged[2];  // rows of each side in a stage
   int64_t pairs_before[2];
   BlockList list;
@@ -401,7 +402,9 @@ __device__ void match(const Problem& p) {
   __syncthreads();
   fill_units(p, shared);
   prefetch_tile<typename Mode::T>(p, shared);
-  const bool filled = mark_pairs(p, shared);
+  // Kept in shared memory: registers are what the products need.
+  const bool all = mark_pairs(p, shared);
+  if (threadIdx.x == 0) shared.filled = all;
   const unsigned char* row = fill_row<typename Mode::T>(p, shared);
   // Norms of 16-bit features are taken from products of rows with themselves.
   if (row != nullptr && shared.work.one_side && sizeof(typename Mode::T) == 2) {
@@ -411,19 +414,17 @@ __device__ void match(const Problem& p) {
   if (!any && shared.list.needed[0] == 0 && shared.list.needed[1] == 0) return;
   shared.list.number();
   const int share = (shared.list.count + kWarps - 1) / kWarps;
-  // Of the kernel with few blocks, whose blocks are short, two versions are enough: the rest would
-  // be code to fetch.
-  if (kMost > kFewBlocks && share <= 2) {
+  if (share <= 2) {
     multiply_blocks<Mode, 2>(p, shared);
   } else if (share <= 3) {
     multiply_blocks<Mode, 3>(p, shared);
-  } else if (kMost > kFewBlocks && share <= kFewBlocks) {
+  } else if (kMost == kFewBlocks || share <= kFewBlocks) {
     multiply_blocks<Mode, kFewBlocks>(p, shared);
   } else {
     multiply_blocks<Mode, kMost>(p, shared);
   }
   __syncthreads();
-  best_of_windows(p, shared, filled);
+  best_of_windows(p, shared, shared.filled != 0);
 }
 
 }  // namespace cuda

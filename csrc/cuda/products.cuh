@@ -300,18 +300,18 @@ __device__ __forceinline__ void multiply_tile(const Problem& p, const TileRows& 
                                  buffer + place * words + side * kTileWords);
     }
   };
-  // In the ring, of the chunk that is multiplied and of the one that is staged. Both turns of the
-  // loop, before the first product and with it, are the same code: it is long, and a block runs
-  // through it a few times only, so that what it costs is to be fetched.
-  int place = 0, next = 0;
+  // Turns before the first product and those with one are the same code: it is long, and a block
+  // runs through it a few times only, so that what it costs is to be fetched. `place` in the ring is
+  // that of the chunk which is staged, and, one further, of the one that is multiplied.
+  int place = 0;
 #pragma unroll 1
   for (int chunk = stages == 1 ? 0 : 1 - stages; chunk < chunks; ++chunk) {
     if (stages > 1 && chunk >= 0) copy_async_wait(stages - 2);
     // The chunk has landed for every thread, and none reads the one before it any more.
     if (stages == 1 || chunk >= 0) __syncthreads();
-    if (chunk + stages - 1 < chunks) stage(chunk + stages - 1, next);
+    if (chunk + stages - 1 < chunks) stage(chunk + stages - 1, place);
     copy_async_commit();
-    next = next + 1 == stages ? 0 : next + 1;
+    place = place + 1 == stages ? 0 : place + 1;
     if (chunk < 0) continue;
     if (stages == 1) {
       copy_async_wait(0);
@@ -336,7 +336,6 @@ __device__ __forceinline__ void multiply_tile(const Problem& p, const TileRows& 
                              lower);
       }
     }
-    place = place + 1 == stages ? 0 : place + 1;
   }
   copy_async_wait(0);
 }

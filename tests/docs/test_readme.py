@@ -98,6 +98,13 @@ def test_its_dice_are_those_of_the_results():
             assert f"| {figure} |" in written, (name, figure)
 
 
+def test_its_interval_is_that_of_the_results():
+    probed = ROOT / "training" / "results" / "mini-probe" / "collapse-probe.md"
+    (mean, low, high) = re.search(r"(0\.\d+)\s\[(0\.\d+), (0\.\d+)\] above PCL", README).groups()
+    row = f"| no E, independent views in one frame | +{mean} [+{low}, +{high}]"
+    assert row in probed.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)\s]+)\)", README.replace("\n", " ")))
 def test_its_links_lead_somewhere(link):
     if not link.startswith("https://"):
