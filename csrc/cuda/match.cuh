@@ -414,7 +414,9 @@ __device__ void match(const Problem& p) {
   if (!any && shared.list.needed[0] == 0 && shared.list.needed[1] == 0) return;
   shared.list.number();
   const int share = (shared.list.count + kWarps - 1) / kWarps;
-  if (share <= 2) {
+  // With this version, too, the compiler would spill a register in tf32 on sm_80.
+  constexpr bool kTwo = sizeof(typename Mode::T) == 2 || Mode::kProducts == 3;
+  if (kTwo && share <= 2) {
     multiply_blocks<Mode, 2>(p, shared);
   } else if (share <= 3) {
     multiply_blocks<Mode, 3>(p, shared);

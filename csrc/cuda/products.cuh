@@ -305,10 +305,10 @@ __device__ __forceinline__ void multiply_tile(const Problem& p, const TileRows& 
   // that of the chunk which is staged, and, one further, of the one that is multiplied.
   int place = 0;
 #pragma unroll 1
-  for (int chunk = stages == 1 ? 0 : 1 - stages; chunk < chunks; ++chunk) {
-    if (stages > 1 && chunk >= 0) copy_async_wait(stages - 2);
+  for (int chunk = 1 - stages; chunk < chunks; ++chunk) {
+    if (stages > 1) copy_async_wait(stages - 2);
     // The chunk has landed for every thread, and none reads the one before it any more.
-    if (stages == 1 || chunk >= 0) __syncthreads();
+    __syncthreads();
     if (chunk + stages - 1 < chunks) stage(chunk + stages - 1, place);
     copy_async_commit();
     place = place + 1 == stages ? 0 : place + 1;
