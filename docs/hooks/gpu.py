@@ -17,6 +17,17 @@ TIMES, EVERYTHING = RESULTS / "h100.csv", RESULTS / "h100-gpu.json"
 PAPER = "S32-C384-44x44-w2-{}-channels_last"
 GRAM = ("gram-half", "gram")  # in the dtype of 16-bit features, where it was measured; in fp32
 BACKENDS = ("cuda", "triton")
+# Shapes of `python -m tools.traffic`, and their cases.
+COUNTED = {
+    "paper-fp32": PAPER.format("float32"),
+    "paper-bf16": PAPER.format("bfloat16"),
+    "acdc-bf16": "S64-C384-44x44-w2-bfloat16-channels_last-scans",
+    **{f"window{w}-fp32": f"S32-C384-44x44-w{w}-float32-channels_last" for w in (3, 6)},
+    "window22-bf16": "S32-C384-44x44-w22-bfloat16-channels_last",
+}
+OURS = re.compile(r"salkernels_|\w+_kernel$")
+FORWARD = re.compile(r"salkernels_(match|stream|norms|reduce)|(stream_)?match_|norm_|loss_")
+PLAN = "plan_kernel"  # once in each pass
 Row = dict[str, str]
 
 _PLACE = re.compile(r"^<!-- gpu: ([\w-]+) -->$", re.MULTILINE)
@@ -87,8 +98,24 @@ def hours() -> str:
     return "\n".join(lines)
 
 
+def floors() -> str:
+    """Counted floors beside the profiler's time, pass by pass, in microseconds."""
+    lines = ["| shape | pass | DRAM | `cuda`: issue | on the GPU | `triton`: issue | on the GPU |"]
+    lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    for shape, case in COUNTED.items():
+        for phase in ("forward", "backward"):
+            memory = counted("cuda")[shape, phase]["dram_floor_us"]
+            cells = []
+            for backend in BACKENDS:
+                found = counted(backend).get((shape, phase))
+                spent = sum(profiled(case, backend, phase))
+                cells += [found["issue_floor_us"] if found else "", f"{spent:.0f}"]
+            lines.append(f"| `{shape}` | {phase} | {memory} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    "paper": paper, "shapes": shapes, "steps": steps, "hours": hours,
+    "paper": paper, "shapes": shapes, "steps": steps, "hours": hours, "floors": floors,
 }  # fmt: skip
 
 
@@ -112,6 +139,29 @@ def training() -> dict[str, dict[str, float]]:
         if row["step"] == "train" and "step_ms" in row:
             found.setdefault(row["preset"], {})[row["loss"]] = row["step_ms"]
     return found
+
+
+@cache
+def counted(backend: str) -> dict[tuple[str, str], Row]:
+    """Totals of the emulator's counts by shape and pass."""
+    with (RESULTS / f"instructions-{backend}.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["kernel"] == "total"]
+    return {(row["shape"], row["phase"]): row for row in rows}
+
+
+def profiled(case: str, backend: str, phase: str) -> list[float]:
+    """Microseconds of each kernel of ours in a pass."""
+    rows = json.loads(EVERYTHING.read_text(encoding="utf-8"))["rows"]
+    found = next(
+        row["us"]
+        for row in rows
+        if row["step"] == "kernels" and (row.get("case"), row.get("backend")) == (case, backend)
+    )
+    spent = [us / 2 for name, us in found.items() if name == PLAN]
+    for name, us in found.items():
+        if OURS.match(name) and name != PLAN and bool(FORWARD.match(name)) == (phase == "forward"):
+            spent.append(us)
+    return spent
 
 
 def _both_passes(passes: dict[str, dict[str, Row]], provider: str) -> str:

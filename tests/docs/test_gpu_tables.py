@@ -44,6 +44,16 @@ def test_training_is_what_the_json_says(hook):
     assert f"| {minutes:.0f} min |" in hook.hours()
 
 
+def test_kernels_of_both_passes_are_told_apart(hook):
+    rows = [cells(line) for line in hook.floors().splitlines()[2:]]
+    assert len(rows) == 2 * len(hook.COUNTED)
+    for shape, phase, _, _, cuda, _, triton in rows:
+        for backend, shown in (("cuda", cuda), ("triton", triton)):
+            spent = hook.profiled(hook.COUNTED[shape.strip("`")], backend, phase)
+            assert len(spent) >= 2, (shape, backend, phase)
+            assert float(shown) == round(sum(spent))
+
+
 def test_an_unknown_name_is_an_error(hook):
     with pytest.raises(KeyError):
         hook.on_page_markdown("<!-- gpu: nothing -->")
