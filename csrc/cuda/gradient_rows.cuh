@@ -4,7 +4,7 @@
 // gradient_rows  a block holds a slice of the channels of all rows of a window in shared memory, so
 //                that features are read once, and partners are gathered from there:
 //
-//                           slice 0   slice 1  ...            each 32 to 256 bytes of channels
+//                           slice 0   slice 1  ...            each 64 to 256 bytes of channels
 //                  row 0    [=======] [=======]
 //                  row 1    [=======] [=======]               lanes beside each other take the
 //                  ...                                        pieces of a row, so a row is read

@@ -34,7 +34,7 @@ struct Tiling {
   int64_t chunks;         // of a window, if streamed
   int64_t both;           // a block serves both directions of a pair, if streamed
   int64_t stages;         // channel chunks that shared memory holds
-  int64_t slice_words;    // of a row that a block of gradient_rows holds: 64, 32, 16 or 8
+  int64_t slice_words;    // of a row that a block of gradient_rows holds: 64, 32 or 16
   int64_t team;           // warps that list the terms of one sample in one window: 1, or all
   int64_t lists_in_memory;  // what they count is too much for shared memory
 };
