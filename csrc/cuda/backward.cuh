@@ -47,7 +47,7 @@ inline void add_gradient_rows(Plan& plan, const Problem& p) {
 inline Plan plan_backward(Problem& p, int64_t shared_limit) {
   Plan plan;
   const int64_t rows = p.groups * (p.maps[0].samples + p.maps[1].samples) + 2;
-  if (p.units() > INT32_MAX) plan.error = "the problem has more windows than 32 bits can number";
+  plan.require_numbers(p);
   SALKERNELS_ADD(plan, sort_pairs, ceil_div(rows, kWarps), 1, 0);
   if (tile_tiling(p, shared_limit)) {
     const Tiling& t = p.tiling;

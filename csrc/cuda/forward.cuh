@@ -78,7 +78,7 @@ inline Plan plan_forward(Problem& p, int64_t shared_limit) {
   Plan plan;
   // Without samples there may still be room left over.
   if (p.table() > 0) add_match(plan, p, shared_limit);
-  if (p.units() > INT32_MAX) plan.error = "the problem has more windows than 32 bits can number";
+  plan.require_numbers(p);
   const int64_t blocks = ceil_div(p.num_pairs, kLossPairs);
   if (p.dtype == kFloat64) {
     SALKERNELS_ADD(plan, reduce_losses_f64, blocks, 1, kThreads * 8 / 4);

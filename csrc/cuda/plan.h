@@ -69,6 +69,10 @@ struct Plan {
   int count = 0;
   const char* error = nullptr;
 
+  // Units are numbered by 32 bits: see rows.cuh.
+  void require_numbers(const Problem& p) {
+    if (p.units() > INT32_MAX) error = "the problem has more windows than 32 bits can number";
+  }
   void add(const char* name, Kernel kernel, int64_t blocks, int64_t rows, int64_t shared_bytes) {
     if (blocks > INT32_MAX) error = "the problem needs more blocks than a grid can have";
     if (blocks > 0) launches[count++] = {name, kernel, blocks, rows, shared_bytes};
