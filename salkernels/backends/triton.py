@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .._torch_private import constant_for_dynamo
 from ..reference import Outputs, check_not_empty, count_pairs, index_dtype, no_match
+from ..reference_contrast import output
 
 DEVICES = ("cuda",)  # CPU tensors in the interpreter, but by name only
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -199,6 +200,68 @@ def match_backward(
             grad_key,
         )
     return grad_query.to(query.dtype), None if grad_key is None else grad_key.to(query.dtype)
+
+
+def window_lse(
+    query: Tensor,  # (G, N, C, H, W)
+    key: Tensor | None,  # (G, M, C, H, W)
+    pairs: Tensor | None,  # (P,) int64
+    valid: Tensor | None,  # (G, V, H, W) bool
+    window: tuple[int, int],
+    temperature: float,
+    eps: float,
+) -> Tensor:
+    """As `salkernels.reference_contrast.window_lse`."""
+    _require(query)
+    check_not_empty(query)
+    lse = output(query)
+    if _no_pair(query, key, pairs):
+        return lse.fill_(-torch.inf)
+    from ..triton_kernels import launch_lse
+
+    problem = launch_lse.Problem(query, key, pairs, valid, window, eps)
+    launch_lse.forward(problem, temperature, lse)
+    return lse
+
+
+def window_lse_backward(
+    grad_lse: Tensor,  # (G, N, H, W), any strides
+    query: Tensor,
+    key: Tensor | None,
+    pairs: Tensor | None,
+    valid: Tensor | None,
+    lse: Tensor,  # (G, N, H, W)
+    window: tuple[int, int],
+    temperature: float,
+    eps: float,
+) -> tuple[Tensor, Tensor | None]:
+    """As `salkernels.reference_contrast.window_lse_backward`."""
+    _require(query)
+    check_not_empty(query)
+    dtype = torch.float32 if INTERPRETED else query.dtype  # as in `match_backward`
+    grad_query = torch.empty_like(query, dtype=dtype)
+    grad_key = None if key is None else torch.empty_like(key, dtype=dtype)
+    if _no_pair(query, key, pairs):
+        grad_query.zero_()
+        if grad_key is not None:
+            grad_key.zero_()
+    else:
+        from ..triton_kernels import launch_lse
+
+        launch_lse.backward(
+            launch_lse.Problem(query, key, pairs, valid, window, eps),
+            temperature,
+            lse.contiguous(),
+            grad_lse.to(torch.float32).contiguous(),
+            grad_query,
+            grad_key,
+        )
+    return grad_query.to(query.dtype), None if grad_key is None else grad_key.to(query.dtype)
+
+
+def _no_pair(query: Tensor, key: Tensor | None, pairs: Tensor | None) -> bool:
+    """Whether no pair can be, and nothing is launched."""
+    return 0 in (count_pairs(query, key, pairs), count_pairs(query, key, None))
 
 
 def _pixel_by_pixel(x: Tensor) -> Tensor:

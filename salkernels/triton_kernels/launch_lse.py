@@ -1,0 +1,168 @@
+"""From tensors to launches: the log-sum-exp over windows of negatives, and its gradient.
+
+How a call is cut follows from its signature, and is worked out once for each.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .geometry import Cut
+from .launch import KEPT, Asked, on_device, product
+from .launcher import Launcher, list_of_pairs, maps_of, planner
+from .layout import LEAST_ROWS, Layout, Problem, Signature, ceil, power_of_two
+from .lse import window_lse_kernel
+from .lse_gradient import Sides, Sums, window_lse_gradient_kernel
+from .match import norm_kernel
+
+__all__ = ["Problem", "backward", "forward"]
+
+FORWARD = ("lse", "norm")
+BACKWARD = ("lse_gradient", "norm")
+LEAST_CHANNELS = 16  # of a matrix product
+# Of the backward: rows of a block of partners, and channels whose sums a program keeps. Cosines are
+# computed again for every so many channels.
+COLUMNS = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}
+CHANNELS = {torch.float32: 128, torch.bfloat16: 128, torch.float16: 128}
+BOTH, QUERIES, KEYS = Sides(True, True), Sides(True, False), Sides(False, True)
+
+
+class Norms:
+    """The launch of the norms (H, W, nodes): Inf of pixels that are not valid."""
+
+    def __init__(self, signature: Signature) -> None:
+        tile = signature.tiles[1]
+        self.shape = (*signature.query[3:], signature.query[0] * signature.nodes)
+        programs = self.shape[2] * ceil(signature.map_pixels, tile.rows)
+        cut = Cut(1, tile.rows, tile.block, signature.query[2] % tile.block == 0)
+        self.launch = Launcher(norm_kernel, tile, programs, FORM=signature.form(), CUT=cut)
+        self.sizes = signature.extents()
+
+    def __call__(self, problem: Problem) -> Tensor:
+        norm = problem.query.new_empty(self.shape, dtype=torch.float32)
+        valid = None if problem.valid is None else problem.valid.contiguous().view(torch.uint8)
+        self.launch(maps_of(problem.query, problem.key), valid, norm, self.sizes)
+        return norm
+
+
+class Forward:
+    """The launches of a signature's forward."""
+
+    def __init__(self, signature: Signature) -> None:
+        tile = signature.tiles[0]
+        self.sizes, self.norms = signature.extents(), Norms(signature)
+        self.plan = planner(Layout.of(signature), ordered=False)
+        rows = _rows(signature, signature.query[1], tile.rows)
+        lines = signature.query[0] * signature.windows
+        self.launch = Launcher(
+            window_lse_kernel,
+            tile,
+            lines * ceil(signature.query[1] * signature.window_pixels, rows),
+            FORM=signature.form(),
+            CUT=_cut(signature, tile.block),
+            PRODUCT=signature.product,
+            ROWS=rows,
+            COLUMNS=_rows(signature, signature.keys, tile.rows),
+        )
+
+    def __call__(self, problem: Problem, temperature: float, lse: Tensor) -> None:
+        maps, listed = maps_of(problem.query, problem.key), list_of_pairs(problem)
+        norm, plan = self.norms(problem), self.plan(listed, problem.num_pairs)
+        scale = math.log2(math.e) / temperature
+        self.launch(maps, norm, plan, lse, self.sizes, problem.smallest_norm, scale)
+
+
+class Backward:
+    """The launches of a signature's backward: one for each role, in the set form one for both."""
+
+    def __init__(self, signature: Signature, cosines: Any) -> None:
+        self.sizes, self.norms = signature.extents(), Norms(signature)
+        self.plan = planner(Layout.of(signature), ordered=False)
+        sides = (BOTH,) if signature.key is None else (QUERIES, KEYS)
+        self.launches = [self._launch(signature, cosines, side) for side in sides]
+
+    @staticmethod
+    def _launch(signature: Signature, cosines: Any, sides: Sides) -> Launcher:
+        tile = signature.tiles[0]
+        own, others = signature.query[1], signature.keys
+        if not sides.QUERY:
+            own, others = others, own
+        rows = _rows(signature, own, tile.rows)
+        channels = min(CHANNELS[signature.dtype], power_of_two(signature.query[2]))
+        channels = max(LEAST_CHANNELS, channels)
+        lines = signature.query[0] * signature.windows * ceil(signature.query[2], channels)
+        return Launcher(
+            window_lse_gradient_kernel,
+            tile,
+            lines * ceil(own * signature.window_pixels, rows),
+            FORM=signature.form(),
+            CUT=_cut(signature, tile.block),
+            SLICE=_cut(signature, channels),
+            PRODUCT=cosines,
+            WEIGHTED=signature.product,
+            SIDES=sides,
+            ROWS=rows,
+            COLUMNS=_rows(signature, others, min(tile.rows, COLUMNS[signature.dtype])),
+        )
+
+    def __call__(
+        self,
+        problem: Problem,
+        temperature: float,
+        sums: Sums,
+        grad_query: Tensor,
+        grad_key: Tensor | None,
+    ) -> None:
+        maps, grads = maps_of(problem.query, problem.key), maps_of(grad_query, grad_key)
+        listed, eps = list_of_pairs(problem), problem.smallest_norm
+        norm, plan = self.norms(problem), self.plan(listed, problem.num_pairs)
+        slope = 1 / temperature
+        scale = math.log2(math.e) * slope
+        for launch in self.launches:
+            launch(maps, grads, norm, plan, sums, self.sizes, eps, scale, slope)
+
+
+def _rows(signature: Signature, nodes: int, most: int) -> int:
+    """Rows of a block: no more than `nodes` have in a window."""
+    return min(most, max(LEAST_ROWS, power_of_two(nodes * signature.window_pixels)))
+
+
+def _cut(signature: Signature, channels: int) -> Cut:
+    """Rows are not cut into lanes here."""
+    return Cut(1, 1, channels, signature.query[2] % channels == 0)
+
+
+@lru_cache(KEPT)
+def _forward(asked: Asked) -> Forward:
+    return Forward(asked.signature(gradient=False))
+
+
+@lru_cache(KEPT)
+def _backward(asked: Asked) -> Backward:
+    cosines = product(asked.dtype, asked.capability, asked.tf32, gradient=False)
+    return Backward(asked.signature(gradient=True), cosines)
+
+
+def forward(problem: Problem, temperature: float, lse: Tensor) -> None:
+    """Fills every element of lse (G, N, H, W), contiguous."""
+    with on_device(problem.query):
+        _forward(Asked.by(problem, FORWARD))(problem, temperature, lse)
+
+
+def backward(
+    problem: Problem,
+    temperature: float,
+    lse: Tensor,  # (G, N, H, W), contiguous
+    grad_lse: Tensor,  # likewise
+    grad_query: Tensor,
+    grad_key: Tensor | None,
+) -> None:
+    """Fills every element of the gradients."""
+    with on_device(problem.query):
+        call = _backward(Asked.by(problem, BACKWARD, grad_query, grad_key))
+        call(problem, temperature, Sums(lse, grad_lse), grad_query, grad_key)

@@ -1,0 +1,143 @@
+r"""The log-sum-exp over windows of negatives, backward: one write of each gradient, no atomics.
+
+With g = ∂L/∂lse, a pair of rows (query q, key k) has the weight W[q,k] = g[q] · e^{sim / τ − lse[q]} / τ.
+A program owns a block of rows and some of their channels. All partners pass by in blocks: their
+cosines are computed again, and the weights of both roles of a row that follow from them give
+
+    V[r] = Σ_c (W[r,c] + W[c,r]) x̂[c]             ∂x[r] = (V[r] − D[r] x̂[r]) / ‖x[r]‖
+    D[r] = x̂[r]·V[r] = Σ_c (W[r,c] + W[c,r]) sim[r,c]
+
+In the set form a row has both roles; else queries and keys are a launch each.
+"""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .geometry import across, down, load_channels, row_pointers, slots_of
+from .gradient import store_channels, times_rows
+from .lse import (
+    INF,
+    NOTHING,
+    any_of,
+    norms_at,
+    products,
+    rows_at,
+    taking_part,
+    window_of,
+)
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+class Sums(NamedTuple):
+    """Of the queries (G, N, H, W): the results of the forward, and their gradient."""
+
+    lse: Any
+    grad: Any
+
+
+class Sides(NamedTuple):
+    """The roles of the rows whose gradient it is; compiled in."""
+
+    QUERY: bool
+    KEY: bool
+
+
+class Terms(NamedTuple):
+    """How rows as queries weight their terms: slope · 2^(logit − shift)."""
+
+    slope: Any
+    shift: Any
+    any: Any  # whether they weight any
+
+
+@triton.jit
+def terms_of(rows, loaded, sums, sizes, slope):
+    """Of rows as queries. Where no gradient comes from, or no term was summed, there is none."""
+    node = (rows.group * sizes.N + rows.node).to(tl.int64)
+    place = (node * sizes.height + rows.row) * sizes.width + rows.column
+    lse = tl.load(sums.lse + place, mask=loaded, other=NOTHING)
+    grad = tl.load(sums.grad + place, mask=loaded, other=0.0)
+    return Terms(slope * grad, lse * LOG2E, loaded & (lse != NOTHING) & (grad != 0))
+
+
+@triton.jit
+def weights_of(logit, negative, slope, shift):
+    return tl.where(negative, slope * tl.exp2(logit - shift), 0.0)
+
+
+@triton.jit
+def window_lse_gradient_kernel(
+    maps, grads, norm, plan, sums, sizes, eps, scale, slope,
+    FORM: tl.constexpr, CUT: tl.constexpr, SLICE: tl.constexpr, PRODUCT: tl.constexpr,
+    WEIGHTED: tl.constexpr, SIDES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a slice of the channels of a block of rows.
+
+    `scale` is log2(e) / τ and `slope` 1 / τ; PRODUCT is the arithmetic of cosines, and WEIGHTED
+    that of weights with features.
+    """
+    samples = sizes.N if SIDES.QUERY else sizes.M
+    blocks = tl.cdiv(samples * sizes.window_rows * sizes.window_columns, ROWS)
+    slices = tl.cdiv(sizes.channels, SLICE.CHANNELS)
+    # Neighbouring programs share the features of a window.
+    channel = tl.program_id(0) % slices * SLICE.CHANNELS
+    block = tl.program_id(0) // slices % blocks
+    window = tl.program_id(0) // slices // blocks % sizes.windows
+    group = tl.program_id(0) // slices // blocks // sizes.windows
+    _, _, _, pixels = window_of(window, sizes)
+    first = 0 if SIDES.QUERY else sizes.N
+    rows = rows_at(block * ROWS + tl.arange(0, ROWS), first, samples, group, window, sizes)
+    value = norms_at(norm, rows, sizes, FORM)
+    # A NaN row would spread through 0 · NaN, so it is not loaded. Weights that it is part of, its
+    # own among them, hold NaN by the log-sum-exp.
+    present, finite = value != INF, value < INF
+    unit = 1 / tl.where(value > eps, value, eps)
+    if SIDES.QUERY:
+        own = terms_of(rows, present, sums, sizes, slope)
+    total = tl.zeros((ROWS, SLICE.CHANNELS), tl.float32)
+    along = tl.zeros((ROWS,), tl.float32)
+    others = sizes.M if SIDES.QUERY else sizes.N
+    other_first = 0 if FORM.SET or not SIDES.QUERY else sizes.N
+    for start in range(0, others * pixels, COLUMNS):
+        c = start + tl.arange(0, COLUMNS)
+        columns = rows_at(c, other_first, others, group, window, sizes)
+        value_c = norms_at(norm, columns, sizes, FORM)
+        present_c, finite_c = value_c != INF, value_c < INF
+        if SIDES.QUERY:
+            queries, keys = taking_part(rows, own.any), taking_part(columns, present_c)
+            forth = slots_of(down(queries), across(keys), plan, sizes, FORM) >= 0
+            joined = forth
+        if SIDES.KEY:
+            theirs = terms_of(columns, present_c, sums, sizes, slope)
+            queries, keys = taking_part(columns, theirs.any), taking_part(rows, present)
+            back = slots_of(across(queries), down(keys), plan, sizes, FORM) >= 0
+            joined = joined | back if SIDES.QUERY else back
+        if any_of(joined):
+            sim = products(rows, finite, columns, finite_c, maps, sizes, FORM, CUT, PRODUCT)
+            unit_c = 1 / tl.where(value_c > eps, value_c, eps)
+            sim = sim * unit[:, None] * unit_c[None, :]
+            weight = tl.zeros((ROWS, COLUMNS), tl.float32)
+            if SIDES.QUERY:
+                weight += weights_of(sim * scale, forth, own.slope[:, None], own.shift[:, None])
+            if SIDES.KEY:
+                slope_c, shift_c = theirs.slope[None, :], theirs.shift[None, :]
+                weight += weights_of(sim * scale, back, slope_c, shift_c)
+            along += tl.sum(weight * sim, 1)
+            pointers = row_pointers(maps, columns, sizes, FORM)
+            y = load_channels(pointers, channel, columns.node, finite_c, maps, sizes, FORM, SLICE)
+            total = times_rows(weight * unit_c[None, :], y, total, WEIGHTED)
+    pointers = row_pointers(maps, rows, sizes, FORM)
+    x = load_channels(pointers, channel, rows.node, finite, maps, sizes, FORM, SLICE)
+    total -= (along * unit)[:, None] * x.to(tl.float32)
+    # 0 where the row gets no gradient. Of a NaN row weights are NaN or none: it gets NaN or 0.
+    alive = finite & (value > eps)
+    total *= tl.where(alive, 1 / tl.where(alive, value, 1.0), 0.0)[:, None]
+    pointers = row_pointers(grads, rows, sizes, FORM)
+    store_channels(total, channel, grads, rows, pointers, sizes, FORM, SLICE)
