@@ -21,6 +21,7 @@ from ..reference_contrast import output
 DEVICES = ("cuda",)  # CPU tensors in the interpreter, but by name only
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_CAPABILITY = (8, 0)  # bf16 and tf32 products
+ROW_MULTIPLE = 16  # channels: rows of so many start at addresses that the compiler knows of
 # As Triton itself reads it, when the kernels are defined.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
@@ -219,6 +220,7 @@ def window_lse(
         return lse.fill_(-torch.inf)
     from ..triton_kernels import launch_lse
 
+    query, key = _as_rows(query), None if key is None else _as_rows(key)
     problem = launch_lse.Problem(query, key, pairs, valid, window, eps)
     launch_lse.forward(problem, temperature, lse)
     return lse
@@ -238,30 +240,45 @@ def window_lse_backward(
     """As `salkernels.reference_contrast.window_lse_backward`."""
     _require(query)
     check_not_empty(query)
-    dtype = torch.float32 if INTERPRETED else query.dtype  # as in `match_backward`
-    grad_query = torch.empty_like(query, dtype=dtype)
-    grad_key = None if key is None else torch.empty_like(key, dtype=dtype)
     if _no_pair(query, key, pairs):
-        grad_query.zero_()
-        if grad_key is not None:
-            grad_key.zero_()
-    else:
-        from ..triton_kernels import launch_lse
+        return torch.zeros_like(query), None if key is None else torch.zeros_like(key)
+    from ..triton_kernels import launch_lse
 
-        launch_lse.backward(
-            launch_lse.Problem(query, key, pairs, valid, window, eps),
-            temperature,
-            lse.contiguous(),
-            grad_lse.to(torch.float32).contiguous(),
-            grad_query,
-            grad_key,
-        )
-    return grad_query.to(query.dtype), None if grad_key is None else grad_key.to(query.dtype)
+    maps = _as_rows(query), None if key is None else _as_rows(key)
+    dtype = torch.float32 if INTERPRETED else query.dtype  # as in `match_backward`
+    grads = tuple(None if x is None else torch.empty_like(x, dtype=dtype) for x in maps)
+    problem = launch_lse.Problem(*maps, pairs, valid, window, eps)
+    sums = lse.contiguous(), grad_lse.to(torch.float32).contiguous()
+    launch_lse.backward(problem, temperature, *sums, *grads)
+    return _laid_out_as(query, grads[0]), None if key is None else _laid_out_as(key, grads[1])
 
 
 def _no_pair(query: Tensor, key: Tensor | None, pairs: Tensor | None) -> bool:
     """Whether no pair can be, and nothing is launched."""
     return 0 in (count_pairs(query, key, pairs), count_pairs(query, key, None))
+
+
+def _as_rows(maps: Tensor) -> Tensor:
+    """The maps, or a copy of them, whose channels are neighbours, with zeros up to a multiple of 16.
+
+    The kernels of the negatives read them many times over; and of any other layout the addresses
+    alone would take the registers.
+    """
+    channels = maps.shape[2]
+    if channels % ROW_MULTIPLE == 0 and maps.stride(2) == 1:
+        return maps
+    extent = channels + -channels % ROW_MULTIPLE
+    rows = maps.new_zeros((*maps.shape[:2], *maps.shape[3:], extent)).movedim(-1, 2)
+    rows[:, :, :channels] = maps
+    return rows
+
+
+def _laid_out_as(maps: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of `_as_rows(maps)` as the operator promises that of the maps."""
+    like = torch.empty_like(maps)
+    if grad.dtype == like.dtype and grad.shape == like.shape and grad.stride() == like.stride():
+        return grad
+    return like.copy_(grad[:, :, : maps.shape[2]])
 
 
 def _pixel_by_pixel(x: Tensor) -> Tensor:

@@ -12,24 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .geometry import Cut
+from .geometry import Cut, Form
 from .launch import KEPT, Asked, on_device, product
 from .launcher import Launcher, list_of_pairs, maps_of, planner
 from .layout import LEAST_ROWS, Layout, Problem, Signature, ceil, power_of_two
 from .lse import window_lse_kernel
-from .lse_gradient import Sides, Sums, window_lse_gradient_kernel
+from .lse_gradient import Roles, Sums, window_lse_gradient_kernel
 from .match import norm_kernel
 
 __all__ = ["Problem", "backward", "forward"]
 
 FORWARD = ("lse", "norm")
 BACKWARD = ("lse_gradient", "norm")
-LEAST_CHANNELS = 16  # of a matrix product
-# Of the backward: rows of a block of partners, and channels whose sums a program keeps. Cosines are
-# computed again for every so many channels.
-COLUMNS = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}
-CHANNELS = {torch.float32: 128, torch.bfloat16: 128, torch.float16: 128}
-BOTH, QUERIES, KEYS = Sides(True, True), Sides(True, False), Sides(False, True)
+# Of the backward: rows of a block of partners. With more of them, or more channels in a block, the
+# operands of the product with weights do not fit into the registers.
+COLUMNS = {torch.float32: 16, torch.bfloat16: 32, torch.float16: 32}
+CHANNELS = 32  # of a block; a program takes four, and cosines are computed again for every four
+SIDE = Form(SET=True, MERGED=False, SAME=True)  # as `lse.side_of` says
+BOTH, QUERIES, KEYS = Roles(True, True), Roles(True, False), Roles(False, True)
 
 
 class Norms:
@@ -64,6 +64,7 @@ class Forward:
             tile,
             lines * ceil(signature.query[1] * signature.window_pixels, rows),
             FORM=signature.form(),
+            SIDE=SIDE,
             CUT=_cut(signature, tile.block),
             PRODUCT=signature.product,
             ROWS=rows,
@@ -83,31 +84,34 @@ class Backward:
     def __init__(self, signature: Signature, cosines: Any) -> None:
         self.sizes, self.norms = signature.extents(), Norms(signature)
         self.plan = planner(Layout.of(signature), ordered=False)
-        sides = (BOTH,) if signature.key is None else (QUERIES, KEYS)
-        self.launches = [self._launch(signature, cosines, side) for side in sides]
+        every = (BOTH,) if signature.key is None else (QUERIES, KEYS)
+        self.launches = [self._launch(signature, cosines, roles) for roles in every]
 
     @staticmethod
-    def _launch(signature: Signature, cosines: Any, sides: Sides) -> Launcher:
+    def _launch(signature: Signature, cosines: Any, roles: Roles) -> Launcher:
         tile = signature.tiles[0]
         own, others = signature.query[1], signature.keys
-        if not sides.QUERY:
+        if not roles.QUERY:
             own, others = others, own
         rows = _rows(signature, own, tile.rows)
-        channels = min(CHANNELS[signature.dtype], power_of_two(signature.query[2]))
-        channels = max(LEAST_CHANNELS, channels)
-        lines = signature.query[0] * signature.windows * ceil(signature.query[2], channels)
+        columns = tile.rows if signature.product.UPCAST else COLUMNS[signature.dtype]
+        channels = signature.query[2]
+        parts = 1 if channels <= CHANNELS else 2 if channels <= 2 * CHANNELS else 4
+        lines = signature.query[0] * signature.windows * ceil(channels, parts * CHANNELS)
         return Launcher(
             window_lse_gradient_kernel,
             tile,
             lines * ceil(own * signature.window_pixels, rows),
             FORM=signature.form(),
+            SIDE=SIDE,
             CUT=_cut(signature, tile.block),
-            SLICE=_cut(signature, channels),
+            PART=Cut(1, 1, CHANNELS, channels % (parts * CHANNELS) == 0),
+            PARTS=parts,
             PRODUCT=cosines,
             WEIGHTED=signature.product,
-            SIDES=sides,
+            ROLES=roles,
             ROWS=rows,
-            COLUMNS=_rows(signature, others, min(tile.rows, COLUMNS[signature.dtype])),
+            COLUMNS=_rows(signature, others, columns),
         )
 
     def __call__(

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from .geometry import (
     Lanes,
+    Maps,
     Rows,
     across,
     dot,
@@ -74,19 +75,34 @@ def any_of(table):
 
 
 @triton.jit
+def side_of(maps, sizes, FORM: tl.constexpr, KEYS: tl.constexpr):
+    """The maps of queries or of keys alone, by the numbers of their nodes: a block of rows is of
+    one side, and to choose for each row would take registers. Their form is SIDE, that of a set."""
+    if KEYS and not FORM.SET:
+        step = maps.key_strides
+        pointer = maps.key - tl.cast(sizes.N, tl.int64) * step.sample
+        side = Maps(pointer, pointer, step, step)
+    else:
+        side = Maps(maps.query, maps.query, maps.query_strides, maps.query_strides)
+    return side
+
+
+@triton.jit
 def products(
-    rows, loaded, others, loaded_other, maps, sizes,
-    FORM: tl.constexpr, CUT: tl.constexpr, PRODUCT: tl.constexpr,
+    rows, loaded, maps, others, loaded_other, other_maps, sizes,
+    SIDE: tl.constexpr, CUT: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """Products of rows with others; 0 of those that are not loaded."""
     ROWS: tl.constexpr = rows.node.shape[0]
     OTHERS: tl.constexpr = others.node.shape[0]
-    pointers = row_pointers(maps, rows, sizes, FORM)
-    other_pointers = row_pointers(maps, others, sizes, FORM)
+    pointers = row_pointers(maps, rows, sizes, SIDE)
+    other_pointers = row_pointers(other_maps, others, sizes, SIDE)
     total = tl.zeros((ROWS, OTHERS), tl.float32)
     for start in range(0, sizes.channels, CUT.CHANNELS):
-        x = load_channels(pointers, start, rows.node, loaded, maps, sizes, FORM, CUT)
-        y = load_channels(other_pointers, start, others.node, loaded_other, maps, sizes, FORM, CUT)
+        x = load_channels(pointers, start, rows.node, loaded, maps, sizes, SIDE, CUT)
+        y = load_channels(
+            other_pointers, start, others.node, loaded_other, other_maps, sizes, SIDE, CUT
+        )
         total = dot(x, tl.trans(y), total, PRODUCT)
     return total
 
@@ -94,7 +110,7 @@ def products(
 @triton.jit
 def window_lse_kernel(
     maps, norm, plan, lse, sizes, eps, scale,
-    FORM: tl.constexpr, CUT: tl.constexpr, PRODUCT: tl.constexpr,
+    FORM: tl.constexpr, SIDE: tl.constexpr, CUT: tl.constexpr, PRODUCT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """lse (G, N, H, W) of a block of query rows; `scale` is log2(e) / τ."""
@@ -104,6 +120,8 @@ def window_lse_kernel(
     window = tl.program_id(0) // blocks % sizes.windows
     group = tl.program_id(0) // blocks // sizes.windows
     _, _, _, pixels = window_of(window, sizes)
+    if block * ROWS >= sizes.N * pixels:  # a smaller window has fewer
+        return
     rows = rows_at(block * ROWS + tl.arange(0, ROWS), 0, sizes.N, group, window, sizes)
     value = norms_at(norm, rows, sizes, FORM)
     loaded = value != INF
@@ -111,6 +129,7 @@ def window_lse_kernel(
     queries = down(taking_part(rows, loaded))
     highest = tl.full((ROWS,), NOTHING, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
+    query_maps, key_maps = side_of(maps, sizes, FORM, False), side_of(maps, sizes, FORM, True)
     first = 0 if FORM.SET else sizes.N
     for start in range(0, sizes.M * pixels, COLUMNS):
         keys = rows_at(start + tl.arange(0, COLUMNS), first, sizes.M, group, window, sizes)
@@ -119,7 +138,9 @@ def window_lse_kernel(
         lanes = across(taking_part(keys, loaded_key))
         negative = slots_of(queries, lanes, plan, sizes, FORM) >= 0
         if any_of(negative):
-            term = products(rows, loaded, keys, loaded_key, maps, sizes, FORM, CUT, PRODUCT)
+            term = products(
+                rows, loaded, query_maps, keys, loaded_key, key_maps, sizes, SIDE, CUT, PRODUCT
+            )
             term = term * unit[:, None] * unit_scale(value, eps)[None, :]
             term = tl.where(negative, term * scale, NOTHING)
             higher = tl.maximum(highest, tl.max(term, 1))

@@ -1,6 +1,9 @@
 r"""The log-sum-exp over windows of negatives, backward: one write of each gradient, no atomics.
 
-With g = ∂L/∂lse, a pair of rows (query q, key k) has the weight W[q,k] = g[q] · e^{sim / τ − lse[q]} / τ.
+With g = ∂L/∂lse, the row of a query q and that of a key k have the weight
+
+    W[q,k] = g[q] · e^{sim[q,k] / τ − lse[q]} / τ
+
 A program owns a block of rows and some of their channels. All partners pass by in blocks: their
 cosines are computed again, and the weights of both roles of a row that follow from them give
 
@@ -28,6 +31,7 @@ from .lse import (
     norms_at,
     products,
     rows_at,
+    side_of,
     taking_part,
     window_of,
 )
@@ -42,7 +46,7 @@ class Sums(NamedTuple):
     grad: Any
 
 
-class Sides(NamedTuple):
+class Roles(NamedTuple):
     """The roles of the rows whose gradient it is; compiled in."""
 
     QUERY: bool
@@ -75,69 +79,111 @@ def weights_of(logit, negative, slope, shift):
 @triton.jit
 def window_lse_gradient_kernel(
     maps, grads, norm, plan, sums, sizes, eps, scale, slope,
-    FORM: tl.constexpr, CUT: tl.constexpr, SLICE: tl.constexpr, PRODUCT: tl.constexpr,
-    WEIGHTED: tl.constexpr, SIDES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    FORM: tl.constexpr, SIDE: tl.constexpr, CUT: tl.constexpr, PART: tl.constexpr,
+    PRODUCT: tl.constexpr, WEIGHTED: tl.constexpr, ROLES: tl.constexpr, PARTS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a slice of the channels of a block of rows.
+    """Gradients of some channels, PARTS blocks, of a block of rows.
 
     `scale` is log2(e) / τ and `slope` 1 / τ; PRODUCT is the arithmetic of cosines, and WEIGHTED
     that of weights with features.
     """
-    samples = sizes.N if SIDES.QUERY else sizes.M
+    samples = sizes.N if ROLES.QUERY else sizes.M
     blocks = tl.cdiv(samples * sizes.window_rows * sizes.window_columns, ROWS)
-    slices = tl.cdiv(sizes.channels, SLICE.CHANNELS)
+    CHANNELS: tl.constexpr = PART.CHANNELS
+    slices = tl.cdiv(sizes.channels, PARTS * CHANNELS)
     # Neighbouring programs share the features of a window.
-    channel = tl.program_id(0) % slices * SLICE.CHANNELS
+    channel = tl.program_id(0) % slices * (PARTS * CHANNELS)
     block = tl.program_id(0) // slices % blocks
     window = tl.program_id(0) // slices // blocks % sizes.windows
     group = tl.program_id(0) // slices // blocks // sizes.windows
     _, _, _, pixels = window_of(window, sizes)
-    first = 0 if SIDES.QUERY else sizes.N
+    if block * ROWS >= samples * pixels:  # a smaller window has fewer
+        return
+    first = 0 if ROLES.QUERY else sizes.N
     rows = rows_at(block * ROWS + tl.arange(0, ROWS), first, samples, group, window, sizes)
     value = norms_at(norm, rows, sizes, FORM)
     # A NaN row would spread through 0 · NaN, so it is not loaded. Weights that it is part of, its
     # own among them, hold NaN by the log-sum-exp.
     present, finite = value != INF, value < INF
     unit = 1 / tl.where(value > eps, value, eps)
-    if SIDES.QUERY:
+    if ROLES.QUERY:
         own = terms_of(rows, present, sums, sizes, slope)
-    total = tl.zeros((ROWS, SLICE.CHANNELS), tl.float32)
+    total_0 = tl.zeros((ROWS, CHANNELS), tl.float32)
+    total_1, total_2, total_3 = total_0, total_0, total_0
     along = tl.zeros((ROWS,), tl.float32)
-    others = sizes.M if SIDES.QUERY else sizes.N
-    other_first = 0 if FORM.SET or not SIDES.QUERY else sizes.N
+    others = sizes.M if ROLES.QUERY else sizes.N
+    other_first = 0 if FORM.SET or not ROLES.QUERY else sizes.N
+    own_maps = side_of(maps, sizes, FORM, not ROLES.QUERY)
+    their_maps = side_of(maps, sizes, FORM, ROLES.QUERY)
     for start in range(0, others * pixels, COLUMNS):
         c = start + tl.arange(0, COLUMNS)
         columns = rows_at(c, other_first, others, group, window, sizes)
         value_c = norms_at(norm, columns, sizes, FORM)
         present_c, finite_c = value_c != INF, value_c < INF
-        if SIDES.QUERY:
+        if ROLES.QUERY:
             queries, keys = taking_part(rows, own.any), taking_part(columns, present_c)
             forth = slots_of(down(queries), across(keys), plan, sizes, FORM) >= 0
             joined = forth
-        if SIDES.KEY:
+        if ROLES.KEY:
             theirs = terms_of(columns, present_c, sums, sizes, slope)
             queries, keys = taking_part(columns, theirs.any), taking_part(rows, present)
             back = slots_of(across(queries), down(keys), plan, sizes, FORM) >= 0
-            joined = joined | back if SIDES.QUERY else back
+            joined = joined | back if ROLES.QUERY else back
         if any_of(joined):
-            sim = products(rows, finite, columns, finite_c, maps, sizes, FORM, CUT, PRODUCT)
+            sim = products(
+                rows, finite, own_maps, columns, finite_c, their_maps, sizes, SIDE, CUT, PRODUCT
+            )
             unit_c = 1 / tl.where(value_c > eps, value_c, eps)
             sim = sim * unit[:, None] * unit_c[None, :]
             weight = tl.zeros((ROWS, COLUMNS), tl.float32)
-            if SIDES.QUERY:
+            if ROLES.QUERY:
                 weight += weights_of(sim * scale, forth, own.slope[:, None], own.shift[:, None])
-            if SIDES.KEY:
+            if ROLES.KEY:
                 slope_c, shift_c = theirs.slope[None, :], theirs.shift[None, :]
                 weight += weights_of(sim * scale, back, slope_c, shift_c)
             along += tl.sum(weight * sim, 1)
-            pointers = row_pointers(maps, columns, sizes, FORM)
-            y = load_channels(pointers, channel, columns.node, finite_c, maps, sizes, FORM, SLICE)
-            total = times_rows(weight * unit_c[None, :], y, total, WEIGHTED)
-    pointers = row_pointers(maps, rows, sizes, FORM)
-    x = load_channels(pointers, channel, rows.node, finite, maps, sizes, FORM, SLICE)
-    total -= (along * unit)[:, None] * x.to(tl.float32)
+            weight *= unit_c[None, :]
+            given = (weight, columns, finite_c, their_maps, sizes)
+            total_0 = _add(total_0, channel, *given, SIDE, PART, WEIGHTED)
+            if PARTS > 1:
+                total_1 = _add(total_1, channel + CHANNELS, *given, SIDE, PART, WEIGHTED)
+            if PARTS > 2:
+                total_2 = _add(total_2, channel + 2 * CHANNELS, *given, SIDE, PART, WEIGHTED)
+                total_3 = _add(total_3, channel + 3 * CHANNELS, *given, SIDE, PART, WEIGHTED)
+    along *= unit
     # 0 where the row gets no gradient. Of a NaN row weights are NaN or none: it gets NaN or 0.
     alive = finite & (value > eps)
-    total *= tl.where(alive, 1 / tl.where(alive, value, 1.0), 0.0)[:, None]
-    pointers = row_pointers(grads, rows, sizes, FORM)
-    store_channels(total, channel, grads, rows, pointers, sizes, FORM, SLICE)
+    inverse = tl.where(alive, 1 / tl.where(alive, value, 1.0), 0.0)
+    own_grads = side_of(grads, sizes, FORM, not ROLES.QUERY)
+    given = (along, inverse, rows, finite, own_maps, own_grads, sizes)
+    _store(total_0, channel, *given, SIDE, PART)
+    if PARTS > 1:
+        _store(total_1, channel + CHANNELS, *given, SIDE, PART)
+    if PARTS > 2:
+        _store(total_2, channel + 2 * CHANNELS, *given, SIDE, PART)
+        _store(total_3, channel + 3 * CHANNELS, *given, SIDE, PART)
+
+
+@triton.jit
+def _add(
+    total, channel, weight, columns, finite, maps, sizes,
+    SIDE: tl.constexpr, PART: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    """total + weight @ a block of channels of the partners."""
+    pointers = row_pointers(maps, columns, sizes, SIDE)
+    y = load_channels(pointers, channel, columns.node, finite, maps, sizes, SIDE, PART)
+    return times_rows(weight, y, total, WEIGHTED)
+
+
+@triton.jit
+def _store(
+    total, channel, along, inverse, rows, finite, maps, grads, sizes,
+    SIDE: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """Takes off the part along x̂, and writes a block of channels."""
+    pointers = row_pointers(maps, rows, sizes, SIDE)
+    x = load_channels(pointers, channel, rows.node, finite, maps, sizes, SIDE, PART)
+    total = (total - along[:, None] * x.to(tl.float32)) * inverse[:, None]
+    pointers = row_pointers(grads, rows, sizes, SIDE)
+    store_channels(total, channel, grads, rows, pointers, sizes, SIDE, PART)
