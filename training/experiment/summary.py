@@ -30,7 +30,7 @@ PROBED = (
 )
 PAPERS = (
     "The paper's numbers are of another scale, and some are most likely quoted and not run: see "
-    "\"The paper's numbers\" in docs/training/experiments.md."
+    '"The paper\'s numbers" in docs/training/experiments.md.'
 )
 MONITORED = (
     "gp", "chance_gp", "la", "la_pairs", "la_control", "cosine_embedding", "rank_embedding",
