@@ -163,17 +163,15 @@ def _status(name: str, backend: Backend, reason: str | None, stand_in: str) -> B
 def statuses() -> tuple[BackendStatus, ...]:
     """Every backend in order of preference, and why it cannot run on this machine at all."""
     by_triton = triton.status() is None and not triton.INTERPRETED
-    stand_ins = dict.fromkeys(triton.DEVICES, "triton") if by_triton else {}
+
+    def stand_in(backend: Backend) -> str:
+        on_gpus = getattr(backend, "DEVICES", None) == triton.DEVICES
+        return "triton" if by_triton and on_gpus else "reference"
+
     return tuple(
-        _status(name, backend, backend.status(), stand_ins.get(_device(backend), "reference"))
+        _status(name, backend, backend.status(), stand_in(backend))
         for name, backend in BACKENDS.items()
     )
-
-
-def _device(backend: Backend) -> str | None:
-    """The type of device that a backend is for; None: several."""
-    devices: tuple[str, ...] = getattr(backend, "DEVICES", ())
-    return devices[0] if len(devices) == 1 else None
 
 
 def statuses_for(

@@ -220,7 +220,7 @@ def window_lse(
         return lse.fill_(-torch.inf)
     from ..triton_kernels import launch_lse
 
-    query, key = _as_rows(query), None if key is None else _as_rows(key)
+    query, key = as_rows(query), None if key is None else as_rows(key)
     problem = launch_lse.Problem(query, key, pairs, valid, window, eps)
     launch_lse.forward(problem, temperature, lse)
     return lse
@@ -244,13 +244,16 @@ def window_lse_backward(
         return torch.zeros_like(query), None if key is None else torch.zeros_like(key)
     from ..triton_kernels import launch_lse
 
-    maps = _as_rows(query), None if key is None else _as_rows(key)
+    rows, key_rows = as_rows(query), None if key is None else as_rows(key)
     dtype = torch.float32 if INTERPRETED else query.dtype  # as in `match_backward`
-    grads = tuple(None if x is None else torch.empty_like(x, dtype=dtype) for x in maps)
-    problem = launch_lse.Problem(*maps, pairs, valid, window, eps)
+    grad = torch.empty_like(rows, dtype=dtype)
+    grad_key = None if key_rows is None else torch.empty_like(key_rows, dtype=dtype)
+    problem = launch_lse.Problem(rows, key_rows, pairs, valid, window, eps)
     sums = lse.contiguous(), grad_lse.to(torch.float32).contiguous()
-    launch_lse.backward(problem, temperature, *sums, *grads)
-    return _laid_out_as(query, grads[0]), None if key is None else _laid_out_as(key, grads[1])
+    launch_lse.backward(problem, temperature, *sums, grad, grad_key)
+    if key is not None and grad_key is not None:
+        grad_key = _laid_out_as(key, grad_key)
+    return _laid_out_as(query, grad), grad_key
 
 
 def _no_pair(query: Tensor, key: Tensor | None, pairs: Tensor | None) -> bool:
@@ -258,11 +261,11 @@ def _no_pair(query: Tensor, key: Tensor | None, pairs: Tensor | None) -> bool:
     return 0 in (count_pairs(query, key, pairs), count_pairs(query, key, None))
 
 
-def _as_rows(maps: Tensor) -> Tensor:
-    """The maps, or a copy of them, whose channels are neighbours, with zeros up to a multiple of 16.
+def as_rows(maps: Tensor) -> Tensor:
+    """The maps, or a copy whose channels are neighbours, with zeros up to a multiple of 16.
 
-    The kernels of the negatives read them many times over; and of any other layout the addresses
-    alone would take the registers.
+    The kernels of the negatives read them many times over; and the addresses of any other layout
+    take more registers than there are.
     """
     channels = maps.shape[2]
     if channels % ROW_MULTIPLE == 0 and maps.stride(2) == 1:
@@ -274,7 +277,7 @@ def _as_rows(maps: Tensor) -> Tensor:
 
 
 def _laid_out_as(maps: Tensor, grad: Tensor) -> Tensor:
-    """The gradient of `_as_rows(maps)` as the operator promises that of the maps."""
+    """The gradient of `as_rows(maps)` as the operator promises that of the maps."""
     like = torch.empty_like(maps)
     if grad.dtype == like.dtype and grad.shape == like.shape and grad.stride() == like.stride():
         return grad
