@@ -73,6 +73,8 @@ OVERRIDES = {
     ("gradient", torch.bfloat16, 10): Tile(64, 32, 4, 1),
     # Its weights fit into registers only where eight warps share them; they multiply twice.
     ("gradient_across", torch.bfloat16, 10): Tile(64, 32, 8, 1),
+    ("lse_gradient", torch.bfloat16, 10): Tile(64, 32, 4, 1),
+    ("lse_gradient", torch.float16, 10): Tile(64, 32, 4, 1),
     ("stream_match", torch.bfloat16, 10): Tile(64, 32, 4, 3),
     ("stream_match", torch.float16, 10): Tile(64, 32, 4, 3),
 }

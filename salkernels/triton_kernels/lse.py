@@ -43,6 +43,14 @@ def window_of(window, sizes):
 
 
 @triton.jit
+def block_of(number, count, sizes, ROWS: tl.constexpr):
+    """Block of rows, of those of `count` nodes, window and group of a program: neighbouring
+    programs share the features of a window."""
+    blocks = tl.cdiv(count * sizes.window_rows * sizes.window_columns, ROWS)
+    return number % blocks, number // blocks % sizes.windows, number // blocks // sizes.windows
+
+
+@triton.jit
 def rows_at(i, first, count, group, window, sizes):
     """Rows i of those that `count` nodes, from the node `first` on, have in a window."""
     top, left, columns, pixels = window_of(window, sizes)
@@ -114,11 +122,7 @@ def window_lse_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """lse (G, N, H, W) of a block of query rows; `scale` is log2(e) / τ."""
-    blocks = tl.cdiv(sizes.N * sizes.window_rows * sizes.window_columns, ROWS)
-    # Neighbouring programs share the features of a window.
-    block = tl.program_id(0) % blocks
-    window = tl.program_id(0) // blocks % sizes.windows
-    group = tl.program_id(0) // blocks // sizes.windows
+    block, window, group = block_of(tl.program_id(0), sizes.N, sizes, ROWS)
     _, _, _, pixels = window_of(window, sizes)
     if block * ROWS >= sizes.N * pixels:  # a smaller window has fewer
         return

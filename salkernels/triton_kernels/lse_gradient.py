@@ -28,6 +28,7 @@ from .lse import (
     INF,
     NOTHING,
     any_of,
+    block_of,
     norms_at,
     products,
     rows_at,
@@ -62,18 +63,48 @@ class Terms(NamedTuple):
 
 
 @triton.jit
-def terms_of(rows, loaded, sums, sizes, slope):
+def terms_of(rows, loaded, sums, sizes, slope, ARE_QUERIES: tl.constexpr):
     """Of rows as queries. Where no gradient comes from, or no term was summed, there is none."""
-    node = (rows.group * sizes.N + rows.node).to(tl.int64)
-    place = (node * sizes.height + rows.row) * sizes.width + rows.column
-    lse = tl.load(sums.lse + place, mask=loaded, other=NOTHING)
-    grad = tl.load(sums.grad + place, mask=loaded, other=0.0)
+    if ARE_QUERIES:
+        node = (rows.group * sizes.N + rows.node).to(tl.int64)
+        place = (node * sizes.height + rows.row) * sizes.width + rows.column
+        lse = tl.load(sums.lse + place, mask=loaded, other=NOTHING)
+        grad = tl.load(sums.grad + place, mask=loaded, other=0.0)
+    else:
+        lse = tl.zeros(rows.node.shape, tl.float32)
+        grad = lse
     return Terms(slope * grad, lse * LOG2E, loaded & (lse != NOTHING) & (grad != 0))
 
 
 @triton.jit
-def weights_of(logit, negative, slope, shift):
-    return tl.where(negative, slope * tl.exp2(logit - shift), 0.0)
+def roles_of(
+    rows, present, own, columns, present_c, theirs, plan, sizes,
+    FORM: tl.constexpr, ROLES: tl.constexpr,
+):  # fmt: skip
+    """Whether rows are queries of columns, and whether they are keys of them, (rows, columns)."""
+    if ROLES.QUERY:
+        queries, keys = taking_part(rows, own.any), taking_part(columns, present_c)
+        forth = slots_of(down(queries), across(keys), plan, sizes, FORM) >= 0
+        back = forth
+    if ROLES.KEY:
+        queries, keys = taking_part(columns, theirs.any), taking_part(rows, present)
+        back = slots_of(across(queries), down(keys), plan, sizes, FORM) >= 0
+        if not ROLES.QUERY:
+            forth = back
+    return forth, back
+
+
+@triton.jit
+def weights_of(logit, forth, back, own, theirs, ROLES: tl.constexpr):
+    """The weights of both roles, added up."""
+    weight = tl.zeros(logit.shape, tl.float32)
+    if ROLES.QUERY:
+        term = own.slope[:, None] * tl.exp2(logit - own.shift[:, None])
+        weight += tl.where(forth, term, 0.0)
+    if ROLES.KEY:
+        term = theirs.slope[None, :] * tl.exp2(logit - theirs.shift[None, :])
+        weight += tl.where(back, term, 0.0)
+    return weight
 
 
 @triton.jit
@@ -88,15 +119,11 @@ def window_lse_gradient_kernel(
     `scale` is log2(e) / τ and `slope` 1 / τ; PRODUCT is the arithmetic of cosines, and WEIGHTED
     that of weights with features.
     """
-    samples = sizes.N if ROLES.QUERY else sizes.M
-    blocks = tl.cdiv(samples * sizes.window_rows * sizes.window_columns, ROWS)
     CHANNELS: tl.constexpr = PART.CHANNELS
+    samples = sizes.N if ROLES.QUERY else sizes.M
     slices = tl.cdiv(sizes.channels, PARTS * CHANNELS)
-    # Neighbouring programs share the features of a window.
     channel = tl.program_id(0) % slices * (PARTS * CHANNELS)
-    block = tl.program_id(0) // slices % blocks
-    window = tl.program_id(0) // slices // blocks % sizes.windows
-    group = tl.program_id(0) // slices // blocks // sizes.windows
+    block, window, group = block_of(tl.program_id(0) // slices, samples, sizes, ROWS)
     _, _, _, pixels = window_of(window, sizes)
     if block * ROWS >= samples * pixels:  # a smaller window has fewer
         return
@@ -107,8 +134,7 @@ def window_lse_gradient_kernel(
     # own among them, hold NaN by the log-sum-exp.
     present, finite = value != INF, value < INF
     unit = 1 / tl.where(value > eps, value, eps)
-    if ROLES.QUERY:
-        own = terms_of(rows, present, sums, sizes, slope)
+    own = terms_of(rows, present, sums, sizes, slope, ROLES.QUERY)
     total_0 = tl.zeros((ROWS, CHANNELS), tl.float32)
     total_1, total_2, total_3 = total_0, total_0, total_0
     along = tl.zeros((ROWS,), tl.float32)
@@ -121,27 +147,17 @@ def window_lse_gradient_kernel(
         columns = rows_at(c, other_first, others, group, window, sizes)
         value_c = norms_at(norm, columns, sizes, FORM)
         present_c, finite_c = value_c != INF, value_c < INF
-        if ROLES.QUERY:
-            queries, keys = taking_part(rows, own.any), taking_part(columns, present_c)
-            forth = slots_of(down(queries), across(keys), plan, sizes, FORM) >= 0
-            joined = forth
-        if ROLES.KEY:
-            theirs = terms_of(columns, present_c, sums, sizes, slope)
-            queries, keys = taking_part(columns, theirs.any), taking_part(rows, present)
-            back = slots_of(across(queries), down(keys), plan, sizes, FORM) >= 0
-            joined = joined | back if ROLES.QUERY else back
-        if any_of(joined):
+        theirs = terms_of(columns, present_c, sums, sizes, slope, ROLES.KEY)
+        forth, back = roles_of(
+            rows, present, own, columns, present_c, theirs, plan, sizes, FORM, ROLES
+        )
+        if any_of(forth | back):
             sim = products(
                 rows, finite, own_maps, columns, finite_c, their_maps, sizes, SIDE, CUT, PRODUCT
             )
             unit_c = 1 / tl.where(value_c > eps, value_c, eps)
             sim = sim * unit[:, None] * unit_c[None, :]
-            weight = tl.zeros((ROWS, COLUMNS), tl.float32)
-            if ROLES.QUERY:
-                weight += weights_of(sim * scale, forth, own.slope[:, None], own.shift[:, None])
-            if ROLES.KEY:
-                slope_c, shift_c = theirs.slope[None, :], theirs.shift[None, :]
-                weight += weights_of(sim * scale, back, slope_c, shift_c)
+            weight = weights_of(sim * scale, forth, back, own, theirs, ROLES)
             along += tl.sum(weight * sim, 1)
             weight *= unit_c[None, :]
             given = (weight, columns, finite_c, their_maps, sizes)
@@ -151,18 +167,11 @@ def window_lse_gradient_kernel(
             if PARTS > 2:
                 total_2 = _add(total_2, channel + 2 * CHANNELS, *given, SIDE, PART, WEIGHTED)
                 total_3 = _add(total_3, channel + 3 * CHANNELS, *given, SIDE, PART, WEIGHTED)
-    along *= unit
-    # 0 where the row gets no gradient. Of a NaN row weights are NaN or none: it gets NaN or 0.
-    alive = finite & (value > eps)
-    inverse = tl.where(alive, 1 / tl.where(alive, value, 1.0), 0.0)
     own_grads = side_of(grads, sizes, FORM, not ROLES.QUERY)
-    given = (along, inverse, rows, finite, own_maps, own_grads, sizes)
-    _store(total_0, channel, *given, SIDE, PART)
-    if PARTS > 1:
-        _store(total_1, channel + CHANNELS, *given, SIDE, PART)
-    if PARTS > 2:
-        _store(total_2, channel + 2 * CHANNELS, *given, SIDE, PART)
-        _store(total_3, channel + 3 * CHANNELS, *given, SIDE, PART)
+    _store_all(
+        total_0, total_1, total_2, total_3, channel, along * unit, value, eps, rows, own_maps,
+        own_grads, sizes, SIDE, PART, PARTS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -187,3 +196,23 @@ def _store(
     total = (total - along[:, None] * x.to(tl.float32)) * inverse[:, None]
     pointers = row_pointers(grads, rows, sizes, SIDE)
     store_channels(total, channel, grads, rows, pointers, sizes, SIDE, PART)
+
+
+@triton.jit
+def _store_all(
+    total_0, total_1, total_2, total_3, channel, along, norm, eps, rows, maps, grads, sizes,
+    SIDE: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Writes PARTS blocks of channels."""
+    CHANNELS: tl.constexpr = PART.CHANNELS
+    finite = norm < INF
+    # 0 where the row gets no gradient. Of a NaN row weights are NaN or none: it gets NaN or 0.
+    alive = finite & (norm > eps)
+    inverse = tl.where(alive, 1 / tl.where(alive, norm, 1.0), 0.0)
+    given = (along, inverse, rows, finite, maps, grads, sizes)
+    _store(total_0, channel, *given, SIDE, PART)
+    if PARTS > 1:
+        _store(total_1, channel + CHANNELS, *given, SIDE, PART)
+    if PARTS > 2:
+        _store(total_2, channel + 2 * CHANNELS, *given, SIDE, PART)
+        _store(total_3, channel + 3 * CHANNELS, *given, SIDE, PART)
