@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <exception>
 #include <memory>
 #include <optional>
 #include <utility>
@@ -68,10 +69,21 @@ inline Tensor tensor_over(OwnedBlock block, const Tensor& like) {
   return Tensor(result);
 }
 
+// The reason of a failure does not come through the C interface of every torch; there is but one that
+// these arguments can have.
+inline Tensor empty_as(const Tensor& like) {
+  try {
+    return torch::stable::empty_like(like);
+  } catch (const std::exception&) {
+    STD_TORCH_CHECK(false, "out of memory: no room for a gradient of ",
+                    like.numel() * element_size(like), " bytes beside the features");
+  }
+}
+
 // Tens of thousands of page faults are most of the time of a large gradient that is written for the
 // first time: large pages are asked for where the system leaves it to the program.
 inline Tensor fresh_gradient(const Tensor& like) {
-  Tensor grad = torch::stable::empty_like(like);
+  Tensor grad = empty_as(like);
 #ifdef __linux__
   constexpr uintptr_t kHuge = 2 << 20;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(grad.mutable_data_ptr());
