@@ -1,7 +1,7 @@
 """Gradients of the cpu backend in memory that is kept between calls.
 
-Every gradient is a multiple of one that was computed first, with a factor that is a power of two: so
-its bits say whose it is, and memory that was lent twice shows.
+Every gradient is a multiple of one that was computed first, with a factor that is a power of two:
+so its bits say whose it is, and memory that was lent twice shows.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ def test_memory_that_was_freed_is_used_again(layout):
     call = Call(_maps(2, 256, layout))
     grad = call(2.0)
     assert grad.stride() == call.query.stride()
-    assert grad.dtype == torch.float32 and not grad.requires_grad
+    assert grad.dtype == torch.float32
+    assert not grad.requires_grad
     address = grad.data_ptr()
     assert address % (2 * MB) == 0, "not in large pages"
     assert cpu.kept_bytes() == 0
@@ -94,7 +95,8 @@ def test_memory_that_was_freed_is_used_again(layout):
     del grad
     assert cpu.kept_bytes() == 32 * MB
     again = call(4.0)
-    assert again.data_ptr() == address and call.is_intact(again, 4.0)
+    assert again.data_ptr() == address
+    assert call.is_intact(again, 4.0)
     assert cpu.kept_bytes() == 0
 
 
@@ -162,7 +164,8 @@ def test_a_block_that_is_little_too_large_is_used(call):
     del larger
     for factor in (1.0, 2.0):
         grad = call(factor)
-        assert grad.data_ptr() == address and call.is_intact(grad, factor)
+        assert grad.data_ptr() == address
+        assert call.is_intact(grad, factor)
         del grad
         assert cpu.kept_bytes() == 38 * MB
 
@@ -173,7 +176,8 @@ def test_queries_and_keys_have_a_block_each():
     for factor in (1.0, 2.0, 4.0):
         query, key = call.both(factor)
         assert key is not None
-        assert call.is_intact(query, factor) and call.is_intact(key, factor, which=1)
+        assert call.is_intact(query, factor)
+        assert call.is_intact(key, factor, which=1)
         addresses.add((query.data_ptr(), key.data_ptr()))
         assert cpu.kept_bytes() == 0
         del query, key
@@ -294,16 +298,15 @@ def test_a_hook_may_keep_the_gradient():
     x.register_hook(kept.append)
     for factor in (1.0, 2.0, 4.0):
         torch.autograd.grad(factor * _loss(x), x)
-    assert torch.equal(kept[1], 2 * kept[0]) and torch.equal(kept[2], 4 * kept[0])
+    assert torch.equal(kept[1], 2 * kept[0])
+    assert torch.equal(kept[2], 4 * kept[0])
 
 
 def test_compiled_steps():
     x = _features()
     (expected,) = torch.autograd.grad(3 * _loss(x * 2), x)
     step = torch.compile(lambda x: 3 * _loss(x * 2), fullgraph=True, backend="aot_eager")
-    held = []
-    for _ in range(3):
-        held.append(torch.autograd.grad(step(x), x)[0])
+    held = [torch.autograd.grad(step(x), x)[0] for _ in range(3)]
     for grad in held:
         torch.testing.assert_close(grad, expected)
 
@@ -338,11 +341,13 @@ def test_shared_memory_is_a_copy(call):
     grad = call()
     address = grad.data_ptr()
     grad.share_memory_()
-    assert grad.is_shared() and call.is_intact(grad, 1.0)
+    assert grad.is_shared()
+    assert call.is_intact(grad, 1.0)
     assert cpu.kept_bytes() == 32 * MB
     again = call(2.0)
     assert again.data_ptr() == address
-    assert call.is_intact(again, 2.0) and call.is_intact(grad, 1.0)
+    assert call.is_intact(again, 2.0)
+    assert call.is_intact(grad, 1.0)
 
 
 def test_it_can_shrink_and_be_set_but_not_grow(call):

@@ -2,9 +2,9 @@
 
 `SALKERNELS_CPU_ISA` = avx2 or baseline, read once per process, keeps it from taking more than that.
 
-Gradients of 32 MB or more are written to memory that is kept from an earlier call, since fresh pages
-take as long as the arithmetic; see csrc/cpu/kept_memory.h, `release_memory`, and, to switch it off,
-`SALKERNELS_KEEP_MEMORY` = 0, read once per process.
+Gradients of 32 MB or more are written to memory that is kept from an earlier call: to take fresh
+pages costs as much as the arithmetic. See csrc/cpu/kept_memory.h and `release_memory`;
+`SALKERNELS_KEEP_MEMORY` = 0, read once per process, switches it off.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def release_memory() -> int:
 
     The gradient of a feature map of 32 MB or more is written to memory that stays with the process
     when the gradient is freed, and is used again at the next call: the pages of fresh memory take
-    about a third of a call. Kept is at most what the latest backward needed, and the system may
+    a quarter of a call. Kept is at most what the latest backward needed, and the system may
     take it whenever memory runs short, although it counts as used until then. Call this after the
     last training step of a process that goes on with other work.
 
