@@ -19,6 +19,8 @@
 #include "cpu/kept_memory.h"
 #include "register.h"
 
+#ifdef __linux__
+
 // Of torch's stable interface since 2.11. The library serves 2.10 too, where it finds none: a weak
 // symbol is null then.
 extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
@@ -69,6 +71,12 @@ inline Tensor tensor_over(OwnedBlock block, const Tensor& like) {
   return Tensor(result);
 }
 
+}  // namespace salkernels
+
+#endif
+
+namespace salkernels {
+
 // The reason of a failure does not come through the C interface of every torch; there is but one that
 // these arguments can have.
 inline Tensor empty_as(const Tensor& like) {
@@ -98,6 +106,7 @@ inline Tensor fresh_gradient(const Tensor& like) {
 inline std::pair<Tensor, std::optional<Tensor>> empty_gradients(const Tensor& query,
                                                                 const std::optional<Tensor>& key) {
   const std::array<const Tensor*, kMostBlocks> like{&query, key.has_value() ? &*key : nullptr};
+#ifdef __linux__
   std::array<int64_t, kMostBlocks> bytes{};
   for (size_t i = 0; i < like.size(); ++i) {
     if (torch_from_blob == nullptr || like[i] == nullptr || !is_dense(*like[i])) continue;
@@ -109,6 +118,9 @@ inline std::pair<Tensor, std::optional<Tensor>> empty_gradients(const Tensor& qu
   const auto make = [&](size_t i) {
     return blocks[i] ? tensor_over(std::move(blocks[i]), *like[i]) : fresh_gradient(*like[i]);
   };
+#else
+  const auto make = [&](size_t i) { return fresh_gradient(*like[i]); };
+#endif
   Tensor grad_query = make(0);
   std::optional<Tensor> grad_key;
   if (key.has_value()) grad_key = make(1);

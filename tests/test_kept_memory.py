@@ -425,7 +425,7 @@ def test_a_fork_has_copies_of_its_own_in_a_process():
                 del held
                 ok = ok and cpu.kept_bytes() == 32 * MB == cpu.release_memory()
                 os._exit(0 if ok else 1)
-            for _ in range(600):
+            for _ in range(4000):
                 done, status = os.waitpid(child, os.WNOHANG)
                 if done:
                     break

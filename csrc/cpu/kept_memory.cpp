@@ -169,12 +169,6 @@ int64_t kept_bytes() {
 
 namespace salkernels {
 
-void take_blocks(int count, const int64_t* /*bytes*/, Block** blocks) {
-  for (int i = 0; i < count; ++i) blocks[i] = nullptr;
-}
-
-void give_block(Block* /*block*/) {}
-
 int64_t release_blocks() { return 0; }
 
 int64_t kept_bytes() { return 0; }

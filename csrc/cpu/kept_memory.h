@@ -25,9 +25,11 @@ struct Block {
   int64_t capacity;  // bytes
 };
 
-// Memory for all gradients of one backward, uninitialised; null for those that are small, and where
-// there is none: off (SALKERNELS_KEEP_MEMORY=0), no memory, or not Linux. Blocks that were kept and
-// do not fit go back to the system first.
+// Linux only, like give_block: elsewhere nothing is ever kept.
+//
+// Memory for all gradients of one backward, uninitialised; null for those that are small, and for
+// all where it is switched off (SALKERNELS_KEEP_MEMORY=0) or the system has none. Blocks that were
+// kept and do not fit go back to the system first.
 void take_blocks(int count, const int64_t* bytes, Block** blocks);
 
 // Keeps a block that nobody uses any more, or gives it back to the system.
