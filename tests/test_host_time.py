@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import salkernels
-from salkernels import _kept, library
+from salkernels import _kept, _short, library
 from salkernels.backends import BACKENDS, triton
 from salkernels.reference import Outputs
 
 SAMPLES, CHANNELS, SIDE = 8, 4, 4
+FORWARD, BOTH = 20, 30  # functions of ours
 HERE = str(Path(salkernels.__file__).parent)
 PAIRS = torch.block_diag(torch.ones(4, 4), torch.ones(4, 4)).bool().fill_diagonal_(False)
 
@@ -85,8 +86,8 @@ def test_a_warm_forward_finds_its_list_again():
             salkernels.wla_set_loss(features, PAIRS, 2, backend="stub")
 
     found = counted(forward)
-    assert made(found) == {"unsqueeze", "mean"}
-    assert found["ours"] <= 40
+    assert made(found) == {"view", "mean"}
+    assert found["ours"] <= FORWARD
 
 
 @pytest.mark.usefixtures("stubbed")
@@ -97,14 +98,15 @@ def test_a_warm_backward_passes_over_the_maxima_once():
         salkernels.wla_set_loss(features, PAIRS, 2, backend="stub").backward()
 
     found = counted(both)
-    assert made(found) == {"unsqueeze", "mean", "view"}
-    assert found["ours"] <= 54
+    assert made(found) == {"view", "mean"}
+    assert found["ours"] <= BOTH
 
 
 @pytest.mark.usefixtures("stubbed")
 def test_without_a_gradient_to_come_autograd_is_left_out(monkeypatch):
     features = torch.randn(SAMPLES, CHANNELS, SIDE, SIDE)
     monkeypatch.setattr(library._Match, "apply", None)
+    monkeypatch.setattr(_short._Mean, "apply", None)
     assert not salkernels.wla_set_loss(features, PAIRS, 2, backend="stub").requires_grad
     features.requires_grad_()
     with torch.no_grad():
