@@ -19,11 +19,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import _kept, backends, library
 from ._pair_list import PairList
-from ._torch_private import nobody_looks
+from ._torch_private import nobody_looks_at_all
 
 Key = tuple[Hashable, ...]
 
@@ -33,17 +32,19 @@ def key_of_set(
 ) -> Key | None:
     """The key of a set's mean loss over a table of bool on the CPU; None: take the long way."""
     if (
-        torch.compiler.is_compiling()
-        or not _is_plain(features)
+        torch.compiler.is_compiling()  # first: what follows cannot be traced
+        or type(features) is not Tensor
         or type(pairs) is not Tensor
         or pairs.dtype is not torch.bool
         or not pairs.is_cpu
-        or not nobody_looks(pairs)
-        or not _are_plain(window, eps, backend)
+        or not _is_open((features, pairs), window, eps, backend)
     ):
         return None
-    x, content = cast("Tensor", features), pairs.numpy().tobytes()
-    return x.shape, x.dtype, x.device, window, eps, backend, pairs.shape, content
+    content = pairs.numpy().tobytes()
+    return (
+        *(features.shape, features.dtype, features.device),
+        *(window, eps, backend, pairs.shape, content),
+    )
 
 
 def key_of_pairs(
@@ -52,32 +53,30 @@ def key_of_pairs(
     """The key of the mean loss between two maps each; None: take the long way."""
     if (
         torch.compiler.is_compiling()
-        or not _is_plain(x)
-        or not _is_plain(y)
-        or not _are_plain(window, eps, backend)
+        or type(x) is not Tensor
+        or type(y) is not Tensor
+        or not _is_open((x, y), window, eps, backend)
     ):
         return None
-    x, y = cast("Tensor", x), cast("Tensor", y)
     return x.shape, x.dtype, x.device, window, eps, backend, y.shape, y.dtype, y.device
 
 
-def _is_plain(x: object) -> bool:
-    """Whether x is a tensor that holds values, and nobody looks at what is done to it."""
+def _is_open(tensors: tuple[Tensor, Tensor], window: object, eps: object, backend: object) -> bool:
+    """Whether the settings can be a key, and nobody looks at what is done to the tensors."""
+    first, second = tensors
+    if first.is_cuda:
+        device = "cuda"
+    elif first.is_cpu:
+        device = "cpu"
+    else:
+        return False
     return (
-        type(x) is Tensor
-        and (x.is_cuda or x.is_cpu)
-        and x.layout is torch.strided
-        and nobody_looks(x)
-        and forward_ad.unpack_dual(x).tangent is None
-        and not torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu")
-    )
-
-
-def _are_plain(window: object, eps: object, backend: object) -> bool:
-    return (
-        (type(window) is int or (type(window) is tuple and all(type(w) is int for w in window)))
+        first.layout is second.layout is torch.strided
+        and (type(window) is int or (type(window) is tuple and all(type(w) is int for w in window)))
         and type(eps) is float
         and (backend is None or type(backend) is str)
+        and nobody_looks_at_all(tensors)
+        and not torch.is_autocast_enabled(device)
     )
 
 
@@ -99,8 +98,10 @@ class Known:
     ) -> None:
         self.name, self.backend = name, library.open_backend(name)
         self.chosen, self.pairs = chosen, None if chosen is None else chosen.grouped
-        groups = len(like) if chosen is None else chosen.groups
-        self.shape = (groups, len(like) // groups, *like.shape[1:])
+        self.groups = len(like) if chosen is None else chosen.groups
+        self.shape = (self.groups, len(like) // self.groups, *like.shape[1:])
+        self.mean_match = getattr(self.backend, "mean_match", None)
+        self.mean_match_backward = getattr(self.backend, "mean_match_backward", None)
         self.window, self.eps = window, eps
 
     def keep(self, key: Key) -> Known:
@@ -119,6 +120,11 @@ class Known:
 
     def forward(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The mean loss, and the maxima, their places and the norms for the backward."""
+        if self.mean_match is not None:
+            found: tuple[Tensor, Tensor, Tensor, Tensor] = self.mean_match(
+                x, y, self.pairs, self.groups, self.window, self.eps
+            )
+            return found
         loss, max_sim, argmax, norm = self.backend.match(
             x.view(self.shape),
             None if y is None else y.view(self.shape),
@@ -133,6 +139,11 @@ class Known:
         self, grad: Tensor, x: Tensor, y: Tensor | None, max_sim: Tensor, *rest: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """The gradients of x and y, which nobody differentiates."""
+        if self.mean_match_backward is not None:
+            grads: tuple[Tensor, Tensor | None] = self.mean_match_backward(
+                *(grad, x, y, self.pairs, self.groups, max_sim, *rest, self.window, self.eps)
+            )
+            return grads
         grad_sim = torch.empty_like(max_sim)
         library.penalty_of_mean(grad, max_sim, grad_sim)
         grad_x, grad_y = self.backend.match_backward(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch.autograd import forward_ad
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -38,6 +39,23 @@ def nobody_looks(tensor: torch.Tensor) -> bool:
     if _count_modes is None or _transforms is None or _is_batched is None:
         return False
     return _count_modes() == 0 and not _transforms() and not _is_batched(tensor)
+
+
+def nobody_looks_at_all(tensors: tuple[torch.Tensor, ...]) -> bool:
+    """The same of several tensors, none of which may have a tangent of forward mode either."""
+    if _count_modes is None or _transforms is None or _is_batched is None:
+        return False
+    if _count_modes() != 0 or _transforms():
+        return False
+    for tensor in tensors:
+        if _is_batched(tensor) or forward_ad.unpack_dual(tensor).tangent is not None:
+            return False
+    return True
+
+
+def without_wrapper(operator: torch._ops.OpOverload) -> Callable[..., Any]:
+    """What an operator's Python object calls; without the name, that object."""
+    return getattr(operator, "_op", operator)
 
 
 def raw_stream(device: torch.device) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .._torch_private import constant_for_dynamo
+from .._torch_private import constant_for_dynamo, without_wrapper
 from ..reference import Outputs, accumulate_dtype, count_pairs, index_dtype
 
 DEVICES = ("cuda",)
@@ -24,6 +24,8 @@ MINIMUM = (8, 0)  # compute capability
 
 _match = torch.ops.salkernels.native_match.default
 _match_backward = torch.ops.salkernels.native_match_backward.default
+_mean_match = without_wrapper(torch.ops.salkernels.native_mean_match.default)
+_mean_match_backward = without_wrapper(torch.ops.salkernels.native_mean_match_backward.default)
 
 
 def _load() -> str | None:
@@ -184,5 +186,39 @@ def match_backward(
     pairs, valid = (None if x is None else x.contiguous() for x in (pairs, valid))
     grads: tuple[Tensor, Tensor | None] = _match_backward(
         *(grad_sim, query, key, pairs, valid, max_sim, argmax, norm, window, eps, _allow_tf32())
+    )
+    return grads
+
+
+def mean_match(
+    x: Tensor,  # (S, C, H, W)
+    y: Tensor | None,
+    pairs: Tensor | None,  # (P,) int64
+    groups: int,
+    window: tuple[int, int],
+    eps: float,
+) -> Outputs:
+    """As `match` of maps in groups, but with the mean of the losses in their place."""
+    tf32 = x.dtype == torch.float32 and _allow_tf32()
+    found: Outputs = _mean_match(x, y, pairs, groups, window, eps, tf32)
+    return found
+
+
+def mean_match_backward(
+    grad: Tensor,  # ()
+    x: Tensor,
+    y: Tensor | None,
+    pairs: Tensor | None,
+    groups: int,
+    max_sim: Tensor,
+    argmax: Tensor,
+    norm: Tensor,
+    window: tuple[int, int],
+    eps: float,
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of x and y."""
+    tf32 = x.dtype == torch.float32 and _allow_tf32()
+    grads: tuple[Tensor, Tensor | None] = _mean_match_backward(
+        *(grad, x, y, pairs, groups, max_sim, argmax, norm, window, eps, tf32)
     )
     return grads

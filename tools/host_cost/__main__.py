@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     words = parser.parse_args()
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # of memory that no kernel fills
     found = dict(floors())
     real = "cpu" in words.backends  # no GPU is played: a CPU's own calls
     if not real:

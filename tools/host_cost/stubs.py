@@ -22,6 +22,10 @@ def play_gpu() -> None:
     torch.cuda.current_device = lambda: 0
 
 
+def _direct(operator: Any) -> Any:
+    return getattr(operator, "_op", operator)
+
+
 def stub_cuda() -> None:
     """The registration for GPUs, compiled for the host; it hands launches to nobody."""
     from tools.host_cuda.kernels import SHARED_BYTES, load
@@ -31,8 +35,9 @@ def stub_cuda() -> None:
     emulator.emulator_set.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
     emulator.emulator_set(SHARED_BYTES[CAPABILITY], 0, take)
     operators = torch.ops.salkernels_emulator
-    cuda._match = operators.native_match.default
-    cuda._match_backward = operators.native_match_backward.default
+    for name in ("match", "match_backward", "mean_match", "mean_match_backward"):
+        if hasattr(cuda, f"_{name}"):
+            setattr(cuda, f"_{name}", _direct(getattr(operators, f"native_{name}").default))
     cuda.why_not = lambda query, key, window: None if query.is_cpu else "not a CPU"
 
 

@@ -137,6 +137,8 @@ int emulator_pointers(const Problem* problem, Pointer* out) {
   all.add(p.argmax, matches * (p.wide_index ? 4 : 1));
   all.add(p.max_sim, matches * wide);
   all.add(p.loss, p.num_pairs * wide);
+  all.add(p.mean, wide);
+  all.add(p.grad_mean, wide);
   return all.count;
 }
 }
