@@ -117,8 +117,23 @@ def recall(
         # Made in inference mode it could not be saved for a backward later.
         with torch.inference_mode(False):
             value = make(source, device)
+        _allow_notes(value)
         RECENT.put(key, value, stream, len(content) + size_of(value))
     return value
+
+
+def _allow_notes(value: object) -> None:
+    for part in value if isinstance(value, tuple) else (value,):
+        if isinstance(part, Tensor):
+            part.salkernels_notes = {}  # type: ignore[attr-defined]
+
+
+def notes_of(tensor: Tensor) -> dict[Hashable, Any] | None:
+    """What kernels made of a tensor that never changes, by a name that says what, for its stream.
+
+    It lives as long as the tensor. None: the tensor is not ours, and may change.
+    """
+    return getattr(tensor, "salkernels_notes", None)
 
 
 def find(key: Hashable, device: torch.device) -> Any:

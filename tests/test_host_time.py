@@ -163,13 +163,18 @@ def test_the_parts_of_arguments_are_looked_at_too():
     even = torch.zeros(64)
     odd = even[1:]
     places = tuple(launcher._tensors((even, (None, even, 3), (1, 2), 0.5, None, (even,))))
-    assert places == ((0, None), (1, 1), (5, 0))
-    keys = {
-        launcher._aligned((a, (None, b, 3), (1, 2), 0.5, None, (c,)), places)
-        for a in (even, odd)
-        for b in (even, odd)
-        for c in (even, odd)
-    }
+    assert places == ((0, None), (1, (1,)), (5, (0,)))
+    keys = set()
+    for a in (even, odd):
+        for b in (even, odd):
+            for c in (even, odd):
+                given = (a, (None, b, 3), (1, 2), 0.5, None, (c,))
+                found, key = launcher._addressed(given, places)
+                assert found == [
+                    *(a.data_ptr(), (None, b.data_ptr(), 3), (1, 2), 0.5, None),
+                    (c.data_ptr(),),
+                ]
+                keys.add(key)
     assert len(keys) == 8
 
 
