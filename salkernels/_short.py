@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from . import _kept, backends, library
+from . import _kept, library
 from ._pair_list import PairList
 from ._torch_private import nobody_looks_at_all
 

@@ -1,4 +1,4 @@
-"""A call that equals an earlier one takes a shorter way: to the same results, and the same errors."""
+"""A call that equals an earlier one takes a shorter way: the same results, and the same errors."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def test_hooks_on_saved_tensors_see_the_maxima():
     for _ in range(2):
         seen = []
         with torch.autograd.graph.saved_tensors_hooks(
-            lambda t: seen.append(t.shape) or t.clone(), lambda t: t.contiguous()
+            lambda t, seen=seen: seen.append(t.shape) or t.clone(), lambda t: t.contiguous()
         ):
             found = loss(x)
         assert (int(PAIRS.sum()), 5, 6) in seen

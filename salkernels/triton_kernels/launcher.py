@@ -95,9 +95,7 @@ def _tensors(arguments: tuple[Any, ...]) -> Iterator[Place]:
                 yield i, parts
 
 
-def _addressed(
-    arguments: tuple[Any, ...], places: tuple[Place, ...]
-) -> tuple[list[Any], int]:
+def _addressed(arguments: tuple[Any, ...], places: tuple[Place, ...]) -> tuple[list[Any], int]:
     """The arguments with addresses in place of tensors; and whether each of those is a multiple of
     16 bytes, a bit for each that is not."""
     found, bits = list(arguments), 1

@@ -87,9 +87,7 @@ class BackwardByLists:
             cursor=like.new_zeros((1,), dtype=torch.int64),
         )
 
-    def _partners(
-        self, listed: Tensor | None, like: Tensor, pairs: int, stream: int
-    ) -> Partners:
+    def _partners(self, listed: Tensor | None, like: Tensor, pairs: int, stream: int) -> Partners:
         """Which pairs each node is in."""
         as_query, as_key = like.new_empty(self.partners_shape, dtype=torch.int64)
         degrees = like.new_empty((*self.partners_shape[1:3], 2), dtype=torch.int32)

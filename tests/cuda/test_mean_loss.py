@@ -104,4 +104,3 @@ def test_the_public_losses_use_it(form, backend, host_kernels, monkeypatch):
             torch.autograd.grad(found, x), torch.autograd.grad(wanted, x, retain_graph=True)
         )
     assert calls == ["mean_match", "mean_match_backward"] * 2
-

@@ -26,7 +26,7 @@ def _load_driver(calls: set[str]) -> None:
 
 
 def triton_utilities() -> Any:
-    """Triton's C functions for CUDA, built as Triton builds them, over a driver that does nothing."""
+    """Triton's C functions for CUDA, built as Triton builds them, over that driver."""
     from triton.backends.nvidia import driver
     from triton.runtime.build import compile_module_from_file
 

@@ -3,42 +3,45 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from salkernels import _kept, _native, library
+from salkernels import _kept
 from salkernels.backends import cuda, triton
 
 CAPABILITY = 90
 
 
+def _put(where: Any, **what: Any) -> None:
+    for name, value in what.items():
+        setattr(where, name, value)
+
+
+def _why_not(query: Tensor, key: Tensor | None, window: tuple[int, int]) -> str | None:
+    return None if query.is_cpu else "the stub takes tensors of the CPU"
+
+
 def play_gpu() -> None:
     """Tensors of the CPU are taken for those of a GPU, on stream 0, by all that asks for one."""
-    _kept._has_streams = lambda device: True
-    _kept.stream_of = lambda device: 0
-    torch.cuda.is_current_stream_capturing = lambda: False
-    torch.cuda.current_device = lambda: 0
-
-
-def _direct(operator: Any) -> Any:
-    return getattr(operator, "_op", operator)
+    _put(_kept, _has_streams=lambda device: True, stream_of=lambda device: 0)
+    _put(torch.cuda, is_current_stream_capturing=lambda: False, current_device=lambda: 0)
 
 
 def stub_cuda() -> None:
-    """The registration for GPUs, compiled for the host; it hands launches to nobody."""
+    """The registration for GPUs, compiled for the host; its launches end at once."""
     from tools.host_cuda.kernels import SHARED_BYTES, load
 
     emulator, _ = load()
     take = ctypes.cast(emulator.emulator_no_launch, ctypes.c_void_p)
     emulator.emulator_set.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
     emulator.emulator_set(SHARED_BYTES[CAPABILITY], 0, take)
-    operators = torch.ops.salkernels_emulator
     for name in ("match", "match_backward", "mean_match", "mean_match_backward"):
-        if hasattr(cuda, f"_{name}"):
-            setattr(cuda, f"_{name}", _direct(getattr(operators, f"native_{name}").default))
-    cuda.why_not = lambda query, key, window: None if query.is_cpu else "not a CPU"
+        operator = getattr(torch.ops.salkernels_emulator, f"native_{name}").default
+        wrapped = isinstance(getattr(cuda, f"_{name}"), torch._ops.OpOverload)
+        setattr(cuda, f"_{name}", operator if wrapped else operator._op)
+    _put(cuda, why_not=_why_not)
 
 
 def stub_triton() -> None:
@@ -51,13 +54,11 @@ def stub_triton() -> None:
 
     from .driver import triton_utilities
 
-    utilities = triton_utilities()
     device = offline.AbsentDevice(CAPABILITY)
-    device.utils = utilities
-    device.allocate_default_profile_scratch = None
+    _put(device, utils=triton_utilities(), allocate_default_profile_scratch=None)
     driver.set_active(device)
-    launch.capability = lambda x: CAPABILITY
-    triton.why_not = lambda query, key, window: None if query.is_cpu else "not a CPU"
+    _put(launch, capability=lambda x: CAPABILITY)
+    _put(triton, why_not=_why_not)
     plain = JITFunction.run
 
     def run(self: Any, *words: Any, grid: Any, warmup: bool, **options: Any) -> Any:
@@ -66,4 +67,4 @@ def stub_triton() -> None:
         compiled._run = CudaLauncher(compiled.src, compiled.metadata)
         return compiled
 
-    JITFunction.run = run
+    _put(JITFunction, run=run)
