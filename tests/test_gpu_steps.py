@@ -214,23 +214,6 @@ def test_the_tests_for_a_gpu_exist():
     assert "[reference-cpu" in done.stdout, done.stdout[-500:]
 
 
-DETAILS = """==PROF== Connected
-"ID","Process ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"
-"0","7","salkernels_match_f32(Problem)","Speed Of Light","Duration","us","40.1"
-"0","7","salkernels_match_f32(Problem)","Speed Of Light","DRAM Throughput","%","71.5"
-"0","7","salkernels_match_f32(Problem)","Occupancy","Something Else","%","1"
-"1","7","gradient_kernel","Speed Of Light","Duration","us","80.2"
-"""
-
-
-def test_details_of_ncu():
-    assert kernels.read_details(DETAILS) == [
-        {"kernel": "salkernels_match_f32", "duration": "40.1 us", "dram": "71.5 %"},
-        {"kernel": "gradient_kernel", "duration": "80.2 us"},
-    ]
-    assert kernels.read_details("==ERROR== no access\n") == []
-
-
 # ---- Without a GPU -------------------------------------------------------------------------------
 
 

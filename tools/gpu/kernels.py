@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import shutil
 import subprocess
 import sys
@@ -32,23 +31,6 @@ SECTIONS = (
 )  # fmt: skip
 CLOSING = 15  # seconds in which ncu writes what it has found
 REPORT = "kernels.ncu-rep"
-PAGES = {"details": "kernels.csv", "raw": "kernels-raw.csv"}  # of the report, as tables
-# Of the details of a kernel, those that say what bounds it.
-METRICS = {
-    "Duration": "duration",
-    "Memory Throughput": "memory",
-    "DRAM Throughput": "dram",
-    "L1/TEX Cache Throughput": "l1",
-    "L2 Cache Throughput": "l2",
-    "Compute (SM) Throughput": "compute",
-    "Issue Slots Busy": "issue",
-    "Executed Ipc Active": "ipc",
-    "Eligible Warps Per Scheduler": "eligible",
-    "Warp Cycles Per Issued Instruction": "cycles between",
-    "L2 Hit Rate": "l2 hits",
-    "Registers Per Thread": "registers",
-    "Achieved Occupancy": "occupancy",
-}
 
 
 def cases(on_gpu: bool, parts: tuple[str, ...] = ()) -> list[Case]:
@@ -127,26 +109,10 @@ def ncu(context: Context) -> None:
         if done.returncode or not report.exists():
             said = (done.stdout + done.stderr).strip().splitlines()
             raise RuntimeError(f"ncu ended with {done.returncode}: {' '.join(said[-3:])}")
-        for page, name in PAGES.items():
-            with (context.folder / name).open("w") as file:
-                words = ["ncu", "--import", str(report), "--page", page, "--csv"]
-                subprocess.run(words, stdout=file, check=True)
-        row["kernels"] = read_details((context.folder / PAGES["details"]).read_text("utf-8"))
-        raw = (context.folder / PAGES["raw"]).read_text("utf-8")
-        counters.write(context.folder, counters.rows_of(raw, counters.labels_of(done.stdout)))
-
-
-def read_details(text: str) -> list[dict[str, str]]:
-    """Of ncu's table of details, one entry per launch: kernel, and what bounds it, with units."""
-    lines = text.splitlines()
-    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
-    launches: dict[str, dict[str, str]] = {}
-    for line in csv.DictReader(lines[start:]):
-        launch = launches.setdefault(line["ID"], {"kernel": line["Kernel Name"].split("(")[0]})
-        name = METRICS.get(line["Metric Name"])
-        if name is not None:
-            launch.setdefault(name, f"{line['Metric Value']} {line['Metric Unit']}".strip())
-    return list(launches.values())
+        words = ["ncu", "--import", str(report), "--page", "raw", "--csv"]
+        raw = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+        row["kernels"] = counters.rows_of(raw, counters.labels_of(done.stdout))
+        counters.write(context.folder, row["kernels"])
 
 
 def inspected(context: Context) -> None:
