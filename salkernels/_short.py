@@ -14,7 +14,7 @@ subclasses of tensors keep the long way, and so does a gradient that is to be di
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, cast
 
 import torch
@@ -163,7 +163,7 @@ class Known:
         self, grad: Tensor, x: Tensor, y: Tensor | None, max_sim: Tensor, *rest: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """The same for who differentiates them, or asks for a batch of them."""
-        run = library._match_backward_operator
+        run: Callable[..., tuple[Tensor, Tensor]] = library._match_backward_operator
         if torch.is_grad_enabled():
             run = library._once_differentiable_backward
         count = max_sim.shape[0]

@@ -86,7 +86,7 @@ def planned(mask, nodes, keys=None, room=0):
     layout = Layout(signature, tiles[0], 32, 4)
     assert layout.ordered
     pairs = listed(mask, room)
-    return planner(layout)(pairs, len(pairs))
+    return planner(layout)(pairs, len(pairs), stream=0)
 
 
 @runs
