@@ -26,6 +26,19 @@ _is_batched: Callable[[torch.Tensor], bool] | None = getattr(
 _raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
+_precision: Callable[[str, str], str] | None = getattr(torch._C, "_get_fp32_precision_getter", None)
+
+
+def tf32_allowed() -> bool:
+    """Whether fp32 products on a GPU may be of one tf32 product. Without the name: slower.
+
+    Not `allow_tf32`: reading that raises where the user has set `fp32_precision` instead.
+    """
+    if _precision is None:
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return _precision("cuda", "matmul") == "tf32"
+
+
 def transforms_active() -> bool:
     """Whether a transform of torch.func is active. Without the name, errors are torch's own."""
     return _transforms is not None and _transforms()

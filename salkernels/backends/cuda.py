@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .._torch_private import constant_for_dynamo, without_wrapper
+from .._torch_private import constant_for_dynamo, tf32_allowed, without_wrapper
 from ..reference import Outputs, accumulate_dtype, count_pairs, index_dtype
 
 DEVICES = ("cuda",)
@@ -60,11 +60,6 @@ def why_not(query: Tensor, key: Tensor | None, window: tuple[int, int]) -> str |
     if query.dtype not in DTYPES:
         return f"it takes float32, float64, bfloat16 or float16, got {query.dtype}"
     return _MISSING or _unsupported(query.device.index or 0)
-
-
-def _allow_tf32() -> bool:
-    """Not `allow_tf32`: reading that raises where the user has set `fp32_precision` instead."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def built_for() -> str | None:
@@ -164,7 +159,7 @@ def match(
     The norm of a pixel that is not to be loaded again is Inf.
     """
     _require(query, key, window)
-    return Outputs(*_match(query, key, pairs, valid, window, eps, _allow_tf32()))
+    return Outputs(*_match(query, key, pairs, valid, window, eps, tf32_allowed()))
 
 
 def match_backward(
@@ -185,7 +180,7 @@ def match_backward(
     # to them the operator takes any.
     pairs, valid = (None if x is None else x.contiguous() for x in (pairs, valid))
     grads: tuple[Tensor, Tensor | None] = _match_backward(
-        *(grad_sim, query, key, pairs, valid, max_sim, argmax, norm, window, eps, _allow_tf32())
+        *(grad_sim, query, key, pairs, valid, max_sim, argmax, norm, window, eps, tf32_allowed())
     )
     return grads
 
@@ -199,7 +194,7 @@ def mean_match(
     eps: float,
 ) -> Outputs:
     """As `match` of maps in groups, but with the mean of the losses in their place."""
-    tf32 = x.dtype == torch.float32 and _allow_tf32()
+    tf32 = x.dtype == torch.float32 and tf32_allowed()
     found: Outputs = _mean_match(x, y, pairs, groups, window, eps, tf32)
     return found
 
@@ -217,7 +212,7 @@ def mean_match_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of x and y."""
-    tf32 = x.dtype == torch.float32 and _allow_tf32()
+    tf32 = x.dtype == torch.float32 and tf32_allowed()
     grads: tuple[Tensor, Tensor | None] = _mean_match_backward(
         *(grad, x, y, pairs, groups, max_sim, argmax, norm, window, eps, tf32)
     )

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._torch_private import raw_stream
+from .._torch_private import raw_stream, tf32_allowed
 from . import gradient, match
 from .config import Tile, tiles_for
 from .geometry import Cut, Matches, Product, Strides
@@ -155,7 +155,7 @@ class Asked(NamedTuple):
             problem.pairs is not None,
             problem.valid is not None,
             found,
-            dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32",
+            dtype == torch.float32 and tf32_allowed(),
             tiles_for(kernels, dtype, found),
         )
 
