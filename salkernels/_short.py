@@ -106,7 +106,9 @@ class Known:
 
     def keep(self, key: Key) -> Known:
         """From now on `find` finds it."""
-        size = 0 if self.chosen is None else self.chosen._bytes() + self.chosen.places.numel()
+        size = sum(len(part) for part in key if isinstance(part, bytes))
+        if self.chosen is not None:
+            size += self.chosen._bytes()
         _kept.keep(key, cast("torch.device", key[2]), self, size)
         return self
 
