@@ -58,6 +58,7 @@ COMPILE_FLAGS = (
 CPU_SOURCES = (
     "csrc/register_cpu.cpp",
     "csrc/cpu/plan.cpp",
+    "csrc/cpu/kept_memory.cpp",
     "csrc/cpu/isa_baseline.cpp",
     "csrc/cpu/isa_avx2.cpp",
     "csrc/cpu/isa_avx512.cpp",
