@@ -198,15 +198,7 @@ def wla_set_loss(
             return loss.sum()  # 0 where room is left over
         if chosen.exact and taking_part is None:
             return _reduced(loss, None, "mean")
-    # Shares are computed in the weights' own precision: a small weight must not vanish in fp32.
-    shares = to_device(chosen.pick(table), loss.device)
-    shares = shares.to(torch.promote_types(shares.dtype, loss.dtype))
-    if reduction == "mean":
-        if taking_part is not None:
-            shares = torch.where(taking_part, shares, 0)
-        total = shares.sum()
-        shares = shares / torch.where(total > 0, total, 1)
-    return (shares.to(loss.dtype) * loss).sum()
+    return _weighted(chosen.pick(table), loss, taking_part, reduction)
 
 
 def gp_loss(embeddings: Tensor, positives: Rows, temperature: float | Tensor = 0.1) -> Tensor:
@@ -356,6 +348,19 @@ def _reduced(loss: Tensor, taking_part: Tensor | None, reduction: str) -> Tensor
     if reduction == "sum" or taking_part is None:
         return total
     return total / taking_part.sum().clamp_min(1)
+
+
+def _weighted(weights: Tensor, loss: Tensor, taking_part: Tensor | None, reduction: str) -> Tensor:
+    """Losses (P,) of pairs with weights (P,): their sum, or mean."""
+    # Shares are computed in the weights' own precision: a small weight must not vanish in fp32.
+    shares = to_device(weights, loss.device)
+    shares = shares.to(torch.promote_types(shares.dtype, loss.dtype))
+    if reduction == "mean":
+        if taking_part is not None:
+            shares = torch.where(taking_part, shares, 0)
+        total = shares.sum()
+        shares = shares / torch.where(total > 0, total, 1)
+    return (shares.to(loss.dtype) * loss).sum()
 
 
 def _mean_over_pixels(found: Outputs) -> tuple[Tensor, Tensor]:
