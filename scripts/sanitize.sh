@@ -24,7 +24,7 @@ cxx=${CXX:-g++}
 $cxx -std=c++17 -O1 -g -ffp-contract=fast -fPIC -fno-omit-frame-pointer \
   -fsanitize=address,undefined -fno-sanitize-recover=undefined -Wno-psabi -Wno-ignored-attributes \
   -DTORCH_TARGET_VERSION=0x020a000000000000 -isystem "$torch/include" \
-  csrc/register_cpu.cpp csrc/cpu/*.cpp -shared -o "$copy/salkernels/_C_cpu.abi3.so" \
+  csrc/register_cpu*.cpp csrc/cpu/*.cpp -shared -o "$copy/salkernels/_C_cpu.abi3.so" \
   -L"$torch/lib" -ltorch_cpu
 
 # The runtime has to be the first library of the process, which is Python's. torch raises C++
