@@ -9,6 +9,7 @@
 #include "ahead-inl.h"
 #include "match-inl.h"
 #include "terms-inl.h"
+#include "gradient-inl.h"
 #include "streamed-inl.h"
 #include "lse-inl.h"
 #include "lse-weights-inl.h"
@@ -21,7 +22,7 @@ struct WeightedSum {
   int64_t pitch;
   const Partner *begin, *end;
   const T* unit;  // the partners' packed rows
-  int64_t count, stride, width;
+  int64_t count, stride;
 
   // `Rows` rows of V, `Columns` registers of each.
   //
@@ -76,6 +77,24 @@ struct WeightedSum {
   }
 };
 
+// V of one row after the other of partners would fetch a long list of them anew for every four
+// rows: it is added up from as many partners at a time as stay in the first-level cache.
+constexpr int64_t kSumRows = 128;
+
+template <class T, int Columns>
+static inline void sum_partners(WeightedSum<T> sum, int64_t rows, int64_t c, T* out) {
+  const Partner* const end = sum.end;
+  const int64_t some = most(1, kSumRows / sum.count);
+  sum.end = sum.begin + least(some, end - sum.begin);
+  sum.template columns<Columns, false>(rows, c, out);
+  while (sum.end != end) {
+    sum.weights += (sum.end - sum.begin) * sum.count * sum.pitch;
+    sum.begin = sum.end;
+    sum.end += least(some, end - sum.begin);
+    sum.template columns<Columns, true>(rows, c, out);
+  }
+}
+
 // Calls use(columns, first channel) for all registers of a row, three at a time.
 template <class T, class Use>
 static inline void for_columns(int64_t width, const Use& use) {
@@ -84,22 +103,31 @@ static inline void for_columns(int64_t width, const Use& use) {
   for (; c < width; c += kLanes<T>) use(std::integral_constant<int, 1>{}, c);
 }
 
-// V becomes dx = (V − (x̂·V) x̂) / ‖x‖. A row that nothing touches has V = 0 and no gradient, even if
-// its features are NaN; `unit` is 0 for such a row, and `inv_norm` NaN.
-template <class T>
-static void through_norm(T* sum, const T* unit, int64_t width, T inv_norm, bool absent) {
+// dx = (V − (x̂·V) x̂) / ‖x‖ of one row. A row that nothing touches has V = 0 and no gradient, even if
+// its features are NaN; `unit` is 0 for such a row, and `inv_norm` NaN. `around`: around the caches.
+template <class T, class Out>
+static void through_norm(const T* sum, const T* unit, int64_t channels, T inv_norm, bool absent,
+                         Out* out, bool around) {
   constexpr int W = kLanes<T>;
+  const int64_t width = round_up(channels, W);
   Vec<T> along = {};
-  bool touched = false;
   for (int64_t c = 0; c < width; c += W) along += load<T>(sum + c) * load<T>(unit + c);
   if (inv_norm != inv_norm) {
+    bool touched = false;
     for (int64_t c = 0; c < width; ++c) touched |= sum[c] != 0;
     absent |= !touched;
   }
-  const Vec<T> part = splat<T>(total<T>(along)), inverse = splat<T>(absent ? T(0) : inv_norm);
-  for (int64_t c = 0; c < width; c += W) {
-    const Vec<T> gradient = (load<T>(sum + c) - part * load<T>(unit + c)) * inverse;
-    store<T>(sum + c, absent ? Vec<T>{} : gradient);
+  const Vec<T> part = splat<T>(total<T>(along)), inverse = splat<T>(inv_norm);
+  for (int64_t c = 0; c < channels; c += W) {
+    const Vec<T> through = (load<T>(sum + c) - part * load<T>(unit + c)) * inverse;
+    const Vec<T> gradient = absent ? Vec<T>{} : through;
+    if (around) {
+      stream(out + c, gradient);
+    } else if (c + W <= channels) {
+      Convert<T, Out>::store_vec(out + c, gradient);
+    } else {
+      store_part<T, Out>(out + c, gradient, channels - c);
+    }
   }
 }
 
@@ -116,6 +144,7 @@ template <class T>
 struct LseGradientScratch {
   int64_t* column_offset;
   T *pack, *norms, *poison;
+  void** out;
   Partners partners;
   QueryRows<T> rows;
   WeightPanel<T> panel;
@@ -129,6 +158,7 @@ struct LseGradientScratch {
                            packed_stride<T>(problem.channels));
     s.norms = arena.take<T>(work.max_tile_rows);
     s.poison = arena.take<T>(work.max_tile_rows);
+    s.out = arena.take<void*>(work.max_window_rows);
     s.partners = Partners::allocate(arena, problem);
     s.rows = QueryRows<T>::allocate(arena, work.max_window_rows);
     s.panel = WeightPanel<T>::allocate(arena, problem);
@@ -136,11 +166,10 @@ struct LseGradientScratch {
   }
 };
 
-// The gradients of one packed window, from `unit` to `out`.
+// V of all rows of one packed window.
 template <class T>
-static void lse_gradient_window(const LseProblem& problem, const TileShape& shape,
-                                const Window& window, const T* unit, const T* norms, T* out,
-                                LseGradientScratch<T>& scratch) {
+static void lse_sums(const LseProblem& problem, const TileShape& shape, const Window& window,
+                     const T* unit, T* out, LseGradientScratch<T>& scratch) {
   const int32_t nodes = shape.component->num_nodes;
   const int64_t pixels = shape.pixels;
   const Partners& partners = scratch.partners;
@@ -158,20 +187,34 @@ static void lse_gradient_window(const LseProblem& problem, const TileShape& shap
         const WeightedSum<T> sum{panel.of(partners, s, pixels), pixels,
                                  partners.list + partners.begin[s],
                                  partners.list + partners.begin[s + 1], unit, pixels,
-                                 shape.stride, shape.width};
-        sum.template columns<decltype(columns)::value, false>(pixels, c,
-                                                              out + s * pixels * shape.stride);
+                                 shape.stride};
+        sum_partners<T, decltype(columns)::value>(sum, pixels, c, out + s * pixels * shape.stride);
       }
     });
   }
-  for (int64_t s = 0; s < nodes; ++s) {
-    const uint8_t* valid = panel.valid.of(s);
-    for (int64_t p = 0; p < pixels; ++p) {
-      const int64_t r = s * pixels + p;
-      through_norm<T>(out + r * shape.stride, unit + r * shape.stride, shape.width,
-                      inverse_for_gradient<T>(norms[r], T(problem.eps)),
-                      valid != nullptr && valid[p] == 0);
-    }
+}
+
+// From V of one packed window to gradients, wherever its rows are to go.
+template <class T, class Out>
+static void lse_gradients(const LseProblem& problem, const TileShape& shape, const T* sums,
+                          const T* unit, const T* norms, const WindowValid& valid,
+                          int64_t channels, Out** out, bool around) {
+  for (int64_t r = 0; r < shape.rows; ++r) {
+    through_norm<T>(sums + r * shape.stride, unit + r * shape.stride, channels,
+                    inverse_for_gradient<T>(norms[r], T(problem.eps)),
+                    valid.flags != nullptr && valid.flags[r] == 0, out[r], around);
+  }
+}
+
+// Packed gradients of a tile to its maps.
+template <class T, class In>
+static void unpack_tile(const Problem& problem, const TileShape& shape, const T* packed,
+                        int64_t* column_offset) {
+  const PackedPlace place = shape.place(column_offset);
+  const Patch patch = shape.patch(problem.channels);
+  for (int64_t s = 0; s < shape.component->num_nodes; ++s) {
+    unpack_patch<T, In>(shape.nodes[s], patch, packed + s * shape.pixels * shape.stride, place,
+                        problem.write_around);
   }
 }
 
@@ -187,19 +230,30 @@ static int64_t lse_gradient_tile(const LseProblem& problem, const Tile* tile, ch
   const int64_t products =
       shape.num_windows * shape.component->num_edges * shape.pixels * shape.pixels;
   scratch.panel.sims.ahead = Ahead::of_next<T, In>(problem, tile, products / 12);
+  const bool direct = shape.component->grads_channels_last;
+  const bool around = problem.write_around && direct && std::is_same_v<T, In> &&
+                      whole_lines<In>(shape, problem.channels);
   for (int64_t t = 0; t < shape.num_windows; ++t) {
     T* const rows = unit + t * shape.window_stride;
-    clear_poisoned<T>(rows, shape.rows, shape.stride, scratch.poison + t * shape.rows);
     // In the place of the window before, which nothing needs any more.
-    lse_gradient_window<T>(problem, shape, shape.window_at(t), rows, scratch.norms + t * shape.rows,
-                           rows - shape.window_stride, scratch);
+    T* const sums = rows - shape.window_stride;
+    const T* const norms = scratch.norms + t * shape.rows;
+    clear_poisoned<T>(rows, shape.rows, shape.stride, scratch.poison + t * shape.rows);
+    const Window window = shape.window_at(t);
+    lse_sums<T>(problem, shape, window, rows, sums, scratch);
+    if (direct) {
+      In** to = reinterpret_cast<In**>(scratch.out);
+      rows_of_map<In>(shape, window, to);
+      lse_gradients<T>(problem, shape, sums, rows, norms, scratch.panel.valid, problem.channels,
+                       to, around);
+    } else {
+      T** to = reinterpret_cast<T**>(scratch.out);
+      for (int64_t r = 0; r < shape.rows; ++r) to[r] = sums + r * shape.stride;
+      lse_gradients<T>(problem, shape, sums, rows, norms, scratch.panel.valid, shape.width, to,
+                       false);
+    }
   }
-  const PackedPlace place = shape.place(scratch.column_offset);
-  const Patch patch = shape.patch(problem.channels);
-  for (int64_t s = 0; s < shape.component->num_nodes; ++s) {
-    unpack_patch<T, In>(shape.nodes[s], patch, scratch.pack + s * shape.pixels * shape.stride,
-                        place, problem.write_around);
-  }
+  if (!direct) unpack_tile<T, In>(problem, shape, scratch.pack, scratch.column_offset);
   if (problem.write_around) stream_end();
   return arena.used;
 }

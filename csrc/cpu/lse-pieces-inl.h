@@ -8,6 +8,7 @@
 #include "ahead-inl.h"
 #include "match-inl.h"
 #include "terms-inl.h"
+#include "gradient-inl.h"
 #include "streamed-inl.h"
 #include "lse-inl.h"
 #include "lse-weights-inl.h"
@@ -72,7 +73,7 @@ static void add_block(SimBlock<T>& sims, const LseProblem& problem, const PieceR
   }
   const Partner one{};
   const WeightedSum<T> block{sims.forward, kForwardStride, &one, &one + 1, others.unit,
-                             count,        stride,         width};
+                             count,        stride};
   for_columns<T>(width, [&](auto columns, int64_t c) {
     block.template columns<decltype(columns)::value, true>(rows, c, sum);
   });
@@ -113,15 +114,13 @@ static int64_t lse_gradient_piece(const LseProblem& problem, const LsePiece* pie
       add_partner(first, reverse >= 0, forward >= 0);
     }
   }
+  for (int64_t r = 0; r < rows; ++r) {
+    through_norm<T>(sum + r * stride, own.unit + r * stride, packed_width<T>(problem.channels),
+                    inverse_for_gradient<T>(own.norms[r], T(problem.eps)),
+                    own.valid != nullptr && own.valid[r] == 0, sum + r * stride, false);
+  }
   for_pixel_runs(window, piece->first_row, rows,
                  [&](int64_t row, int64_t column, int64_t run, int64_t at) {
-                   for (int64_t i = 0; i < run; ++i) {
-                     const int64_t r = at + i;
-                     through_norm<T>(sum + r * stride, own.unit + r * stride,
-                                     packed_width<T>(problem.channels),
-                                     inverse_for_gradient<T>(own.norms[r], T(problem.eps)),
-                                     own.valid != nullptr && own.valid[r] == 0);
-                   }
                    unpack_patch<T, In>(node, {row, column, 1, run, 0, problem.channels},
                                        sum + at * stride, {0, consecutive}, problem.write_around);
                  });
