@@ -40,5 +40,5 @@ for level in avx512 avx2 baseline; do
   echo "== at most $level"
   LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
     SALKERNELS_CPU_ISA=$level PYTHONPATH="$copy" \
-    "$python" -m pytest -q -x --capture=sys -p no:cacheprovider tests/test_cpu_kernel.py -k "$tests" "$@"
+    "$python" -m pytest -q -x --capture=sys -p no:cacheprovider tests/test_cpu_kernel.py tests/test_cpu_lse.py -k "$tests" "$@"
 done
