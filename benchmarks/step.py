@@ -48,6 +48,21 @@ def measure_step(
 
     views: how many of the views the encoder is timed on; 0: all.
     """
+    rows = step_rows(settings, preset, data, cache, views)
+    Results(folder / f"{label}-step.csv", COLUMNS, ("preset", "part")).add(rows)
+    table = _table(rows)
+    write_atomically(folder / f"{label}-step-{preset}.md", table)
+    return table
+
+
+def step_rows(
+    settings: Settings,
+    preset: str,
+    data: Path | None = None,
+    cache: Path | None = None,
+    views: int = 0,
+) -> list[Row]:
+    """A row for each part, and one for their sum; arguments as those of `measure_step`."""
     from salkernels.training.device import NAMES, Device
 
     torch.set_num_threads(settings.threads)
@@ -63,12 +78,7 @@ def measure_step(
         **machine, "preset": preset, "precision": NAMES[device.dtype],
         "batch": str(2 * config.slices), "views_timed": str(parts.views),
     }  # fmt: skip
-    rows = [{**common, **row} for row in _rows(times, parts)]
-    results = Results(folder / f"{label}-step.csv", COLUMNS, ("preset", "part"))
-    results.add(rows)
-    table = _table(rows)
-    write_atomically(folder / f"{label}-step-{preset}.md", table)
-    return table
+    return [{**common, **row} for row in _rows(times, parts)]
 
 
 class Parts:

@@ -66,6 +66,8 @@ def test_the_summary_has_sixty_lines_whatever_there_is():
         for p in ("acdc", "chd")
         for n in ("none", "cuda")
     ]
+    ms = {"GP": 0.7, "encoder": 48.0}
+    steps_train.append({"step": "split", "name": "acdc", "preset": "acdc", "ms": ms})
     near = [
         {
             "step": "numerics", "name": str(noise), "backend": "cuda", "dtype": "float32",
@@ -85,6 +87,7 @@ def test_the_summary_has_sixty_lines_whatever_there_is():
     assert "88 more are bad" in text
     assert "46 more shapes in timings.md" in text
     assert "- acdc: none 12.5, cuda 12.5" in text
+    assert "- acdc: encoder 48, GP 0.7" in text
     assert "cuda float32 1.0e-02 (loss 1.0e-03" in text
     assert "salkernels_match 12, fill 1" in text
     assert "not done: graph: **no time**, ddp: **no time**" in text

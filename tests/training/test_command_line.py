@@ -177,6 +177,18 @@ def test_the_last_line_of_a_run_in_progress_is_shown(tmp_path, monkeypatch):
     assert schedule._last_line(Cell, tmp_path) == "step 5 of 9"
 
 
+def test_a_line_of_a_run_is_told_once(capsys):
+    class Log:
+        disable = True  # no terminal
+
+    told = {}
+    for doing in ({"sal": "step 1", "pcl": "reading"}, {"sal": "step 2", "pcl": "reading"}):
+        schedule._tell(Log(), doing, told)
+    assert capsys.readouterr().err.count("pcl: reading") == 1
+    schedule._tell(Log(), {"pcl": "step 1"}, told)
+    assert "pcl: step 1" in capsys.readouterr().err
+
+
 def test_words_of_other_packages_lead_to_ours():
     known = {option for words in (["pretrain"], ["finetune"]) for option in _options(words)}
     assert {f"--{name}" for name in wording.CALLED.values()} <= known

@@ -1,4 +1,4 @@
-"""A displaced copy: each subject elsewhere, its images and labels alike, and nothing else changed."""
+"""A displaced copy: each subject elsewhere, image and labels alike, and nothing else changed."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_offsets_hang_on_the_subject_alone_and_fill_their_range():
 
 
 def test_errors_are_told_and_write_nothing(data, tmp_path, capsys):
-    with pytest.raises(DataError, match="0 < share < 0.5, got 0.5"):
+    with pytest.raises(DataError, match=r"0 < share < 0\.5, got 0\.5"):
         displace(data, tmp_path / "copy", share=0.5)
     (tmp_path / "there").mkdir()
     with pytest.raises(DataError, match="exists"):

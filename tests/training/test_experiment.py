@@ -22,6 +22,7 @@ from salkernels.training.experiment.plots import draw
 from salkernels.training.experiment.schedule import run_cells
 from salkernels.training.experiment.statistics import paired_difference
 from salkernels.training.experiment.summary import (
+    PAPERS,
     Results,
     Score,
     collect,
@@ -228,6 +229,7 @@ def test_markdown_holds_means_spread_paper_and_gaps():
     assert "the conditions. Runs of revision abc0, abc1." in text
     # Means of the last five looks, the first one is another: 0.2, 0.5 and their ratio.
     assert "| SAL |  |  | 0.2 | 0.5 | 0.4 |  |  | 0.3 |  |" in text
+    assert PAPERS in text  # what the paper's columns are
 
 
 def test_files_are_strict_json_and_one_csv_line_per_run(tmp_path):

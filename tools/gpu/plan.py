@@ -55,6 +55,7 @@ PLAN = (
     Step("numerics", "smoke", 25, "nearly aligned features", 12),
     Step("host", "host", 20, "what a call costs the host, back to back", 18, times=True),
     Step("train", "train", 60, "training steps of the presets", 25, times=True),
+    Step("split", "train", 25, "a training step by part", 10, times=True),
     Step("ncu", "kernels", 75, "Nsight Compute on the main kernels"),
     Step("graph", "graph", 40, "graphs, streams, compile, repeats bit for bit", 20),
     Step("ddp", "ddp", 30, "NCCL with one rank", 15),

@@ -20,7 +20,8 @@ FLIPS = 2e-3  # share of matches that may differ: random features tie once in a 
 
 
 def smoke(context: Context) -> None:
-    for form, name in itertools.product(SMOKE, context.backends):
+    # All of one backend first: compiling the other's kernels may take the rest of the time.
+    for name, form in itertools.product(context.backends, SMOKE):
         label = f"{form.key} {name}"
         if label in context.finished or (name == "triton" and form.dtype == F64):
             continue

@@ -25,6 +25,7 @@ def summary(rows: Sequence[Row], endings: dict[str, Ending]) -> str:
         *_tiles(rows),
         *_kernels(rows),
         *_train(rows),
+        *_split(rows),
         *_near(rows),
     ]
     if len(parts) > LINES:
@@ -192,6 +193,16 @@ def _train(rows: Sequence[Row]) -> list[str]:
             presets.setdefault(row["preset"], []).append(f"{row['loss']} {row['step_ms']:.4g}")
     lines = [f"- {preset}: {', '.join(parts)}" for preset, parts in presets.items()]
     return ["## Training step, ms, by alignment loss", *lines] if lines else []
+
+
+def _split(rows: Sequence[Row]) -> list[str]:
+    """Parts of a step, the longest first."""
+    lines = []
+    for row in of(rows, "split"):
+        if "ms" in row:
+            parts = sorted(row["ms"].items(), key=lambda part: -part[1])
+            lines.append(f"- {row['preset']}: " + ", ".join(f"{n} {ms:.3g}" for n, ms in parts))
+    return ["## Training step, ms, each part alone", *lines] if lines else []
 
 
 def _near(rows: Sequence[Row]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Seconds of a pre-training step at the presets' sizes, by what computes the alignment loss."""
+"""Time of a pre-training step at the presets' sizes: by alignment loss, and by part."""
 
 from __future__ import annotations
 
@@ -56,6 +56,22 @@ def train(context: Context) -> None:
                 del step
             if context.on_gpu:
                 torch.cuda.empty_cache()
+
+
+def split(context: Context) -> None:
+    """Where a step's time goes: loading, augmentation, encoder, heads, losses, optimiser."""
+    find_training()
+    from benchmarks.step import step_rows
+
+    settings = Settings(context.device, torch.get_num_threads(), 0, 0, not context.on_gpu)
+    for preset in ("acdc", "chd") if context.on_gpu else ("phantom",):
+        if preset in context.finished:
+            continue
+        context.need(6 if context.on_gpu else 2, preset)
+        with context.measuring(preset, preset=preset) as row:
+            parts = step_rows(settings, preset)
+            row["precision"] = parts[0]["precision"]
+            row["ms"] = {part["part"]: float(part["seconds"]) * 1e3 for part in parts}
 
 
 def _timed(step: object, context: Context) -> dict[str, float]:

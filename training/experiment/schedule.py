@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ def run_cells(
 
     with _only_one(out), bar, stop_on_signal() as stop:
         queue, rhythm = _Queue(waiting), Rhythm()
+        told: dict[str, str] = {}
         while running or (waiting and not failed and not stop.signal):
             while len(running) < jobs and not failed and not stop.signal:
                 cell = queue.next()
@@ -75,7 +76,9 @@ def run_cells(
             if waiting and not running and not queue.possible():
                 raise RunError(f"{waiting[0].needs} is missing, which no planned run makes")
             time.sleep(launcher.interval if launcher else POLL)
-            _tell_now_and_then(bar, rhythm, running, out)
+            if rhythm.due():
+                doing = {cell.name: _last_line(cell, out) for cell in [*running][:MOST_TOLD]}
+                _tell(bar, doing, told)
             if stop.signal:
                 for process in running.values():
                     process.send_signal(signal.SIGTERM)
@@ -99,16 +102,17 @@ def run_cells(
         raise RunError(f"the run {failed.name} failed; its log {log} ends:\n{end}")
 
 
-def _tell_now_and_then(bar: tqdm[Any], rhythm: Rhythm, running: Iterable[Cell], out: Path) -> None:
-    if rhythm.due():
-        _tell(bar, {cell.name: _last_line(cell, out) for cell in [*running][:MOST_TOLD]})
+def _tell(bar: tqdm[Any], doing: dict[str, str], told: dict[str, str] | None = None) -> None:
+    """How far the runs in progress are, beside the bar or as lines of a log.
 
-
-def _tell(bar: tqdm[Any], doing: dict[str, str]) -> None:
-    """How far the runs in progress are, beside the bar or as lines of a log."""
+    told: by run, the line of the log that was written last, which is not written again.
+    """
     if bar.disable:
+        told = {} if told is None else told
         for name, line in doing.items():
-            say(f"{name}: {line}")
+            if told.get(name) != line:
+                say(f"{name}: {line}")
+        told.update(doing)
     else:
         bar.set_postfix_str("; ".join(f"{name}: {line[:40]}" for name, line in doing.items()))
 

@@ -28,6 +28,10 @@ PROBED = (
     "and no fine-tuning. It is for screening: it does not tell how well an encoder starts a U-Net, "
     "and its Dice is not to be compared with that of a fine-tuned one, the paper's among them."
 )
+PAPERS = (
+    "The paper's numbers are of another scale, and some are most likely quoted and not run: see "
+    '"The paper\'s numbers" in docs/training/experiments.md.'
+)
 MONITORED = (
     "gp", "chance_gp", "la", "la_pairs", "la_control", "cosine_embedding", "rank_embedding",
     "cosine_encoder", "rank_encoder", "contrast", "chance_contrast",
@@ -359,7 +363,7 @@ def _dice_table(results: Results) -> str:
                 *(f"{theirs[m][0]:.3f} ({theirs[m][1]:.2f})" if m in theirs else "" for m in paper),
             ]
         )
-    return markdown_table(rows)
+    return markdown_table(rows) + (f"\n\n{PAPERS}" if paper else "")
 
 
 def _difference_table(results: Results) -> str:
