@@ -60,6 +60,7 @@ CPU_SOURCES = (
     "csrc/register_cpu_lse.cpp",
     "csrc/cpu/plan.cpp",
     "csrc/cpu/lse_plan.cpp",
+    "csrc/cpu/kept_memory.cpp",
     "csrc/cpu/isa_baseline.cpp",
     "csrc/cpu/isa_avx2.cpp",
     "csrc/cpu/isa_avx512.cpp",

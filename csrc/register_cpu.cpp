@@ -19,10 +19,8 @@
 #include <string>
 #include <tuple>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
+#include "cpu/kept_memory.h"
+#include "gradient_cpu.h"
 #include "register_cpu.h"
 
 namespace salkernels::host {
@@ -178,21 +176,6 @@ bool beyond_caches(const Tensor& query, const std::optional<Tensor>& key) {
   return elements * element_size(query) >= kCachedBytes;
 }
 
-// Tens of thousands of page faults are most of the time of a large gradient that is written for the
-// first time: large pages are asked for where the system leaves it to the program.
-Tensor empty_gradient(const Tensor& like) {
-  Tensor grad = torch::stable::empty_like(like);
-#ifdef __linux__
-  constexpr uintptr_t kHuge = 2 << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(grad.mutable_data_ptr());
-  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t last = (begin + uintptr_t(grad.numel() * element_size(like))) / kHuge * kHuge;
-  // Only a hint: whether it was heard makes no difference to the result.
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-  return grad;
-}
-
 std::tuple<Tensor, std::optional<Tensor>> match_backward(
     const Tensor& grad_sim, const Tensor& query, std::optional<Tensor> key,
     std::optional<Tensor> list, std::optional<Tensor> valid, const Tensor& max_sim,
@@ -203,14 +186,12 @@ std::tuple<Tensor, std::optional<Tensor>> match_backward(
   Problem problem = problem_of(query, valid, window, eps, dtype);
   const salkernels::PairSet pairs = pairs_of(query, key, list, valid);
   problem.write_around = beyond_caches(query, key);
-  const Tensor grad_query = empty_gradient(query);
-  std::optional<Tensor> grad_key;
-  if (key.has_value()) grad_key = empty_gradient(*key);
+  auto [grad_query, grad_key] = salkernels::empty_gradients(query, key);
   const salkernels::Maps queries = maps_of(query, &grad_query);
   problem.plan = salkernels::make_plan(
       pairs, queries, key.has_value() ? maps_of(*key, &*grad_key) : queries, true);
   if (problem.plan.num_pairs == 0) {
-    torch::stable::zero_(const_cast<Tensor&>(grad_query));
+    torch::stable::zero_(grad_query);
     if (grad_key.has_value()) torch::stable::zero_(*grad_key);
     return {grad_query, grad_key};
   }
@@ -245,6 +226,15 @@ extern "C" __attribute__((visibility("default"))) int salkernels_instruction_set
   if (&salkernels::host::kernels() == &salkernels::kernels_avx2) return 1;
 #endif
   return 0;
+}
+
+// Bytes, which may not fit an int.
+extern "C" __attribute__((visibility("default"))) int64_t salkernels_kept_bytes() {
+  return salkernels::kept_bytes();
+}
+
+extern "C" __attribute__((visibility("default"))) int64_t salkernels_release_memory() {
+  return salkernels::release_blocks();
 }
 
 STABLE_TORCH_LIBRARY_IMPL(salkernels, CPU, m) {

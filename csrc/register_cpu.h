@@ -27,9 +27,8 @@ Problem problem_of(const Tensor& query, const std::optional<Tensor>& valid, Size
 // Whether waking the threads would take longer than the work.
 bool is_small(const Problem& problem);
 
-// Gradients: whether they are too large for the caches, and the memory for one.
+// Whether gradients are too large for the caches.
 bool beyond_caches(const Tensor& query, const std::optional<Tensor>& key);
-Tensor empty_gradient(const Tensor& like);
 
 struct Free {
   void operator()(char* p) const { std::free(p); }

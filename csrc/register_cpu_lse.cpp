@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "cpu/lse.h"
+#include "gradient_cpu.h"
 #include "register_cpu.h"
 
 namespace {
@@ -78,16 +79,14 @@ std::tuple<Tensor, std::optional<Tensor>> window_lse_backward(
   problem.write_around = host::beyond_caches(query, key);
   problem.lse = const_cast<void*>(lse.const_data_ptr());
   problem.grad_lse = grad_lse.const_data_ptr();
-  const Tensor grad_query = host::empty_gradient(query);
-  std::optional<Tensor> grad_key;
-  if (key.has_value()) grad_key = host::empty_gradient(*key);
+  const auto [grad_query, grad_key] = salkernels::empty_gradients(query, key);
   const Maps queries = host::maps_of(query, &grad_query);
   problem.plan =
       salkernels::make_plan(host::pairs_of(query, key, list, valid), queries,
                             key.has_value() ? host::maps_of(*key, &*grad_key) : queries, true);
   if (problem.plan.num_pairs == 0) {
     torch::stable::zero_(const_cast<Tensor&>(grad_query));
-    if (grad_key.has_value()) torch::stable::zero_(*grad_key);
+    if (grad_key.has_value()) torch::stable::zero_(const_cast<Tensor&>(*grad_key));
     return {grad_query, grad_key};
   }
   salkernels::make_lse_work(problem, host::kernels(), true);

@@ -162,6 +162,31 @@ static void batch_products(SimBlock<T>& sims, const TileShape& shape, const Edge
                batch.reverse);
 }
 
+// Products that are terms of no sum become −∞: with key pixels that take no part, of edges that are
+// no pair in a direction, and in the rest of the last register, whose lanes are of an edge to come.
+template <class T>
+static void take_out_absent(SimBlock<T>& sims, const EdgeBatch& batch, const WindowValid& valid,
+                            int64_t pixels, int64_t pitch) {
+  const int64_t count = batch.end - batch.begin, used = count * pitch;
+  for (int64_t j = 0; j < count; ++j) {
+    const Edge& edge = batch.begin[j];
+    T* const forward = sims.forward + j * pitch;
+    leave_out<T>(valid.of(edge.second), pixels, forward, sims.forward_stride, pitch);
+    if (edge.forward < 0) {
+      fill_lanes<T>(forward, pixels, sims.forward_stride, pitch, kNothing<T>);
+    }
+    if (batch.reverse && edge.reverse < 0) {
+      fill_lanes<T>(sims.reverse + j * pixels, pixels, sims.reverse_stride, pixels, kNothing<T>);
+    }
+  }
+  fill_lanes<T>(sims.forward + used, pixels, sims.forward_stride, sims.forward_stride - used,
+                kNothing<T>);
+  if (batch.reverse) {
+    leave_out<T>(valid.of(batch.begin->first), pixels, sims.reverse, sims.reverse_stride,
+                 count * pixels);
+  }
+}
+
 // The sums of all rows of one packed window. The lanes of the first sample's pixels, one for each
 // edge, go on from batch to batch and are added up at last; those of a second sample's are taken
 // from its rows, and put back.
@@ -186,29 +211,15 @@ static void lse_window(const LseProblem& problem, const TileShape& shape, const 
       const EdgeBatch batch = EdgeBatch::next(edge, end, room);
       const int64_t count = batch.end - batch.begin;
       batch_products<T>(sims, shape, batch, pack, pitch, group);
+      take_out_absent<T>(sims, batch, scratch.valid, pixels, pitch);
       for (int64_t j = 0; j < count; ++j) {
-        T* const forward = sims.forward + j * pitch;
-        T* const reverse = sims.reverse + j * pixels;
-        const int32_t second = batch.begin[j].second;
-        leave_out<T>(scratch.valid.of(second), pixels, forward, sims.forward_stride, pitch);
-        if (batch.begin[j].forward < 0) {
-          fill_lanes<T>(forward, pixels, sims.forward_stride, pitch, kNothing<T>);
-        }
-        if (batch.reverse && batch.begin[j].reverse < 0) {
-          fill_lanes<T>(reverse, pixels, sims.reverse_stride, pixels, kNothing<T>);
-        }
-        others.copy(j * pixels, rows, second * pixels, pixels);
+        others.copy(j * pixels, rows, batch.begin[j].second * pixels, pixels);
       }
       if (batch.forward) {
-        // The rest of the last register is lanes of an edge to come.
-        const int64_t used = count * pitch;
-        fill_lanes<T>(sims.forward + used, pixels, sims.forward_stride,
-                      sims.forward_stride - used, kNothing<T>);
-        add_exponentials<T>(sims.forward, pixels, sims.forward_stride, used, inverse, lanes);
+        add_exponentials<T>(sims.forward, pixels, sims.forward_stride, count * pitch, inverse,
+                            lanes);
       }
       if (batch.reverse) {
-        leave_out<T>(scratch.valid.of(first), pixels, sims.reverse, sims.reverse_stride,
-                     count * pixels);
         add_exponentials<T>(sims.reverse, pixels, sims.reverse_stride, count * pixels, inverse,
                             others);
         for (int64_t j = 0; j < count; ++j) {
