@@ -15,33 +15,19 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
+#include "cpu/kept_memory.h"
+#include "gradient_cpu.h"
+#include "register_cpu.h"
 
-#include "cpu/plan.h"
-#include "register.h"
-
-namespace {
-
-using salkernels::accumulate_type;
-using salkernels::DType;
-using salkernels::element_size;
-using salkernels::empty;
-using salkernels::Kernels;
-using salkernels::Problem;
-using salkernels::ScalarType;
-using salkernels::Sizes;
-using salkernels::Tensor;
+namespace salkernels::host {
 
 // The best instruction set of this machine, or a lower one that SALKERNELS_CPU_ISA names, which the
 // tests do. v3 and v4 are the levels of the x86-64 ABI that the files are compiled for.
-const Kernels& choose_kernels() {
+static const Kernels& choose_kernels() {
 #ifdef SALKERNELS_X86_LEVELS
   const char* name = std::getenv("SALKERNELS_CPU_ISA");
   const std::string limit = name == nullptr ? "" : name;
@@ -125,31 +111,6 @@ bool is_small(const Problem& problem) {
   return double(per_pixel) * problem.channels * problem.grid.pixels() < kSerialProducts;
 }
 
-struct Free {
-  void operator()(char* p) const { std::free(p); }
-};
-
-// Runs one kernel over all its items, in parallel, with scratch memory once per thread: a unit
-// needs megabytes, and an allocation of that size for each would go to the system and back.
-template <class Item>
-void run_all(const Problem& problem, const std::vector<Item>& items,
-             int64_t (*kernel)(const Problem&, const Item*, char*), bool serial) {
-  const int64_t count = int64_t(items.size());
-  if (count == 0) return;
-  const int64_t bytes = (kernel(problem, nullptr, nullptr) + 63) / 64 * 64;
-  const auto run = [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<char, Free> scratch(
-        static_cast<char*>(std::aligned_alloc(64, size_t(bytes))));
-    STD_TORCH_CHECK(scratch != nullptr, "out of memory: ", bytes, " bytes");
-    for (int64_t i = begin; i < end; ++i) kernel(problem, &items[i], scratch.get());
-  };
-  if (serial) {
-    run(0, count);
-  } else {
-    torch::stable::parallel_for(0, count, 1, run);
-  }
-}
-
 // A pass of its own, since the windows of a pair belong to different tiles: each sum has its order
 // whatever thread computed a tile. The maxima were just written, and are small beside the features.
 void reduce_losses(Problem& problem, bool serial) {
@@ -215,21 +176,6 @@ bool beyond_caches(const Tensor& query, const std::optional<Tensor>& key) {
   return elements * element_size(query) >= kCachedBytes;
 }
 
-// Tens of thousands of page faults are most of the time of a large gradient that is written for the
-// first time: large pages are asked for where the system leaves it to the program.
-Tensor empty_gradient(const Tensor& like) {
-  Tensor grad = torch::stable::empty_like(like);
-#ifdef __linux__
-  constexpr uintptr_t kHuge = 2 << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(grad.mutable_data_ptr());
-  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t last = (begin + uintptr_t(grad.numel() * element_size(like))) / kHuge * kHuge;
-  // Only a hint: whether it was heard makes no difference to the result.
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-  return grad;
-}
-
 std::tuple<Tensor, std::optional<Tensor>> match_backward(
     const Tensor& grad_sim, const Tensor& query, std::optional<Tensor> key,
     std::optional<Tensor> list, std::optional<Tensor> valid, const Tensor& max_sim,
@@ -240,14 +186,12 @@ std::tuple<Tensor, std::optional<Tensor>> match_backward(
   Problem problem = problem_of(query, valid, window, eps, dtype);
   const salkernels::PairSet pairs = pairs_of(query, key, list, valid);
   problem.write_around = beyond_caches(query, key);
-  const Tensor grad_query = empty_gradient(query);
-  std::optional<Tensor> grad_key;
-  if (key.has_value()) grad_key = empty_gradient(*key);
+  auto [grad_query, grad_key] = salkernels::empty_gradients(query, key);
   const salkernels::Maps queries = maps_of(query, &grad_query);
   problem.plan = salkernels::make_plan(
       pairs, queries, key.has_value() ? maps_of(*key, &*grad_key) : queries, true);
   if (problem.plan.num_pairs == 0) {
-    torch::stable::zero_(const_cast<Tensor&>(grad_query));
+    torch::stable::zero_(grad_query);
     if (grad_key.has_value()) torch::stable::zero_(*grad_key);
     return {grad_query, grad_key};
   }
@@ -273,18 +217,27 @@ std::tuple<Tensor, std::optional<Tensor>> match_backward(
   return {grad_query, grad_key};
 }
 
-}  // namespace
+}  // namespace salkernels::host
 
 // 0 baseline, 1 AVX2, 2 AVX-512: for reports and tests.
 extern "C" __attribute__((visibility("default"))) int salkernels_instruction_set() {
 #ifdef SALKERNELS_X86_LEVELS
-  if (&kernels() == &salkernels::kernels_avx512) return 2;
-  if (&kernels() == &salkernels::kernels_avx2) return 1;
+  if (&salkernels::host::kernels() == &salkernels::kernels_avx512) return 2;
+  if (&salkernels::host::kernels() == &salkernels::kernels_avx2) return 1;
 #endif
   return 0;
 }
 
+// Bytes, which may not fit an int.
+extern "C" __attribute__((visibility("default"))) int64_t salkernels_kept_bytes() {
+  return salkernels::kept_bytes();
+}
+
+extern "C" __attribute__((visibility("default"))) int64_t salkernels_release_memory() {
+  return salkernels::release_blocks();
+}
+
 STABLE_TORCH_LIBRARY_IMPL(salkernels, CPU, m) {
-  m.impl("native_match", TORCH_BOX(&match));
-  m.impl("native_match_backward", TORCH_BOX(&match_backward));
+  m.impl("native_match", TORCH_BOX(&salkernels::host::match));
+  m.impl("native_match_backward", TORCH_BOX(&salkernels::host::match_backward));
 }

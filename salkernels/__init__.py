@@ -33,6 +33,7 @@ from ._version import __version__
 if _found := _shadow.hidden():
     _warnings.warn(_shadow.explanation(_found), RuntimeWarning, stacklevel=2)
 
+from .backends.cpu import release_memory
 from .contrast import wla_contrast
 from .functional import (
     SALTerms,
@@ -66,6 +67,7 @@ __all__ = [
     "match_pixels",
     "plot_matches",
     "positional_positives",
+    "release_memory",
     "sal_loss",
     "slice_pairs",
     "wla_contrast",

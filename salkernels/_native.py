@@ -49,13 +49,15 @@ def rebuild_hint() -> str | None:
     )
 
 
-def number(name: str, function: str) -> int:
-    """The number that `salkernels_<function>()` of a loaded library returns.
+def number(name: str, function: str, kind: type[ctypes._SimpleCData[int]] = ctypes.c_int) -> int:
+    """The number that `salkernels_<function>()` of a loaded library returns, of that C type.
 
     It is not an operator, because modes that intercept every operator (fake tensors) would answer
     in its place.
     """
-    return int(getattr(ctypes.CDLL(str(_path(name))), f"salkernels_{function}")())
+    call = getattr(ctypes.CDLL(str(_path(name))), f"salkernels_{function}")
+    call.restype = kind
+    return int(call())
 
 
 def _path(name: str) -> Path | None:

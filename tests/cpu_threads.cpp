@@ -3,8 +3,10 @@
 // torch's thread pool is not instrumented, so to go through the operators would report its own
 // hand-overs as races. Here std::thread takes its place: several calls at once read the same
 // features, and each shares its units of work among threads in whatever order they come. Every
-// output must have the bits that one thread gives.
+// output must have the bits that one thread gives. The memory that is kept for gradients has a test of
+// its own: no two threads may have one block.
 
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -16,6 +18,8 @@
 #include <thread>
 #include <vector>
 
+#include "../csrc/cpu/kept_memory.h"
+#include "../csrc/cpu/lse.h"
 #include "../csrc/cpu/plan.h"
 
 namespace {
@@ -77,9 +81,9 @@ void share(const std::vector<Item>& items, int threads, int64_t bytes,
   for (std::thread& other : others) other.join();
 }
 
-template <class Item>
-void run_all(const Problem& problem, const std::vector<Item>& items, int threads,
-             int64_t (*kernel)(const Problem&, const Item*, char*)) {
+template <class AProblem, class Item>
+void run_all(const AProblem& problem, const std::vector<Item>& items, int threads,
+             int64_t (*kernel)(const AProblem&, const Item*, char*)) {
   if (items.empty()) return;
   share<Item>(items, threads, kernel(problem, nullptr, nullptr),
               [&](const Item& item, char* scratch) { kernel(problem, &item, scratch); });
@@ -87,11 +91,11 @@ void run_all(const Problem& problem, const std::vector<Item>& items, int threads
 
 // One forward and backward, with outputs of its own.
 struct Call {
-  std::vector<char> loss, argmax, max_sim, grad;
+  std::vector<char> loss, argmax, max_sim, grad, lse, lse_grad;
 
   Call(const Kernels& kernels, const Case& c, DType dtype, bool channels_last, bool around,
        const std::vector<char>& features, int threads)
-      : grad(features.size()) {
+      : grad(features.size()), lse_grad(features.size()) {
     const int64_t area = c.height * c.width, samples = c.samples;
     Maps maps{features.data(), grad.data(), element_size(dtype), {}, {}};
     const int64_t nchw[5] = {0, c.channels * area, area, c.width, 1};
@@ -148,11 +152,36 @@ struct Call {
     run_all(problem, problem.work.tiles, threads, kernels.gradient_tile);
     run_all(problem, problem.work.norms, threads, kernels.norms_streamed);
     run_all(problem, problem.work.gradients, threads, kernels.gradient_streamed);
+
+    maps.grad = lse_grad.data();
+    key.grad = lse_grad.data() + skip;
+    problem.plan = make_plan(pairs, maps, key, true);
+    problem.work = Work{};
+    sums(kernels, problem, queries * area, threads);
+  }
+
+  // The log-sum-exp, and its gradient.
+  void sums(const Kernels& kernels, const Problem& matches, int64_t count, int threads) {
+    LseProblem problem{};
+    static_cast<Problem&>(problem) = matches;
+    lse.resize(size_t(count * wide_size(problem.dtype)));
+    const std::vector<char> grad_lse = random_features(count, wide_dtype(problem.dtype));
+    problem.temperature = 0.1;
+    problem.lse = lse.data();
+    problem.grad_lse = grad_lse.data();
+    make_lse_work(problem, kernels, false);
+    run_all(problem, problem.work.tiles, threads, kernels.lse_tile);
+    run_all(problem, problem.pieces, threads, kernels.lse_piece);
+    problem.work = Work{};
+    problem.pieces.clear();
+    make_lse_work(problem, kernels, true);
+    run_all(problem, problem.work.tiles, threads, kernels.lse_gradient_tile);
+    run_all(problem, problem.pieces, threads, kernels.lse_gradient_piece);
   }
 
   bool operator==(const Call& other) const {
     return loss == other.loss && argmax == other.argmax && max_sim == other.max_sim &&
-           grad == other.grad;
+           grad == other.grad && lse == other.lse && lse_grad == other.lse_grad;
   }
 
   static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -188,6 +217,57 @@ std::vector<const Kernels*> levels() {
   return found;
 }
 
+// Writes its own number all over a block, and finds it there once the others had their turn.
+bool owns(const Block& block, int64_t bytes, uint64_t number) {
+  volatile uint64_t* words = static_cast<uint64_t*>(block.memory);
+  constexpr int64_t kStep = 64 << 10;
+  for (int64_t i = 0; i < bytes; i += kStep) words[i / 8] = number;
+  std::this_thread::yield();
+  for (int64_t i = 0; i < bytes; i += kStep) {
+    if (words[i / 8] != number) return false;
+  }
+  return block.capacity >= bytes;
+}
+
+// One "backward" after the other, with gradients of queries alone or of keys too, freed in any
+// order, some of them by the next one, and now and then all memory is released.
+bool blocks_have_one_owner(uint64_t thread) {
+  std::mt19937 random(static_cast<uint32_t>(thread));
+  std::vector<Block*> alive;
+  bool good = true;
+  for (uint64_t round = 0; round < 40; ++round) {
+    const int64_t bytes[kMostBlocks] = {kLeastKept + int64_t(random() % 4) * (kLeastKept / 8),
+                                        random() % 2 == 0 ? 0 : kLeastKept};
+    Block* blocks[kMostBlocks];
+    take_blocks(kMostBlocks, bytes, blocks);
+    for (int i = 0; i < kMostBlocks; ++i) {
+      good = good && (blocks[i] != nullptr) == (bytes[i] > 0);
+      if (blocks[i] == nullptr) continue;
+      good = good && owns(*blocks[i], bytes[i], thread << 32 | round << 1 | uint64_t(i));
+      alive.push_back(blocks[i]);
+    }
+    std::shuffle(alive.begin(), alive.end(), random);
+    for (size_t left = random() % 2; alive.size() > left; alive.pop_back()) give_block(alive.back());
+    if (random() % 8 == 0) release_blocks();
+  }
+  for (Block* block : alive) give_block(block);
+  return good;
+}
+
+bool kept_memory_works() {
+  std::vector<char> good(kThreads);
+  std::vector<std::thread> threads;
+  for (size_t i = 0; i < kThreads; ++i) {
+    threads.emplace_back([&, i] { good[i] = blocks_have_one_owner(i + 1); });
+  }
+  for (std::thread& thread : threads) thread.join();
+  release_blocks();
+  for (const char ok : good) {
+    if (!ok) return false;
+  }
+  return kept_bytes() == 0;
+}
+
 }  // namespace
 
 int main() {
@@ -205,6 +285,10 @@ int main() {
         }
       }
     }
+  }
+  if (!kept_memory_works()) {
+    ++wrong;
+    std::printf("a block of kept memory had two owners, or was lost\n");
   }
   std::printf("%d cases from %d callers of %d threads, %d wrong\n", runs, kCalls, kThreads, wrong);
   return wrong == 0 ? 0 : 1;

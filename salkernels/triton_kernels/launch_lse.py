@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .geometry import Cut, Form
-from .launch import KEPT, Asked, on_device, product
+from .launch import KEPT, Asked, on_device, product, stream_of
 from .launcher import Launcher, list_of_pairs, maps_of, planner
 from .layout import LEAST_ROWS, Layout, Problem, Signature, ceil, power_of_two
 from .lse import window_lse_kernel
@@ -43,10 +43,10 @@ class Norms:
         self.launch = Launcher(norm_kernel, tile, programs, FORM=signature.form(), CUT=cut)
         self.sizes = signature.extents()
 
-    def __call__(self, problem: Problem) -> Tensor:
+    def __call__(self, problem: Problem, stream: int) -> Tensor:
         norm = problem.query.new_empty(self.shape, dtype=torch.float32)
         valid = None if problem.valid is None else problem.valid.contiguous().view(torch.uint8)
-        self.launch(maps_of(problem.query, problem.key), valid, norm, self.sizes)
+        self.launch(maps_of(problem.query, problem.key), valid, norm, self.sizes, stream=stream)
         return norm
 
 
@@ -71,11 +71,12 @@ class Forward:
             COLUMNS=_rows(signature, signature.keys, tile.rows),
         )
 
-    def __call__(self, problem: Problem, temperature: float, lse: Tensor) -> None:
+    def __call__(self, problem: Problem, temperature: float, lse: Tensor, stream: int) -> None:
         maps, listed = maps_of(problem.query, problem.key), list_of_pairs(problem)
-        norm, plan = self.norms(problem), self.plan(listed, problem.num_pairs)
+        norm, plan = self.norms(problem, stream), self.plan(listed, problem.num_pairs, stream)
         scale = math.log2(math.e) / temperature
-        self.launch(maps, norm, plan, lse, self.sizes, problem.smallest_norm, scale)
+        given = (maps, norm, plan, lse, self.sizes, problem.smallest_norm, scale)
+        self.launch(*given, stream=stream)
 
 
 class Backward:
@@ -121,14 +122,15 @@ class Backward:
         sums: Sums,
         grad_query: Tensor,
         grad_key: Tensor | None,
+        stream: int,
     ) -> None:
         maps, grads = maps_of(problem.query, problem.key), maps_of(grad_query, grad_key)
         listed, eps = list_of_pairs(problem), problem.smallest_norm
-        norm, plan = self.norms(problem), self.plan(listed, problem.num_pairs)
+        norm, plan = self.norms(problem, stream), self.plan(listed, problem.num_pairs, stream)
         slope = 1 / temperature
         scale = math.log2(math.e) * slope
         for launch in self.launches:
-            launch(maps, grads, norm, plan, sums, self.sizes, eps, scale, slope)
+            launch(maps, grads, norm, plan, sums, self.sizes, eps, scale, slope, stream=stream)
 
 
 def _rows(signature: Signature, nodes: int, most: int) -> int:
@@ -155,7 +157,8 @@ def _backward(asked: Asked) -> Backward:
 def forward(problem: Problem, temperature: float, lse: Tensor) -> None:
     """Fills every element of lse (G, N, H, W), contiguous."""
     with on_device(problem.query):
-        _forward(Asked.by(problem, FORWARD))(problem, temperature, lse)
+        call = _forward(Asked.by(problem, FORWARD))
+        call(problem, temperature, lse, stream_of(problem.query))
 
 
 def backward(
@@ -169,4 +172,5 @@ def backward(
     """Fills every element of the gradients."""
     with on_device(problem.query):
         call = _backward(Asked.by(problem, BACKWARD, grad_query, grad_key))
-        call(problem, temperature, Sums(lse, grad_lse), grad_query, grad_key)
+        stream = stream_of(problem.query)
+        call(problem, temperature, Sums(lse, grad_lse), grad_query, grad_key, stream)

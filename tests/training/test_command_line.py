@@ -181,11 +181,11 @@ def test_a_line_of_a_run_is_told_once(capsys):
     class Log:
         disable = True  # no terminal
 
-    told = {}
+    teller = schedule._Teller(Log())
     for doing in ({"sal": "step 1", "pcl": "reading"}, {"sal": "step 2", "pcl": "reading"}):
-        schedule._tell(Log(), doing, told)
+        teller.tell(doing)
     assert capsys.readouterr().err.count("pcl: reading") == 1
-    schedule._tell(Log(), {"pcl": "step 1"}, told)
+    teller.tell({"pcl": "step 1"})
     assert "pcl: step 1" in capsys.readouterr().err
 
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,17 +52,17 @@ def run_cells(
     failed: Cell | None = None
     done = len(cells) - len(waiting)
     bar = tqdm(total=len(cells), initial=done, desc="runs", disable=None, unit="run")
+    teller = _Teller(bar)
 
     def ended(cell: Cell) -> None:
         nonlocal done
         done += 1
         bar.update()
-        _tell(bar, {cell.name: f"done, {done} of {len(cells)}"})
+        teller.tell({cell.name: f"done, {done} of {len(cells)}"})
         finished(cell)
 
     with _only_one(out), bar, stop_on_signal() as stop:
-        queue, rhythm = _Queue(waiting), Rhythm()
-        told: dict[str, str] = {}
+        queue = _Queue(waiting)
         while running or (waiting and not failed and not stop.signal):
             while len(running) < jobs and not failed and not stop.signal:
                 cell = queue.next()
@@ -72,13 +72,11 @@ def run_cells(
                     ended(cell)
                     continue
                 running[cell] = launcher.start(cell, out) if launcher else _start(cell, out)
-                _tell(bar, {cell.name: f"started, {done} of {len(cells)} runs done"})
+                teller.tell({cell.name: f"started, {done} of {len(cells)} runs done"})
             if waiting and not running and not queue.possible():
                 raise RunError(f"{waiting[0].needs} is missing, which no planned run makes")
             time.sleep(launcher.interval if launcher else POLL)
-            if rhythm.due():
-                doing = {cell.name: _last_line(cell, out) for cell in [*running][:MOST_TOLD]}
-                _tell(bar, doing, told)
+            teller.now_and_then(running, out)
             if stop.signal:
                 for process in running.values():
                     process.send_signal(signal.SIGTERM)
@@ -97,24 +95,36 @@ def run_cells(
         left = f"; {len(running)} jobs go on" if launcher and launcher.leaves_jobs else ""
         raise Stopped(f"stopped by {stop.signal.name}{left}", 128 + stop.signal.value)
     if failed:
-        log = log_of(failed, out)
-        end = "\n".join(log.read_text(errors="replace").splitlines()[-LAST_LINES:])
-        raise RunError(f"the run {failed.name} failed; its log {log} ends:\n{end}")
+        raise RunError(_failure(failed, out))
 
 
-def _tell(bar: tqdm[Any], doing: dict[str, str], told: dict[str, str] | None = None) -> None:
-    """How far the runs in progress are, beside the bar or as lines of a log.
+def _failure(cell: Cell, out: Path) -> str:
+    log = log_of(cell, out)
+    end = "\n".join(log.read_text(errors="replace").splitlines()[-LAST_LINES:])
+    return f"the run {cell.name} failed; its log {log} ends:\n{end}"
 
-    told: by run, the line of the log that was written last, which is not written again.
-    """
-    if bar.disable:
-        told = {} if told is None else told
+
+class _Teller:
+    """Tells how far the runs are, beside the bar or as lines of a log; none of these twice."""
+
+    def __init__(self, bar: tqdm[Any]) -> None:
+        self.bar, self.rhythm = bar, Rhythm()
+        self.told: dict[str, str] = {}  # by run: the line that was written last
+
+    def tell(self, doing: dict[str, str]) -> None:
+        if not self.bar.disable:
+            parts = (f"{name}: {line[:40]}" for name, line in doing.items())
+            self.bar.set_postfix_str("; ".join(parts))
+            return
         for name, line in doing.items():
-            if told.get(name) != line:
+            if self.told.get(name) != line:
                 say(f"{name}: {line}")
-        told.update(doing)
-    else:
-        bar.set_postfix_str("; ".join(f"{name}: {line[:40]}" for name, line in doing.items()))
+        self.told.update(doing)
+
+    def now_and_then(self, running: Iterable[Cell], out: Path) -> None:
+        """What the runs in progress said last, every few seconds."""
+        if self.rhythm.due():
+            self.tell({cell.name: _last_line(cell, out) for cell in [*running][:MOST_TOLD]})
 
 
 def _last_line(cell: Cell, out: Path) -> str:
