@@ -60,15 +60,17 @@ def negatives(context: Context) -> None:
 def against_definition(name: str, given: Call, bounds: tuple[float, float]) -> Row:
     """Errors of the log-sum-exp, in cosines, and of the gradients; and whether all is well."""
     backend, wide = for_negatives(name, given.query, given.key, given.window), given.widened()
-    among, how = (given.pairs, given.valid), (given.window, TAU, given.eps)
-    found = backend.window_lse(given.query, given.key, *among, *how)
-    expected = reference_contrast.window_lse(wide.query, wide.key, *among, *how)
+    among, window, eps = (given.pairs, given.valid), given.window, given.eps
+    found = backend.window_lse(given.query, given.key, *among, window, TAU, eps)
+    expected = reference_contrast.window_lse(wide.query, wide.key, *among, window, TAU, eps)
     same = torch.equal(found == -torch.inf, expected == -torch.inf)
     finite = expected.isfinite()
     grad = torch.randn(found.shape, generator=torch.Generator().manual_seed(3)).to(found)
-    ours = backend.window_lse_backward(grad, given.query, given.key, *among, found, *how)
+    ours = backend.window_lse_backward(
+        grad, given.query, given.key, *among, found, window, TAU, eps
+    )
     theirs = reference_contrast.window_lse_backward(
-        grad.double(), wide.query, wide.key, *among, expected, *how
+        grad.double(), wide.query, wide.key, *among, expected, window, TAU, eps
     )
     error = float((found.double() - expected)[finite].abs().max()) * TAU
     off = max(_relative(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None)
