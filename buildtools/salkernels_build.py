@@ -57,7 +57,9 @@ COMPILE_FLAGS = (
 )
 CPU_SOURCES = (
     "csrc/register_cpu.cpp",
+    "csrc/register_cpu_lse.cpp",
     "csrc/cpu/plan.cpp",
+    "csrc/cpu/lse_plan.cpp",
     "csrc/cpu/kept_memory.cpp",
     "csrc/cpu/isa_baseline.cpp",
     "csrc/cpu/isa_avx2.cpp",

@@ -15,31 +15,19 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
 
 #include "cpu/kept_memory.h"
-#include "cpu/plan.h"
 #include "gradient_cpu.h"
-#include "register.h"
+#include "register_cpu.h"
 
-namespace {
-
-using salkernels::accumulate_type;
-using salkernels::DType;
-using salkernels::element_size;
-using salkernels::empty;
-using salkernels::Kernels;
-using salkernels::Problem;
-using salkernels::ScalarType;
-using salkernels::Sizes;
-using salkernels::Tensor;
+namespace salkernels::host {
 
 // The best instruction set of this machine, or a lower one that SALKERNELS_CPU_ISA names, which the
 // tests do. v3 and v4 are the levels of the x86-64 ABI that the files are compiled for.
-const Kernels& choose_kernels() {
+static const Kernels& choose_kernels() {
 #ifdef SALKERNELS_X86_LEVELS
   const char* name = std::getenv("SALKERNELS_CPU_ISA");
   const std::string limit = name == nullptr ? "" : name;
@@ -121,31 +109,6 @@ bool is_small(const Problem& problem) {
   const int64_t per_pixel = int64_t(problem.plan.edges.size()) * window +
                             4 * int64_t(problem.plan.nodes.size());
   return double(per_pixel) * problem.channels * problem.grid.pixels() < kSerialProducts;
-}
-
-struct Free {
-  void operator()(char* p) const { std::free(p); }
-};
-
-// Runs one kernel over all its items, in parallel, with scratch memory once per thread: a unit
-// needs megabytes, and an allocation of that size for each would go to the system and back.
-template <class Item>
-void run_all(const Problem& problem, const std::vector<Item>& items,
-             int64_t (*kernel)(const Problem&, const Item*, char*), bool serial) {
-  const int64_t count = int64_t(items.size());
-  if (count == 0) return;
-  const int64_t bytes = (kernel(problem, nullptr, nullptr) + 63) / 64 * 64;
-  const auto run = [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<char, Free> scratch(
-        static_cast<char*>(std::aligned_alloc(64, size_t(bytes))));
-    STD_TORCH_CHECK(scratch != nullptr, "out of memory: ", bytes, " bytes");
-    for (int64_t i = begin; i < end; ++i) kernel(problem, &items[i], scratch.get());
-  };
-  if (serial) {
-    run(0, count);
-  } else {
-    torch::stable::parallel_for(0, count, 1, run);
-  }
 }
 
 // A pass of its own, since the windows of a pair belong to different tiles: each sum has its order
@@ -254,13 +217,13 @@ std::tuple<Tensor, std::optional<Tensor>> match_backward(
   return {grad_query, grad_key};
 }
 
-}  // namespace
+}  // namespace salkernels::host
 
 // 0 baseline, 1 AVX2, 2 AVX-512: for reports and tests.
 extern "C" __attribute__((visibility("default"))) int salkernels_instruction_set() {
 #ifdef SALKERNELS_X86_LEVELS
-  if (&kernels() == &salkernels::kernels_avx512) return 2;
-  if (&kernels() == &salkernels::kernels_avx2) return 1;
+  if (&salkernels::host::kernels() == &salkernels::kernels_avx512) return 2;
+  if (&salkernels::host::kernels() == &salkernels::kernels_avx2) return 1;
 #endif
   return 0;
 }
@@ -275,6 +238,6 @@ extern "C" __attribute__((visibility("default"))) int64_t salkernels_release_mem
 }
 
 STABLE_TORCH_LIBRARY_IMPL(salkernels, CPU, m) {
-  m.impl("native_match", TORCH_BOX(&match));
-  m.impl("native_match_backward", TORCH_BOX(&match_backward));
+  m.impl("native_match", TORCH_BOX(&salkernels::host::match));
+  m.impl("native_match_backward", TORCH_BOX(&salkernels::host::match_backward));
 }

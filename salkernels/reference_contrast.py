@@ -91,6 +91,7 @@ def window_lse_backward(
     # e^{sim − ∞} is 0: where there are no terms, and where none has a gradient.
     scale = grad_lse.to(lse.dtype) / temperature
     shift = lse.masked_fill((lse == -torch.inf) | (scale == 0), torch.inf)
+    scale = scale.masked_fill(shift == torch.inf, 0)  # where there is no term: it may be NaN
 
     for tile in tiles(query, key, window):
         unit_query, inv_norm_query = unit_windows(query, tile, eps)

@@ -24,7 +24,7 @@ cxx=${CXX:-g++}
 $cxx -std=c++17 -O1 -g -ffp-contract=fast -fPIC -fno-omit-frame-pointer \
   -fsanitize=address,undefined -fno-sanitize-recover=undefined -Wno-psabi -Wno-ignored-attributes \
   -DTORCH_TARGET_VERSION=0x020a000000000000 -isystem "$torch/include" \
-  csrc/register_cpu.cpp csrc/cpu/*.cpp -shared -o "$copy/salkernels/_C_cpu.abi3.so" \
+  csrc/register_cpu*.cpp csrc/cpu/*.cpp -shared -o "$copy/salkernels/_C_cpu.abi3.so" \
   -L"$torch/lib" -ltorch_cpu
 
 # The runtime has to be the first library of the process, which is Python's. torch raises C++
@@ -40,5 +40,5 @@ for level in avx512 avx2 baseline; do
   echo "== at most $level"
   LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
     SALKERNELS_CPU_ISA=$level PYTHONPATH="$copy" \
-    "$python" -m pytest -q -x --capture=sys -p no:cacheprovider tests/test_cpu_kernel.py tests/test_kept_memory.py -k "$tests" "$@"
+    "$python" -m pytest -q -x --capture=sys -p no:cacheprovider tests/test_cpu_kernel.py tests/test_cpu_lse.py tests/test_kept_memory.py -k "$tests" "$@"
 done

@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "../csrc/cpu/kept_memory.h"
+#include "../csrc/cpu/lse.h"
 #include "../csrc/cpu/plan.h"
 
 namespace {
@@ -80,9 +81,9 @@ void share(const std::vector<Item>& items, int threads, int64_t bytes,
   for (std::thread& other : others) other.join();
 }
 
-template <class Item>
-void run_all(const Problem& problem, const std::vector<Item>& items, int threads,
-             int64_t (*kernel)(const Problem&, const Item*, char*)) {
+template <class AProblem, class Item>
+void run_all(const AProblem& problem, const std::vector<Item>& items, int threads,
+             int64_t (*kernel)(const AProblem&, const Item*, char*)) {
   if (items.empty()) return;
   share<Item>(items, threads, kernel(problem, nullptr, nullptr),
               [&](const Item& item, char* scratch) { kernel(problem, &item, scratch); });
@@ -90,11 +91,11 @@ void run_all(const Problem& problem, const std::vector<Item>& items, int threads
 
 // One forward and backward, with outputs of its own.
 struct Call {
-  std::vector<char> loss, argmax, max_sim, grad;
+  std::vector<char> loss, argmax, max_sim, grad, lse, lse_grad;
 
   Call(const Kernels& kernels, const Case& c, DType dtype, bool channels_last, bool around,
        const std::vector<char>& features, int threads)
-      : grad(features.size()) {
+      : grad(features.size()), lse_grad(features.size()) {
     const int64_t area = c.height * c.width, samples = c.samples;
     Maps maps{features.data(), grad.data(), element_size(dtype), {}, {}};
     const int64_t nchw[5] = {0, c.channels * area, area, c.width, 1};
@@ -151,11 +152,36 @@ struct Call {
     run_all(problem, problem.work.tiles, threads, kernels.gradient_tile);
     run_all(problem, problem.work.norms, threads, kernels.norms_streamed);
     run_all(problem, problem.work.gradients, threads, kernels.gradient_streamed);
+
+    maps.grad = lse_grad.data();
+    key.grad = lse_grad.data() + skip;
+    problem.plan = make_plan(pairs, maps, key, true);
+    problem.work = Work{};
+    sums(kernels, problem, queries * area, threads);
+  }
+
+  // The log-sum-exp, and its gradient.
+  void sums(const Kernels& kernels, const Problem& matches, int64_t count, int threads) {
+    LseProblem problem{};
+    static_cast<Problem&>(problem) = matches;
+    lse.resize(size_t(count * wide_size(problem.dtype)));
+    const std::vector<char> grad_lse = random_features(count, wide_dtype(problem.dtype));
+    problem.temperature = 0.1;
+    problem.lse = lse.data();
+    problem.grad_lse = grad_lse.data();
+    make_lse_work(problem, kernels, false);
+    run_all(problem, problem.work.tiles, threads, kernels.lse_tile);
+    run_all(problem, problem.pieces, threads, kernels.lse_piece);
+    problem.work = Work{};
+    problem.pieces.clear();
+    make_lse_work(problem, kernels, true);
+    run_all(problem, problem.work.tiles, threads, kernels.lse_gradient_tile);
+    run_all(problem, problem.pieces, threads, kernels.lse_gradient_piece);
   }
 
   bool operator==(const Call& other) const {
     return loss == other.loss && argmax == other.argmax && max_sim == other.max_sim &&
-           grad == other.grad;
+           grad == other.grad && lse == other.lse && lse_grad == other.lse_grad;
   }
 
   static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }

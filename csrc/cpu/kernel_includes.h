@@ -11,4 +11,5 @@
 #include <immintrin.h>
 #endif
 
+#include "lse.h"
 #include "problem.h"

@@ -20,6 +20,10 @@ namespace SALKERNELS_ISA {
 #include "terms-inl.h"
 #include "gradient-inl.h"
 #include "streamed-inl.h"
+#include "lse-inl.h"
+#include "lse-weights-inl.h"
+#include "lse-gradient-inl.h"
+#include "lse-pieces-inl.h"
 
 // Runs Function<accumulation dtype, storage dtype>(arguments...). Half precision is a storage dtype
 // alone: products and sums are fp32.
@@ -57,6 +61,20 @@ static void pair_loss_any(const Problem& problem, int64_t pair) {
   problem.dtype == DType::f64 ? pair_loss<double>(problem, pair) : pair_loss<float>(problem, pair);
 }
 
+static int64_t lse_tile_any(const LseProblem& problem, const Tile* tile, char* scratch) {
+  SALKERNELS_BY_DTYPE(lse_tile, problem, tile, scratch)
+}
+static int64_t lse_piece_any(const LseProblem& problem, const LsePiece* piece, char* scratch) {
+  SALKERNELS_BY_DTYPE(lse_piece, problem, piece, scratch)
+}
+static int64_t lse_gradient_tile_any(const LseProblem& problem, const Tile* tile, char* scratch) {
+  SALKERNELS_BY_DTYPE(lse_gradient_tile, problem, tile, scratch)
+}
+static int64_t lse_gradient_piece_any(const LseProblem& problem, const LsePiece* piece,
+                                      char* scratch) {
+  SALKERNELS_BY_DTYPE(lse_gradient_piece, problem, piece, scratch)
+}
+
 #undef SALKERNELS_BY_DTYPE
 #undef SALKERNELS_UNROLL
 }  // namespace SALKERNELS_ISA
@@ -75,6 +93,10 @@ const Kernels SALKERNELS_JOIN(kernels_, SALKERNELS_ISA) = {
     SALKERNELS_ISA::norms_streamed_any,
     SALKERNELS_ISA::gradient_streamed_any,
     SALKERNELS_ISA::pair_loss_any,
+    SALKERNELS_ISA::lse_tile_any,
+    SALKERNELS_ISA::lse_piece_any,
+    SALKERNELS_ISA::lse_gradient_tile_any,
+    SALKERNELS_ISA::lse_gradient_piece_any,
 };
 
 }  // namespace salkernels

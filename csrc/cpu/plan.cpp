@@ -46,6 +46,7 @@ Node node_of(const Maps& maps, int64_t group, int64_t sample) {
                   ? nullptr
                   : static_cast<char*>(maps.grad) + grad_offset * maps.element_size;
   node.valid = nullptr;
+  node.query = -1;
   node.strides = {maps.strides[2], maps.strides[3], maps.strides[4]};
   node.grad_strides = {maps.grad_strides[2], maps.grad_strides[3], maps.grad_strides[4]};
   return node;
@@ -108,6 +109,8 @@ int64_t windows_of_tile(const Problem& problem, const Component& component, int6
   return std::max<int64_t>(1, tile_bytes / (component.num_nodes * pixels * row_bytes));
 }
 
+}  // namespace
+
 void add_tiles(Work& work, const Problem& problem, int32_t index, int64_t row_bytes,
                bool backward) {
   const Component& component = problem.plan.components[index];
@@ -138,6 +141,8 @@ void add_tiles(Work& work, const Problem& problem, int32_t index, int64_t row_by
     if (whole < grid.across()) add(whole, 1);
   }
 }
+
+namespace {
 
 // The pieces of large windows.
 //
@@ -238,6 +243,7 @@ Plan make_plan(const PairSet& pairs, const Maps& query, const Maps& key, bool ke
                           num_edges, true, true};
       for (const int32_t s : by_root[root]) {
         Node node = s < pairs.queries ? node_of(query, g, s) : node_of(key, g, s - pairs.queries);
+        if (s < pairs.queries) node.query = g * pairs.queries + s;
         if (pairs.valid != nullptr) node.valid = pairs.valid + (g * samples + s) * pairs.plane;
         component.channels_last &= node.strides.channel == 1;
         component.grads_channels_last &= node.grad_strides.channel == 1;

@@ -33,6 +33,10 @@ struct PairSet {
 // Samples without any pair have no work in forward, but a gradient to be written in backward.
 Plan make_plan(const PairSet& pairs, const Maps& query, const Maps& key, bool keep_isolated);
 
+// Adds the windows of one component as tiles; a packed row has `row_bytes`.
+void add_tiles(Work& work, const Problem& problem, int32_t component, int64_t row_bytes,
+               bool backward);
+
 // Cuts the work into pieces that do not depend on the number of threads.
 Work make_work(const Problem& problem, const Kernels& kernels, bool backward);
 

@@ -23,6 +23,7 @@ struct Node {
   const void* map;
   void* grad;
   const uint8_t* valid;  // (H, W), nonzero where a pixel takes part; null: everywhere
+  int64_t query;         // its number among the (G, N) queries, -1 for a key that is none
   MapStrides strides, grad_strides;
 };
 
@@ -117,6 +118,9 @@ struct Problem {
   void *norms, *poison;
 };
 
+struct LseProblem;  // see lse.h
+struct LsePiece;
+
 // The functions that exist once per instruction set. `scratch` is 64-byte aligned; with a null
 // scratch a function only returns how many bytes of it it needs.
 struct Kernels {
@@ -129,6 +133,10 @@ struct Kernels {
   int64_t (*norms_streamed)(const Problem&, const StreamedNorms*, char* scratch);
   int64_t (*gradient_streamed)(const Problem&, const StreamedGradient*, char* scratch);
   void (*pair_loss)(const Problem&, int64_t pair);
+  int64_t (*lse_tile)(const LseProblem&, const Tile*, char* scratch);
+  int64_t (*lse_piece)(const LseProblem&, const LsePiece*, char* scratch);
+  int64_t (*lse_gradient_tile)(const LseProblem&, const Tile*, char* scratch);
+  int64_t (*lse_gradient_piece)(const LseProblem&, const LsePiece*, char* scratch);
 };
 
 extern const Kernels kernels_baseline;

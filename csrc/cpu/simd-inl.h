@@ -19,6 +19,7 @@ struct VecOf<double> {
   typedef double type __attribute__((vector_size(SALKERNELS_VECTOR_BYTES)));
   typedef int64_t index;
   typedef int64_t index_type __attribute__((vector_size(SALKERNELS_VECTOR_BYTES)));
+  typedef uint64_t bits __attribute__((vector_size(SALKERNELS_VECTOR_BYTES)));
 };
 template <class T>
 using Vec = typename VecOf<T>::type;
@@ -274,4 +275,50 @@ static inline T total(const Vec<T>& v) {
   T sum = 0;
   for (int i = 0; i < kLanes<T>; ++i) sum += v[i];
   return sum;
+}
+
+// ---- Exponential ---------------------------------------------------------------------------------
+
+template <class T>
+struct ExpOf;
+template <>
+struct ExpOf<float> {
+  static constexpr int kTerms = 7, kFraction = 23;
+  static constexpr uint32_t kOne = 127;  // the exponent of 1
+  static constexpr float kSmallest = -87.336f, kLargest = 89;
+  static constexpr float kRound = 0x1.8p23f;
+  // ln 2 in two parts, of which the first has so few bits that its multiples are exact.
+  static constexpr float kHigh = 0x1.63p-1f, kLow = -0x1.bd0106p-13f;
+};
+template <>
+struct ExpOf<double> {
+  static constexpr int kTerms = 13, kFraction = 52;
+  static constexpr uint64_t kOne = 1023;
+  static constexpr double kSmallest = -708.39, kLargest = 710;
+  static constexpr double kRound = 0x1.8p52;
+  static constexpr double kHigh = 0x1.62e42feep-1, kLow = 0x1.a39ef35793c76p-33;
+};
+
+// e^x, to the last bit or two; 0 below the smallest normal number, and NaN of NaN.
+//
+//      x = n ln 2 + r,  |r| <= ln 2 / 2:     e^x = 2^n (1 + r + r^2/2! + ... )
+//
+// n comes out of the lowest bits of a number so large that its fraction counts whole ones.
+template <class T>
+static inline Vec<T> exponential(const Vec<T>& x) {
+  using Of = ExpOf<T>;
+  typedef typename VecOf<T>::bits Bits;
+  const Vec<T> y = x > Of::kLargest ? splat<T>(Of::kLargest) : x;  // e^this is infinite
+  const Vec<T> counted = y * T(1.4426950408889634) + Of::kRound;
+  const Vec<T> n = counted - Of::kRound;
+  const Vec<T> r = (y - n * Of::kHigh) - n * Of::kLow;
+  T inverse[Of::kTerms + 1];  // of factorials: the compiler knows them
+  inverse[0] = 1;
+  SALKERNELS_UNROLL
+  for (int k = 1; k <= Of::kTerms; ++k) inverse[k] = inverse[k - 1] / k;
+  Vec<T> sum = splat<T>(inverse[Of::kTerms]);
+  SALKERNELS_UNROLL
+  for (int k = Of::kTerms - 1; k >= 0; --k) sum = sum * r + inverse[k];
+  const Bits power = ((Bits)counted + Of::kOne) << Of::kFraction;
+  return x < Of::kSmallest ? Vec<T>{} : sum * (Vec<T>)power;
 }

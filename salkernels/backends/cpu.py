@@ -50,6 +50,8 @@ _tell_unknown_switch()
 _MISSING = _native.load("cpu") or _unknown_instruction_set()
 _match = torch.ops.salkernels.native_match.default
 _match_backward = torch.ops.salkernels.native_match_backward.default
+_window_lse = torch.ops.salkernels.native_window_lse.default
+_window_lse_backward = torch.ops.salkernels.native_window_lse_backward.default
 
 
 def status() -> str | None:
@@ -138,5 +140,43 @@ def match_backward(
     pairs, valid = (None if x is None else x.contiguous() for x in (pairs, valid))
     grads: tuple[Tensor, Tensor | None] = _match_backward(
         *(grad_sim, query, key, pairs, valid, max_sim, argmax, norm, window, eps, False)
+    )
+    return grads
+
+
+def window_lse(
+    query: Tensor,  # (G, N, C, H, W)
+    key: Tensor | None,  # (G, M, C, H, W)
+    pairs: Tensor | None,  # (P,) int64
+    valid: Tensor | None,  # (G, V, H, W) bool
+    window: tuple[int, int],
+    temperature: float,
+    eps: float,
+) -> Tensor:
+    """As `salkernels.reference_contrast.window_lse`."""
+    _require_library()
+    pairs, valid = (None if x is None else x.contiguous() for x in (pairs, valid))
+    lse: Tensor = _window_lse(query, key, pairs, valid, window, temperature, eps, False)
+    return lse
+
+
+def window_lse_backward(
+    grad_lse: Tensor,  # (G, N, H, W)
+    query: Tensor,
+    key: Tensor | None,
+    pairs: Tensor | None,
+    valid: Tensor | None,
+    lse: Tensor,  # (G, N, H, W)
+    window: tuple[int, int],
+    temperature: float,
+    eps: float,
+) -> tuple[Tensor, Tensor | None]:
+    """As `salkernels.reference_contrast.window_lse_backward`."""
+    _require_library()
+    # Hooks on saved tensors may give them back in other strides.
+    grad_lse, lse = grad_lse.to(lse.dtype).contiguous(), lse.contiguous()
+    pairs, valid = (None if x is None else x.contiguous() for x in (pairs, valid))
+    grads: tuple[Tensor, Tensor | None] = _window_lse_backward(
+        *(grad_lse, query, key, pairs, valid, lse, window, temperature, eps, False)
     )
     return grads
