@@ -3,7 +3,8 @@
 `salkernels::match` is opaque to `torch.compile`, and dispatches by the name of a backend, so that a
 new backend needs no new rule. Its backward is an operator of its own, and takes one number for each
 pair and pixel: ∂L/∂max_sim. torch differentiates all that follows the maxima; the loss that the
-forward sums is the only penalty that is known here, in one place.
+forward sums is the only penalty that is known here, in one place. `salkernels._short` goes past the
+operators where nobody would see them.
 """
 
 from __future__ import annotations

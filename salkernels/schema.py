@@ -4,9 +4,9 @@
 the negatives of `wla_contrast`: they dispatch by the name of a backend, and `salkernels.library`
 and `salkernels.library_contrast` give them their rules. `native_match` and its like are the same in
 C++, chosen by the device of the features: csrc/register_cpu.cpp and csrc/register_cpu_lse.cpp
-implement them for CPUs, csrc/register_cuda.cpp those of the matches for GPUs. `native_mean_match` and
-its backward, for GPUs, take maps (S, C, H, W) as they come, and end in the mean of the losses: see
-`salkernels._short`.
+implement them for CPUs, csrc/register_cuda.cpp those of the matches for GPUs. `native_mean_match`
+and its backward, for GPUs, take maps (S, C, H, W) as they come, and end in the mean of the losses:
+see `salkernels._short`.
 """
 
 from __future__ import annotations
