@@ -72,8 +72,8 @@ def wla_contrast(
             `keys` it may be a pair: of the features, and of the keys.
         reduction: "mean" over the pairs, "sum" of their losses, or "none".
         eps: as in `wla_loss`.
-        backend: as in `wla_loss`. Where it has no kernel for the negatives yet (`explain` tells),
-            it computes the matches and `reference` the rest.
+        backend: as in `wla_loss`. Where it has no kernel for the negatives (`explain` tells), it
+            computes the matches, and `triton`, on GPUs, or `reference` the rest.
 
     Returns:
         A scalar (0 with zero gradient if there is no pair), or for "none" the (S, S) losses, 0

@@ -30,8 +30,9 @@ def _window_lse(
     eps: float,
     backend: str,
 ) -> Tensor:
-    run = backends.for_negatives(backend).window_lse
-    return run(query, key, pairs, valid, (window[0], window[1]), temperature, eps)
+    cut = (window[0], window[1])
+    run = backends.for_negatives(backend, query, key, cut).window_lse
+    return run(query, key, pairs, valid, cut, temperature, eps)
 
 
 def _window_lse_backward(
@@ -47,11 +48,9 @@ def _window_lse_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """In the set form the second gradient is empty, as that of `match`."""
-    grad_query, grad_key = backends.for_negatives(backend).window_lse_backward(
-        *(grad_lse, query, key, pairs, valid, lse),
-        (window[0], window[1]),
-        temperature,
-        eps,
+    cut = (window[0], window[1])
+    grad_query, grad_key = backends.for_negatives(backend, query, key, cut).window_lse_backward(
+        *(grad_lse, query, key, pairs, valid, lse), cut, temperature, eps
     )
     return grad_query, query.new_empty((0,)) if grad_key is None else grad_key
 

@@ -270,3 +270,41 @@ def test_compiled_code_orders_by_what_is_known(dynamic, both_on_a_gpu):
     if dynamic:
         with torch.compiler.set_stance("fail_on_recompile"):
             assert len(traced(on_a_gpu(16))) == len(first)
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton+cuda", "cuda+triton", "triton"])
+def test_on_a_gpu_triton_computes_the_negatives_where_it_can(name, both_on_a_gpu, monkeypatch):
+    """`reference` does what it cannot, such as fp64, and on CPUs: there only a name asks for it."""
+    real = backends.triton
+
+    def why_not(query, key, window):
+        return None if query.dtype in real.DTYPES else "not this dtype"
+
+    monkeypatch.setattr(real, "why_not", why_not)
+    monkeypatch.setitem(backends.BACKENDS, "triton", real)
+
+    def chosen(x):
+        return backends.for_negatives(name, x, None, (2, 2))
+
+    assert chosen(on_a_gpu(32)) is real
+    for x in (on_a_gpu(32, torch.float64), torch.ones(4, 8, 12, 12)):
+        assert chosen(x) is (real if name == "triton" else backends.BACKENDS["reference"])
+    said = {s.name: s.negatives for s in salkernels.explain(on_a_gpu(32), 2)}
+    assert said == {
+        "triton": "triton",
+        "cuda": "triton",
+        "cpu": said["cpu"],
+        "reference": "reference",
+    }
+    said = {s.name: s.negatives for s in salkernels.explain(on_a_gpu(32, torch.float64), 2)}
+    assert said["cuda"] == "reference"
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_what_is_known_of_the_negatives_without_an_input(found, monkeypatch):
+    monkeypatch.setattr(backends.triton, "status", lambda: None if found else "no GPU")
+    monkeypatch.setattr(backends.triton, "INTERPRETED", False)
+    said = {s.name: s.negatives for s in salkernels.backends()}
+    assert said["cuda"] == ("triton" if found else "reference")
+    assert said["triton"] == "triton"
+    assert said["cpu"] != "triton"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +16,9 @@ import torch
 from benchmarks.cases import QUICK
 from benchmarks.provider import Provider
 from benchmarks.providers import gram, providers
-from salkernels import backends, reference
+from salkernels import backends, reference, reference_contrast
 from tools.gpu import __main__ as command
-from tools.gpu import checks, host, kernels, record, smoke, timing, warm
+from tools.gpu import checks, host, kernels, negatives, record, smoke, timing, warm
 from tools.gpu.inputs import SMOKE, call
 from tools.gpu.record import Context, OutOfTime, read
 
@@ -59,6 +60,37 @@ def test_smoke_bites(form, monkeypatch):
 
     monkeypatch.setitem(backends.BACKENDS, "off", Biased)
     assert not smoke.against_definition("off", given, bounds)["ok"]
+
+
+def test_the_check_of_negatives_bites(monkeypatch):
+    """A log-sum-exp off by 1e-3, a gradient off by 3 %, a term where there is none."""
+    form = next(form for form in negatives.FORMS if form.valid is not None)
+    given, bounds = call(form, "cpu"), smoke.BOUNDS[form.dtype]
+    right = reference_contrast
+
+    def well(lse=right.window_lse, backward=right.window_lse_backward):
+        off = SimpleNamespace(window_lse=lse, window_lse_backward=backward)
+        monkeypatch.setattr(negatives, "for_negatives", lambda *_: off)
+        return negatives.against_definition("off", given, bounds)["ok"]
+
+    assert well()
+    assert not well(lse=lambda *a: right.window_lse(*a) * 1.001)
+    assert not well(lse=lambda *a: right.window_lse(*a).clamp_min(-100))
+    grads = right.window_lse_backward
+    assert not well(backward=lambda *a: (grads(*a)[0] * 1.03, grads(*a)[1]))
+
+
+def test_the_negatives_are_checked_and_timed(tmp_path):
+    here = context(tmp_path, "negatives")
+    negatives.negatives(here)
+    rows = read(tmp_path)
+    checked = [row for row in rows if "ok" in row]
+    assert len(checked) == len(negatives.FORMS) * len(here.backends)
+    assert all(row["ok"] for row in checked)
+    assert sum(row.get("backward_ms", 0) > 0 for row in rows) == len(here.backends)
+    text = command.tell(tmp_path)
+    assert f"negatives {len(checked)} of {len(checked)}" in text
+    assert f"- {QUICK.key}: {here.backends[0]} " in text
 
 
 def test_timing_verifies_times_and_tells(tmp_path, monkeypatch):
@@ -240,6 +272,9 @@ def test_what_is_compiled_beforehand_follows_the_steps():
     assert warm.work(["report", "ddp"]) == []
     assert {kind for kind, _ in warm.work(["smoke", "graph"])} == {"form"}
     assert ("form", warm.AROUND) not in warm.work(["smoke"])
+    found = warm.work(["negatives"])
+    assert {kind for kind, _ in found} == {"negatives"}
+    assert {what.key for _, what in found} >= {case.key for case in negatives.timed(True)}
     few = warm.work(["time"], ("w22",))
     assert few
     assert {what.window for _, what in few} == {22}

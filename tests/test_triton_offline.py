@@ -62,6 +62,7 @@ def test_every_kernel_and_entry_of_the_table_is_compiled(part, rows):
 
     kernels = {"match": "match_kernel", "gradient": "gradient_kernel", "norm": "norm_kernel"}
     kernels |= {name: f"{name}_kernel" for name in ("stream_match", "sum")}
+    kernels |= {name: f"window_{name}_kernel" for name in ("lse", "lse_gradient")}
     kernels["gradient_across"] = "gradient_kernel"
     wanted = {
         (capability, kernels[kernel], str(dtype).removeprefix("torch."))

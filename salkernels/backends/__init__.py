@@ -120,7 +120,8 @@ class BackendStatus:
     """One backend and, if it cannot run, the reason.
 
     `negatives` names the backend that computes the negatives of `wla_contrast` where this one is
-    chosen: itself, or "reference" where it has no kernels for them yet.
+    chosen: itself, or, where it has no kernels for them, "triton" on a GPU that it can run on, and
+    "reference" elsewhere.
     """
 
     name: str
@@ -151,27 +152,47 @@ def get(name: str) -> Backend:
         ) from None
 
 
-def for_negatives(name: str) -> Negatives:
+def for_negatives(
+    name: str, query: Tensor, key: Tensor | None, window: tuple[int, int]
+) -> Negatives:
     """What computes the negatives of `wla_contrast` where the backend of that name is chosen."""
     chosen = get(name)
-    return cast("Negatives", chosen if hasattr(chosen, "window_lse") else reference)
+    if hasattr(chosen, "window_lse"):
+        return cast("Negatives", chosen)
+    return triton if _stand_in(query, key, window) == "triton" else reference
 
 
-def _status(name: str, backend: Backend, reason: str | None) -> BackendStatus:
-    return BackendStatus(name, reason, name if hasattr(backend, "window_lse") else "reference")
+def _stand_in(query: Tensor, key: Tensor | None, window: tuple[int, int]) -> str:
+    """The backend that computes the negatives where the chosen one has no kernels for them."""
+    by_triton = query.device.type in triton.DEVICES and triton.why_not(query, key, window) is None
+    return "triton" if by_triton else "reference"
+
+
+def _status(name: str, backend: Backend, reason: str | None, stand_in: str) -> BackendStatus:
+    return BackendStatus(name, reason, name if hasattr(backend, "window_lse") else stand_in)
 
 
 def statuses() -> tuple[BackendStatus, ...]:
     """Every backend in order of preference, and why it cannot run on this machine at all."""
-    return tuple(_status(name, backend, backend.status()) for name, backend in BACKENDS.items())
+    by_triton = triton.status() is None and not triton.INTERPRETED
+
+    def stand_in(backend: Backend) -> str:
+        on_gpus = getattr(backend, "DEVICES", None) == triton.DEVICES
+        return "triton" if by_triton and on_gpus else "reference"
+
+    return tuple(
+        _status(name, backend, backend.status(), stand_in(backend))
+        for name, backend in BACKENDS.items()
+    )
 
 
 def statuses_for(
     query: Tensor, key: Tensor | None, window: tuple[int, int]
 ) -> tuple[BackendStatus, ...]:
     """Every backend in order of preference, and why it cannot run this input."""
+    stand_in = _stand_in(query, key, window)
     return tuple(
-        _status(name, backend, backend.why_not(query, key, window))
+        _status(name, backend, backend.why_not(query, key, window), stand_in)
         for name, backend in in_order(query, key, window)
     )
 

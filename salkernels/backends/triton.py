@@ -16,10 +16,12 @@ from torch import Tensor
 
 from .._torch_private import constant_for_dynamo
 from ..reference import Outputs, check_not_empty, count_pairs, index_dtype, no_match
+from ..reference_contrast import output
 
 DEVICES = ("cuda",)  # CPU tensors in the interpreter, but by name only
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_CAPABILITY = (8, 0)  # bf16 and tf32 products
+ROW_MULTIPLE = 16  # channels: rows of so many start at addresses that the compiler knows of
 # As Triton itself reads it, when the kernels are defined.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
@@ -199,6 +201,87 @@ def match_backward(
             grad_key,
         )
     return grad_query.to(query.dtype), None if grad_key is None else grad_key.to(query.dtype)
+
+
+def window_lse(
+    query: Tensor,  # (G, N, C, H, W)
+    key: Tensor | None,  # (G, M, C, H, W)
+    pairs: Tensor | None,  # (P,) int64
+    valid: Tensor | None,  # (G, V, H, W) bool
+    window: tuple[int, int],
+    temperature: float,
+    eps: float,
+) -> Tensor:
+    """As `salkernels.reference_contrast.window_lse`."""
+    _require(query)
+    check_not_empty(query)
+    lse = output(query)
+    if _no_pair(query, key, pairs):
+        return lse.fill_(-torch.inf)
+    from ..triton_kernels import launch_lse
+
+    query, key = as_rows(query), None if key is None else as_rows(key)
+    problem = launch_lse.Problem(query, key, pairs, valid, window, eps)
+    launch_lse.forward(problem, temperature, lse)
+    return lse
+
+
+def window_lse_backward(
+    grad_lse: Tensor,  # (G, N, H, W), any strides
+    query: Tensor,
+    key: Tensor | None,
+    pairs: Tensor | None,
+    valid: Tensor | None,
+    lse: Tensor,  # (G, N, H, W)
+    window: tuple[int, int],
+    temperature: float,
+    eps: float,
+) -> tuple[Tensor, Tensor | None]:
+    """As `salkernels.reference_contrast.window_lse_backward`."""
+    _require(query)
+    check_not_empty(query)
+    if _no_pair(query, key, pairs):
+        return torch.zeros_like(query), None if key is None else torch.zeros_like(key)
+    from ..triton_kernels import launch_lse
+
+    rows, key_rows = as_rows(query), None if key is None else as_rows(key)
+    dtype = torch.float32 if INTERPRETED else query.dtype  # as in `match_backward`
+    grad = torch.empty_like(rows, dtype=dtype)
+    grad_key = None if key_rows is None else torch.empty_like(key_rows, dtype=dtype)
+    problem = launch_lse.Problem(rows, key_rows, pairs, valid, window, eps)
+    sums = lse.contiguous(), grad_lse.to(torch.float32).contiguous()
+    launch_lse.backward(problem, temperature, *sums, grad, grad_key)
+    if key is not None and grad_key is not None:
+        grad_key = _laid_out_as(key, grad_key)
+    return _laid_out_as(query, grad), grad_key
+
+
+def _no_pair(query: Tensor, key: Tensor | None, pairs: Tensor | None) -> bool:
+    """Whether no pair can be, and nothing is launched."""
+    return 0 in (count_pairs(query, key, pairs), count_pairs(query, key, None))
+
+
+def as_rows(maps: Tensor) -> Tensor:
+    """The maps, or a copy whose channels are neighbours, with zeros up to a multiple of 16.
+
+    The kernels of the negatives read them many times over; and the addresses of any other layout
+    take more registers than there are.
+    """
+    channels = maps.shape[2]
+    if channels % ROW_MULTIPLE == 0 and maps.stride(2) == 1:
+        return maps
+    extent = channels + -channels % ROW_MULTIPLE
+    rows = maps.new_zeros((*maps.shape[:2], *maps.shape[3:], extent)).movedim(-1, 2)
+    rows[:, :, :channels] = maps
+    return rows
+
+
+def _laid_out_as(maps: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of `as_rows(maps)` as the operator promises that of the maps."""
+    like = torch.empty_like(maps)
+    if grad.dtype == like.dtype and grad.shape == like.shape and grad.stride() == like.stride():
+        return grad
+    return like.copy_(grad[:, :, : maps.shape[2]])
 
 
 def _pixel_by_pixel(x: Tensor) -> Tensor:

@@ -53,6 +53,12 @@ TABLE = {
     ("sum", torch.float32): Tile(32, 32, 4, 1),
     ("sum", torch.bfloat16): Tile(32, 64, 4, 1),
     ("sum", torch.float16): Tile(32, 64, 4, 1),
+    ("lse", torch.float32): Tile(64, 16, 4, 1),
+    ("lse", torch.bfloat16): Tile(64, 64, 4, 3),
+    ("lse", torch.float16): Tile(64, 64, 4, 3),
+    ("lse_gradient", torch.float32): Tile(64, 16, 4, 1),
+    ("lse_gradient", torch.bfloat16): Tile(64, 64, 4, 1),
+    ("lse_gradient", torch.float16): Tile(64, 64, 4, 1),
     ("norm", torch.float32): Tile(32, 64, 4, 1),
     ("norm", torch.bfloat16): Tile(32, 64, 4, 1),
     ("norm", torch.float16): Tile(32, 64, 4, 1),
@@ -65,6 +71,8 @@ OVERRIDES = {
     ("gradient", torch.bfloat16, 10): Tile(64, 32, 4, 1),
     # Its weights fit into registers only where eight warps share them; they multiply twice.
     ("gradient_across", torch.bfloat16, 10): Tile(64, 32, 8, 1),
+    ("lse_gradient", torch.bfloat16, 10): Tile(64, 32, 4, 1),
+    ("lse_gradient", torch.float16, 10): Tile(64, 32, 4, 1),
     ("stream_match", torch.bfloat16, 10): Tile(64, 32, 4, 3),
     ("stream_match", torch.float16, 10): Tile(64, 32, 4, 3),
 }

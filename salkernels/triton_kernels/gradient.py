@@ -116,7 +116,7 @@ def _partners(maps, norm, rows, sizes, eps, FORM: tl.constexpr):
 
 
 @triton.jit
-def _times_rows(weight, x, total, PRODUCT: tl.constexpr):
+def times_rows(weight, x, total, PRODUCT: tl.constexpr):
     """total + weight @ x without rounding the fp32 weights to the dtype of x."""
     if x.dtype == tl.bfloat16:
         # Three bf16 parts hold a whole fp32 weight, and x is exact.
@@ -138,7 +138,7 @@ def _times_rows(weight, x, total, PRODUCT: tl.constexpr):
 
 
 @triton.jit
-def _store_channels(
+def store_channels(
     total, start, grads, rows, pointers, sizes, FORM: tl.constexpr, CUT: tl.constexpr
 ):
     """Writes a block of channels of the gradient of some rows."""
@@ -251,7 +251,7 @@ def _gradient_of_tile(
             total = _times_partners(weight_t, half_t, start, total, maps, sizes, FORM, CUT, PRODUCT)
         # A NaN row has no inverse, but its weights are NaN: NaN · 0 is the NaN it must get.
         total *= own.inverse[:, None]
-        _store_channels(total, start, grads, rows, own.pointers, sizes, FORM, CUT)
+        store_channels(total, start, grads, rows, own.pointers, sizes, FORM, CUT)
 
 
 @triton.jit
@@ -294,9 +294,9 @@ def _across_tiles(
                 y = load_channels(
                     partners.pointers, start, partners.node, partners.finite, maps, sizes, FORM, CUT
                 )
-                total = _times_rows(weight, y, total, PRODUCT)
+                total = times_rows(weight, y, total, PRODUCT)
         total *= own.inverse[:, None]
-        _store_channels(total, start, grads, rows, own.pointers, sizes, FORM, CUT)
+        store_channels(total, start, grads, rows, own.pointers, sizes, FORM, CUT)
 
 
 @triton.jit
@@ -316,4 +316,4 @@ def _times_partners(
     x = load_channels(
         partners.pointers, start, partners.node, partners.finite, maps, sizes, FORM, CUT
     )
-    return _times_rows(weight, x, total, PRODUCT)
+    return times_rows(weight, x, total, PRODUCT)

@@ -189,9 +189,9 @@ def _backward(asked: Asked) -> Any:
 
 def forward(problem: Problem, loss: Tensor, max_sim: Tensor, argmax: Tensor, norm: Tensor) -> None:
     """Fills every element of loss (P,), max_sim and argmax (P, H, W) and norm (nodes, H, W)."""
-    with _on_device(problem.query):
+    with on_device(problem.query):
         call = _forward(Asked.by(problem, FORWARD))
-        call(problem, loss, Matches(max_sim, argmax, norm), _stream(problem.query))
+        call(problem, loss, Matches(max_sim, argmax, norm), stream_of(problem.query))
 
 
 def backward(
@@ -208,9 +208,9 @@ def backward(
     if not (_is_near(query) and (key is None or _is_near(key))):
         key = None if key is None else addressable(key)
         problem = problem._replace(query=addressable(query), key=key)
-    with _on_device(problem.query):
+    with on_device(problem.query):
         call = _backward(Asked.by(problem, BACKWARD, grad_query, grad_key))
-        saved, stream = Terms(max_sim, argmax, grad_sim), _stream(problem.query)
+        saved, stream = Terms(max_sim, argmax, grad_sim), stream_of(problem.query)
         call(problem, saved, norm, grad_query, grad_key, stream)
 
 
@@ -244,11 +244,11 @@ def product(dtype: torch.dtype, capability: int, tf32: bool, gradient: bool) -> 
     return Product(precision, interpreted)
 
 
-def _stream(x: Tensor) -> int:
+def stream_of(x: Tensor) -> int:
     return raw_stream(x.device) if x.is_cuda else 0
 
 
-def _on_device(x: Tensor) -> AbstractContextManager[Any]:
+def on_device(x: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be that of the tensors."""
     if not x.is_cuda or x.device.index == torch.cuda.current_device():
         return nullcontext()

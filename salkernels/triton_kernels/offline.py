@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..backends import triton as backend
-from . import config, launch
+from . import config, launch, launch_lse
 from .config import Tile
 
 Arguments = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, tuple[int, int], float]
@@ -32,7 +32,7 @@ class Work(NamedTuple):
 
     Args:
         make: the operator's arguments on the CPU; contents do not matter. Must be picklable.
-        passes: "forward", "backward" or both.
+        passes: "forward", "backward" or both; "negatives": both passes of `window_lse`.
         tiles: that hold instead of those of the table, as in `config.OVERRIDES`.
     """
 
@@ -90,6 +90,8 @@ def compile_work(work: Work) -> int:
     config.OVERRIDES.update(work.tiles)
     try:
         problem = launch.Problem(*work.make())
+        if "negatives" in work.passes:
+            negatives(problem)
         found = backend.outputs(problem.query, problem.key, problem.pairs, problem.window)
         if "forward" in work.passes:
             launch.forward(problem, *found)
@@ -104,6 +106,17 @@ def compile_work(work: Work) -> int:
     for kernel in kernels.values():
         link(kernel)
     return len(kernels)
+
+
+def negatives(problem: launch.Problem) -> None:
+    """Launches both passes of `window_lse`."""
+    query = backend.as_rows(problem.query)
+    key = None if problem.key is None else backend.as_rows(problem.key)
+    problem = problem._replace(query=query, key=key)
+    lse = torch.empty(*query.shape[:2], *query.shape[3:])
+    launch_lse.forward(problem, 1.0, lse)
+    grads = torch.empty_like(query), None if key is None else torch.empty_like(key)
+    launch_lse.backward(problem, 1.0, lse, lse, *grads)
 
 
 def link(kernel: Any) -> None:

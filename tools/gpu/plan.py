@@ -52,6 +52,7 @@ PLAN = (
     Step("checks", "checks", 100, "GPU tests, memcheck, racecheck, synccheck side by side", 40),
     Step("time", "timing", 150, "our backends and all peers, shape by shape", 30, times=True),
     Step("kernels", "kernels", 30, "time by kernel", 15, times=True),
+    Step("negatives", "negatives", 25, "wla_contrast: its negatives, and its times", 3, times=True),
     Step("numerics", "smoke", 25, "nearly aligned features", 12),
     Step("host", "host", 20, "what a call costs the host, back to back", 18, times=True),
     Step("train", "train", 60, "training steps of the presets", 25, times=True),

@@ -26,6 +26,7 @@ def summary(rows: Sequence[Row], endings: dict[str, Ending]) -> str:
         *_kernels(rows),
         *_train(rows),
         *_split(rows),
+        *_contrast(rows),
         *_near(rows),
     ]
     if len(parts) > LINES:
@@ -82,7 +83,7 @@ def _steps(endings: dict[str, Ending]) -> list[str]:
 def _right(rows: Sequence[Row]) -> list[str]:
     """How many of each kind of check are right."""
     counts = []
-    for step in ("smoke", "checks", "time", "graph", "ddp"):
+    for step in ("smoke", "negatives", "checks", "time", "graph", "ddp"):
         found = [row for row in of(rows, step) if "ok" in row or "failed" in row]
         if found:
             counts.append(f"{step} {sum(not is_bad(r) for r in found)} of {len(found)}")
@@ -203,6 +204,16 @@ def _split(rows: Sequence[Row]) -> list[str]:
             parts = sorted(row["ms"].items(), key=lambda part: -part[1])
             lines.append(f"- {row['preset']}: " + ", ".join(f"{n} {ms:.3g}" for n, ms in parts))
     return ["## Training step, ms, each part alone", *lines] if lines else []
+
+
+def _contrast(rows: Sequence[Row]) -> list[str]:
+    cases: dict[str, list[str]] = {}
+    for row in of(rows, "negatives"):
+        if "forward_ms" in row:
+            found = f"{row['backend']} {row['forward_ms']:.4g} + {row['backward_ms']:.4g}"
+            cases.setdefault(row["case"], []).append(found)
+    lines = [f"- {case}: {', '.join(parts)}" for case, parts in cases.items()]
+    return ["## wla_contrast, ms, forward + backward", *lines] if lines else []
 
 
 def _near(rows: Sequence[Row]) -> list[str]:

@@ -24,7 +24,7 @@ import torch
 from benchmarks.cases import LAYOUTS, Case
 from salkernels._pair_list import count_blocks, regroup
 
-from . import triton_cache
+from . import negatives, triton_cache
 from .inputs import EPS, F64, SMOKE, Call, Form, call
 from .record import Context
 
@@ -50,7 +50,8 @@ class Done(NamedTuple):
 def work(steps: Container[str] | None = None, cases: tuple[str, ...] = ()) -> list[Job]:
     """What to compile, in the order of the steps' worth, each once.
 
-    "pairs": the list of a table on the CPU; "mask": room for all, as of a table on the GPU.
+    "pairs": the list of a table on the CPU; "mask": room for all, as of a table on the GPU;
+    "negatives": the other operator of `wla_contrast`.
 
     Args:
         steps: that are to follow (default: all).
@@ -60,6 +61,9 @@ def work(steps: Container[str] | None = None, cases: tuple[str, ...] = ()) -> li
     forms: list[Job] = []
     if steps is None or "smoke" in steps:
         forms += [("form", form) for form in SMOKE if form.dtype != F64]
+    if steps is None or "negatives" in steps:
+        forms += [("negatives", form) for form in negatives.FORMS]
+        forms += [("negatives", case) for case in negatives.timed(True)]
     for form, step in ((NEARLY_ALIGNED, "numerics"), (AROUND, "graph")):
         forms += [("form", form)] if steps is None or step in steps else []
     return list(dict.fromkeys([*timed[:MAIN], *forms, *timed[MAIN:]]))
@@ -77,10 +81,14 @@ def _of_cases(cases: tuple[str, ...]) -> list[Job]:
 
 
 def named(jobs: list[Job]) -> dict[str, Work]:
-    from salkernels.triton_kernels.offline import Work
+    from salkernels.triton_kernels.offline import BOTH, Work
 
     return {
-        f"{kind} {what.key}": Work(functools.partial(arguments, kind, what)) for kind, what in jobs
+        f"{kind} {what.key}": Work(
+            functools.partial(arguments, kind, what),
+            passes=("negatives",) if kind == "negatives" else BOTH,
+        )
+        for kind, what in jobs
     }
 
 
@@ -91,8 +99,9 @@ def arguments(kind: str, what: Case | Form) -> Call:
     shape = (what.samples, what.channels, what.height, what.width)
     features = torch.empty(shape, dtype=what.torch_dtype)
     features = features.contiguous(memory_format=LAYOUTS[what.layout])
-    places, groups = what.pairs.flatten().nonzero().squeeze(1), 1
-    if kind == "pairs":
+    table = ~what.pairs if kind == "negatives" else what.pairs
+    places, groups = table.flatten().nonzero().squeeze(1), 1
+    if kind != "mask":
         groups = count_blocks(places, what.samples)
         places = regroup(places, what.samples, groups)
     else:

@@ -34,6 +34,7 @@ from triton.runtime.jit import JITFunction
 
 from salkernels.backends import triton as backend
 from salkernels.triton_kernels import launch
+from salkernels.triton_kernels.offline import negatives
 
 # Of a launch, with Triton's defaults.
 OPTIONS: dict[str, Any] = {"num_warps": 4, "num_stages": 3, "maxnreg": None}
@@ -41,7 +42,7 @@ CAPABILITIES = (80, 90, 100, 120)
 # Shared memory of one block, bytes, of the smallest device that runs the code: 8.6 and 8.9 for 80.
 SHARED_LIMIT = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 LINE = (
-    "sm_{capability:<3} {kernel:22} {dtype:8} {form:5} {layout:13} window {window[0]:<2} "
+    "sm_{capability:<3} {kernel:22} {dtype:8} {form:17} {layout:13} window {window[0]:<2} "
     "samples {samples:<2} {warps} warps, {registers:>3} registers, {spill_bytes:>3} bytes spilled, "
     "{shared_bytes:>6} bytes shared"
 )
@@ -218,21 +219,24 @@ class Variant:
     dtype: str
     window: tuple[int, int]
     samples: int = 32
-    form: str = "set"  # or "pairs"
+    form: str = "set"  # or "pairs", "negatives" (of a set), "negatives of keys"
     layout: str = "channels_last"
     valid: bool = False  # whether some pixels may take no part
 
     def call(self) -> None:
         """Forward and backward of the backend, on zeros."""
-        groups, samples = (1, self.samples) if self.form == "set" else (self.samples, 1)
+        groups, samples = (self.samples, 1) if self.form == "pairs" else (1, self.samples)
         size = max(16, *self.window)
         shape = (groups, samples, 384, size, size)
         query = zeros(shape, DTYPES[self.dtype], self.layout)
-        key = None if self.form == "set" else torch.zeros_like(query)
+        key = torch.zeros_like(query) if self.form in ("pairs", "negatives of keys") else None
         nodes = samples if key is None else 2 * samples
         valid = torch.ones(groups, nodes, size, size, dtype=torch.bool) if self.valid else None
-        pairs = torch.arange(samples * samples) if self.form == "set" else None
+        pairs = None if self.form == "pairs" else torch.arange(samples * samples)
         problem = launch.Problem(query, key, pairs, valid, self.window, 1e-12)
+        if self.form.startswith("negatives"):
+            negatives(problem)
+            return
         found = backend.outputs(query, key, pairs, self.window)
         launch.forward(problem, *found)
         grads = torch.empty_like(query), None if key is None else torch.empty_like(key)
@@ -258,6 +262,8 @@ def variants(quick: bool) -> list[Variant]:
             Variant(dtype, (2, 2), valid=True),
             Variant(dtype, (2, 2), form="pairs", valid=True),
             Variant(dtype, (12, 12), samples=2, valid=True),
+            Variant(dtype, (2, 2), form="negatives"),
+            Variant(dtype, (2, 2), form="negatives of keys", valid=True),
         ]
         if not quick:
             found += [Variant(dtype, (w, w), samples=80) for w in (1, 2, 3, 5, 8)]
