@@ -142,12 +142,11 @@ void check_planes(const Tensor& x, const Tensor& query, int64_t count, const cha
   STD_TORCH_CHECK(x.device() == query.device(), "all tensors must be on one device");
 }
 
-// What the forward kept, and the gradient of the maxima; a norm without elements is none.
+// What the forward kept; a norm without elements is none.
 void check_kept(const Problem& problem, const Tensor& query, Sizes window, const Tensor& max_sim,
-                const Tensor& argmax, const Tensor& norm, const Tensor& grad_sim) {
-  for (const Tensor* x : {&max_sim, &argmax, &grad_sim}) {
-    check_planes(*x, query, problem.num_pairs,
-                 "max_sim, argmax and grad_sim must be (pairs, H, W)");
+                const Tensor& argmax, const Tensor& norm) {
+  for (const Tensor* x : {&max_sim, &argmax}) {
+    check_planes(*x, query, problem.num_pairs, "max_sim and argmax must be (pairs, H, W)");
   }
   if (norm.numel() > 0) {
     check_planes(norm, query, problem.nodes(), "norm must be empty or (samples, H, W)");
@@ -180,6 +179,29 @@ Problem problem_of(const Tensor& query, const std::optional<Tensor>& key,
   return problem;
 }
 
+struct Found {
+  Tensor loss, max_sim, argmax, norm;
+};
+
+// Launches the forward of what has been checked; `mean` is null where nobody asks for it.
+Found run_match(Problem& problem, const Tensor& query, Sizes window, Tensor* mean) {
+  const int64_t count = problem.num_pairs;
+  const ScalarType wide = accumulate_type(query);
+  Found found{empty(query, {count}, wide), planes(query, count, wide),
+              planes(query, count, salkernels::index_type(window)),
+              planes(query, problem.nodes(), wide)};
+  if (count == 0 || problem.table() == 0) torch::stable::fill_(found.norm, INFINITY);
+  if (count == 0) return found;
+  problem.loss = found.loss.mutable_data_ptr();
+  problem.max_sim = found.max_sim.mutable_data_ptr();
+  problem.argmax = found.argmax.mutable_data_ptr();
+  problem.norm = found.norm.mutable_data_ptr();
+  if (mean != nullptr) problem.mean = mean->mutable_data_ptr();
+  const char* error = salkernels::cuda::launch_forward(problem, current_stream(query));
+  STD_TORCH_CHECK(error == nullptr, "the forward could not be launched: ", error);
+  return found;
+}
+
 // (loss, max_sim, argmax, norm)
 std::tuple<Tensor, Tensor, Tensor, Tensor> match(const Tensor& query, std::optional<Tensor> key,
                                                  std::optional<Tensor> pairs,
@@ -188,21 +210,45 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> match(const Tensor& query, std::optio
   salkernels::check_arguments(query, key, pairs, valid, window);
   const DeviceGuard guard(query.get_device_index());
   Problem problem = problem_of(query, key, pairs, valid, window, eps, allow_tf32);
-  const int64_t count = problem.num_pairs;
-  const ScalarType wide = accumulate_type(query);
-  Tensor loss = empty(query, {count}, wide);
-  Tensor max_sim = planes(query, count, wide);
-  Tensor argmax = planes(query, count, salkernels::index_type(window));
-  Tensor norm = planes(query, problem.nodes(), wide);
-  if (count == 0 || problem.table() == 0) torch::stable::fill_(norm, INFINITY);
-  if (count == 0) return {loss, max_sim, argmax, norm};
-  problem.loss = loss.mutable_data_ptr();
-  problem.max_sim = max_sim.mutable_data_ptr();
-  problem.argmax = argmax.mutable_data_ptr();
-  problem.norm = norm.mutable_data_ptr();
-  const char* error = salkernels::cuda::launch_forward(problem, current_stream(query));
-  STD_TORCH_CHECK(error == nullptr, "the forward could not be launched: ", error);
-  return {loss, max_sim, argmax, norm};
+  const Found found = run_match(problem, query, window, nullptr);
+  return {found.loss, found.max_sim, found.argmax, found.norm};
+}
+
+// Maps (S, C, H, W) as (G, S / G, C, H, W): a view, which costs less here than in Python.
+Tensor grouped(const Tensor& maps, int64_t groups) {
+  STD_TORCH_CHECK(maps.dim() == 4, "maps must be (S, C, H, W), got ", maps.dim(), " axes");
+  const auto sizes = maps.sizes(), strides = maps.strides();
+  STD_TORCH_CHECK(groups >= 1 && sizes[0] % groups == 0, "groups must divide the samples: ",
+                  sizes[0], " in ", groups);
+  const int64_t samples = sizes[0] / groups;
+  const int64_t shape[5] = {groups, samples, sizes[1], sizes[2], sizes[3]};
+  const int64_t steps[5] = {samples * strides[0], strides[0], strides[1], strides[2], strides[3]};
+  int64_t offset = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(maps.get(), &offset));
+  AtenTensorHandle result = nullptr;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(maps.get(), 5, shape, steps, offset, &result));
+  return Tensor(result);
+}
+
+std::optional<Tensor> grouped(const std::optional<Tensor>& maps, int64_t groups) {
+  if (!maps.has_value()) return std::nullopt;
+  return grouped(*maps, groups);
+}
+
+// The mean of the losses of one pair and more, and what its backward needs.
+std::tuple<Tensor, Tensor, Tensor, Tensor> mean_match(const Tensor& x, std::optional<Tensor> y,
+                                                      std::optional<Tensor> pairs, int64_t groups,
+                                                      Sizes window, double eps, bool allow_tf32) {
+  const Tensor query = grouped(x, groups);
+  const std::optional<Tensor> key = grouped(y, groups);
+  salkernels::check_arguments(query, key, pairs, std::nullopt, window);
+  const DeviceGuard guard(query.get_device_index());
+  Problem problem = problem_of(query, key, pairs, std::nullopt, window, eps, allow_tf32);
+  STD_TORCH_CHECK(problem.num_pairs > 0, "there is no pair, and so no mean");
+  Tensor mean = empty(query, {}, accumulate_type(query));
+  const Found found = run_match(problem, query, window, &mean);
+  return {mean, found.max_sim, found.argmax, found.norm};
 }
 
 // Memory of a backward that is nobody's but its own, in one piece: torch's allocator frees it in
@@ -248,31 +294,22 @@ Tensor add_scratch(Problem& problem, const Tensor& query) {
   return scratch.allocate(query);
 }
 
-std::tuple<Tensor, std::optional<Tensor>> match_backward(
-    const Tensor& grad_sim, const Tensor& query, std::optional<Tensor> key,
-    std::optional<Tensor> pairs, std::optional<Tensor> valid, const Tensor& max_sim,
-    const Tensor& argmax, const Tensor& norm, Sizes window, double eps, bool allow_tf32) {
-  salkernels::check_arguments(query, key, pairs, valid, window);
-  const DeviceGuard guard(query.get_device_index());
-  Problem problem = problem_of(query, key, pairs, valid, window, eps, allow_tf32);
-  check_kept(problem, query, window, max_sim, argmax, norm, grad_sim);
-  Tensor grad_query = torch::stable::empty_like(query);
-  std::optional<Tensor> grad_key;
-  if (key.has_value()) grad_key = torch::stable::empty_like(*key);
+// Launches the backward, whose upstream gradient the problem has, into grad_query and grad_key.
+void run_backward(Problem& problem, const Tensor& query, Tensor& grad_query,
+                  std::optional<Tensor>& grad_key, const Tensor& max_sim, const Tensor& argmax,
+                  const Tensor& norm) {
   if (problem.table() == 0 || problem.num_pairs == 0) {
     torch::stable::zero_(grad_query);
     if (grad_key.has_value()) torch::stable::zero_(*grad_key);
-    return {grad_query, grad_key};
+    return;
   }
   set_grad(problem.maps[0], grad_query);
   set_grad(problem.maps[1], grad_key.has_value() ? *grad_key : grad_query);
   const ScalarType wide = accumulate_type(query);
-  const Tensor gradient = as_planes(grad_sim, query, wide);
   const Tensor maxima = as_planes(max_sim, query, wide);
   const Tensor places = as_planes(argmax, query, argmax.scalar_type());
   const bool kept = norm.numel() > 0;
   Tensor norms = kept ? as_planes(norm, query, wide) : planes(query, problem.nodes(), wide);
-  problem.grad_sim = gradient.const_data_ptr();
   problem.max_sim = const_cast<void*>(maxima.const_data_ptr());
   problem.argmax = const_cast<void*>(places.const_data_ptr());
   problem.norm = const_cast<void*>(norms.const_data_ptr());
@@ -281,7 +318,50 @@ std::tuple<Tensor, std::optional<Tensor>> match_backward(
   const char* error = kept ? nullptr : salkernels::cuda::launch_norms(problem, stream);
   if (error == nullptr) error = salkernels::cuda::launch_backward(problem, stream);
   STD_TORCH_CHECK(error == nullptr, "the backward could not be launched: ", error);
+}
+
+std::tuple<Tensor, std::optional<Tensor>> match_backward(
+    const Tensor& grad_sim, const Tensor& query, std::optional<Tensor> key,
+    std::optional<Tensor> pairs, std::optional<Tensor> valid, const Tensor& max_sim,
+    const Tensor& argmax, const Tensor& norm, Sizes window, double eps, bool allow_tf32) {
+  salkernels::check_arguments(query, key, pairs, valid, window);
+  const DeviceGuard guard(query.get_device_index());
+  Problem problem = problem_of(query, key, pairs, valid, window, eps, allow_tf32);
+  check_kept(problem, query, window, max_sim, argmax, norm);
+  check_planes(grad_sim, query, problem.num_pairs, "grad_sim must be (pairs, H, W)");
+  Tensor grad_query = torch::stable::empty_like(query);
+  std::optional<Tensor> grad_key;
+  if (key.has_value()) grad_key = torch::stable::empty_like(*key);
+  Tensor gradient = grad_sim;
+  if (problem.num_pairs > 0) gradient = as_planes(grad_sim, query, accumulate_type(query));
+  problem.grad_sim = gradient.const_data_ptr();
+  run_backward(problem, query, grad_query, grad_key, max_sim, argmax, norm);
   return {grad_query, grad_key};
+}
+
+// From the gradient of the mean, a scalar: no pass over the maxima comes before the kernels.
+std::tuple<Tensor, std::optional<Tensor>> mean_match_backward(
+    const Tensor& grad, const Tensor& x, std::optional<Tensor> y, std::optional<Tensor> pairs,
+    int64_t groups, const Tensor& max_sim, const Tensor& argmax, const Tensor& norm, Sizes window,
+    double eps, bool allow_tf32) {
+  const Tensor query = grouped(x, groups);
+  const std::optional<Tensor> key = grouped(y, groups);
+  salkernels::check_arguments(query, key, pairs, std::nullopt, window);
+  const DeviceGuard guard(query.get_device_index());
+  Problem problem = problem_of(query, key, pairs, std::nullopt, window, eps, allow_tf32);
+  check_kept(problem, query, window, max_sim, argmax, norm);
+  STD_TORCH_CHECK(grad.numel() == 1 && grad.scalar_type() == accumulate_type(query) &&
+                      grad.device() == query.device(),
+                  "grad must be one number of the dtype of the loss, on the device of the maps");
+  Tensor grad_x = torch::stable::empty_like(x);
+  std::optional<Tensor> grad_y, key_gradient;
+  if (y.has_value()) grad_y = torch::stable::empty_like(*y);
+  Tensor query_gradient = grouped(grad_x, groups);
+  key_gradient = grouped(grad_y, groups);
+  problem.grad_mean = grad.const_data_ptr();
+  problem.mean_share = 1 / (double(problem.num_pairs) * double(problem.grid.pixels()));
+  run_backward(problem, query, query_gradient, key_gradient, max_sim, argmax, norm);
+  return {grad_x, grad_y};
 }
 
 }  // namespace
@@ -289,6 +369,8 @@ std::tuple<Tensor, std::optional<Tensor>> match_backward(
 STABLE_TORCH_LIBRARY_IMPL(SALKERNELS_LIBRARY, SALKERNELS_KEY, m) {
   m.impl("native_match", TORCH_BOX(&match));
   m.impl("native_match_backward", TORCH_BOX(&match_backward));
+  m.impl("native_mean_match", TORCH_BOX(&mean_match));
+  m.impl("native_mean_match_backward", TORCH_BOX(&mean_match_backward));
 }
 
 // The latest CUDA that the driver supports, as 1000 major + 10 minor; 0 without a driver.

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from ._torch_private import nobody_looks, raw_stream
 
-MOST = 64  # values
+MOST = 128  # values: most tables have two
 MOST_BYTES = 32 << 20  # of all values and their keys
 
 Value = TypeVar("Value")
@@ -117,8 +117,41 @@ def recall(
         # Made in inference mode it could not be saved for a backward later.
         with torch.inference_mode(False):
             value = make(source, device)
+        _allow_notes(value)
         RECENT.put(key, value, stream, len(content) + size_of(value))
     return value
+
+
+def _allow_notes(value: object) -> None:
+    for part in value if isinstance(value, tuple) else (value,):
+        if isinstance(part, Tensor):
+            part.salkernels_notes = {}  # type: ignore[attr-defined]
+
+
+def notes_of(tensor: Tensor) -> dict[Hashable, Any] | None:
+    """What kernels made of a tensor that never changes, by a name that says what, for its stream.
+
+    It lives as long as the tensor. None: the tensor is not ours, and may change.
+    """
+    return getattr(tensor, "salkernels_notes", None)
+
+
+def find(key: Hashable, device: torch.device) -> Any:
+    """What `keep` was given for this key, if that was on the current stream; else None.
+
+    While a CUDA graph is captured, on any stream: what is found is kept until the process ends.
+    """
+    if not _has_streams(device):
+        return RECENT.get(key, 0, False)
+    return RECENT.get(key, stream_of(device), torch.cuda.is_current_stream_capturing())
+
+
+def keep(key: Hashable, device: torch.device, value: object, size: int) -> None:
+    """Keeps a value whose memory is of this stream; not if that is of a CUDA graph."""
+    if not _has_streams(device):
+        RECENT.put(key, value, 0, size)
+    elif not torch.cuda.is_current_stream_capturing():
+        RECENT.put(key, value, stream_of(device), size)
 
 
 def one(like: Tensor) -> Tensor:

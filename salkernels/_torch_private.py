@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch.autograd import forward_ad
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -25,6 +26,19 @@ _is_batched: Callable[[torch.Tensor], bool] | None = getattr(
 _raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
+_precision: Callable[[str, str], str] | None = getattr(torch._C, "_get_fp32_precision_getter", None)
+
+
+def tf32_allowed() -> bool:
+    """Whether fp32 products on a GPU may be of one tf32 product. Without the name: slower.
+
+    Not `allow_tf32`: reading that raises where the user has set `fp32_precision` instead.
+    """
+    if _precision is None:
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return _precision("cuda", "matmul") == "tf32"
+
+
 def transforms_active() -> bool:
     """Whether a transform of torch.func is active. Without the name, errors are torch's own."""
     return _transforms is not None and _transforms()
@@ -38,6 +52,23 @@ def nobody_looks(tensor: torch.Tensor) -> bool:
     if _count_modes is None or _transforms is None or _is_batched is None:
         return False
     return _count_modes() == 0 and not _transforms() and not _is_batched(tensor)
+
+
+def nobody_looks_at_all(tensors: tuple[torch.Tensor, ...]) -> bool:
+    """The same of several tensors, none of which may have a tangent of forward mode either."""
+    if _count_modes is None or _transforms is None or _is_batched is None:
+        return False
+    if _count_modes() != 0 or _transforms():
+        return False
+    for tensor in tensors:
+        if _is_batched(tensor) or forward_ad.unpack_dual(tensor).tangent is not None:
+            return False
+    return True
+
+
+def without_wrapper(operator: torch._ops.OpOverload) -> Callable[..., Any]:
+    """What an operator's Python object calls; without the name, that object."""
+    return getattr(operator, "_op", operator)
 
 
 def raw_stream(device: torch.device) -> int:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends
+from . import _short, backends
 from ._pair_list import PairList, to_device
 from .backends import BackendStatus
 from .checks import (
@@ -29,7 +29,15 @@ from .checks import (
     check_window,
 )
 from .library import without_autocast
-from .matching import EPS, SetInput, check_pairwise, check_set, match_pairwise, match_set
+from .matching import (
+    EPS,
+    SetInput,
+    check_pairwise,
+    check_set,
+    chosen_backend,
+    match_pairwise,
+    match_set,
+)
 from .pairs import near_positions, slice_pairs
 from .reference import Outputs, no_match
 
@@ -75,10 +83,18 @@ def wla_loss(
         TypeError: a dtype is not floating point, the dtypes differ, or `valid` is not bool.
         RuntimeError: the named backend cannot run this input.
     """
+    key = None
+    if valid is None and reduction == "mean":
+        key = _short.key_of_pairs(x, y, window_size, eps, backend)
+        if key is not None and (known := _short.find(key)) is not None:
+            return known(x, y)
     x, y = check_pairwise(x, y)
     window = check_window(window_size, x.shape[2], x.shape[3])
     valid = check_valid_pair(valid, x)
     check_reduction(reduction)
+    if key is not None and len(x) > 0:
+        name, eps = chosen_backend(x, y, window, eps, backend)
+        return _short.Known(name, x, None, window, eps).keep(key)(x, y)
     found = match_pairwise(x, y, valid, window, eps, backend)
     if valid is None:
         return _reduced(found.loss, None, reduction)
@@ -155,11 +171,19 @@ def wla_set_loss(
             dtype, with a negative weight, or with an index out of range; for pairs on the CPU
             that are new in the capture of a CUDA graph.
     """
+    key = None
+    if valid is None and keys is None and not detach_keys and reduction == "mean":
+        key = _short.key_of_set(features, pairs, window_size, eps, backend)
+        if key is not None and (known := _short.find(key)) is not None:
+            return known(features)
     given = check_set(features, pairs, keys, detach_keys, valid)
     features = given.features
     window = check_window(window_size, features.shape[2], features.shape[3])
     check_reduction(reduction)
     chosen = _chosen(given)
+    if key is not None and chosen.grouped.numel() > 0:
+        name, eps = chosen_backend(features, None, window, eps, backend)
+        return _short.Known(name, features, chosen, window, eps).keep(key)(features)
     found = match_set(features, chosen, given.valid, window, eps, backend, given.keys)
     loss, taking_part = (found.loss, None) if given.valid is None else _mean_over_pixels(found)
     table = given.pairs
@@ -174,15 +198,7 @@ def wla_set_loss(
             return loss.sum()  # 0 where room is left over
         if chosen.exact and taking_part is None:
             return _reduced(loss, None, "mean")
-    # Shares are computed in the weights' own precision: a small weight must not vanish in fp32.
-    shares = to_device(chosen.pick(table), loss.device)
-    shares = shares.to(torch.promote_types(shares.dtype, loss.dtype))
-    if reduction == "mean":
-        if taking_part is not None:
-            shares = torch.where(taking_part, shares, 0)
-        total = shares.sum()
-        shares = shares / torch.where(total > 0, total, 1)
-    return (shares.to(loss.dtype) * loss).sum()
+    return _weighted(chosen.pick(table), loss, taking_part, reduction)
 
 
 def gp_loss(embeddings: Tensor, positives: Rows, temperature: float | Tensor = 0.1) -> Tensor:
@@ -332,6 +348,19 @@ def _reduced(loss: Tensor, taking_part: Tensor | None, reduction: str) -> Tensor
     if reduction == "sum" or taking_part is None:
         return total
     return total / taking_part.sum().clamp_min(1)
+
+
+def _weighted(weights: Tensor, loss: Tensor, taking_part: Tensor | None, reduction: str) -> Tensor:
+    """Losses (P,) of pairs with weights (P,): their sum, or mean."""
+    # Shares are computed in the weights' own precision: a small weight must not vanish in fp32.
+    shares = to_device(weights, loss.device)
+    shares = shares.to(torch.promote_types(shares.dtype, loss.dtype))
+    if reduction == "mean":
+        if taking_part is not None:
+            shares = torch.where(taking_part, shares, 0)
+        total = shares.sum()
+        shares = shares / torch.where(total > 0, total, 1)
+    return (shares.to(loss.dtype) * loss).sum()
 
 
 def _mean_over_pixels(found: Outputs) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,8 @@
 `salkernels::match` is opaque to `torch.compile`, and dispatches by the name of a backend, so that a
 new backend needs no new rule. Its backward is an operator of its own, and takes one number for each
 pair and pixel: ∂L/∂max_sim. torch differentiates all that follows the maxima; the loss that the
-forward sums is the only penalty that is known here, in one place.
+forward sums is the only penalty that is known here, in one place. `salkernels._short` goes past the
+operators where nobody would see them.
 """
 
 from __future__ import annotations
@@ -39,9 +40,13 @@ def _close() -> None:
 atexit.register(_close)
 
 
-def _open_backend(name: str) -> backends.Backend:
+def require_open() -> None:
     if _closed:
         raise RuntimeError("salkernels cannot be called while Python is shutting down")
+
+
+def open_backend(name: str) -> backends.Backend:
+    require_open()
     return backends.get(name)
 
 
@@ -54,7 +59,7 @@ def _match(
     eps: float,
     backend: str,
 ) -> Outputs:
-    return _open_backend(backend).match(query, key, pairs, valid, (window[0], window[1]), eps)
+    return open_backend(backend).match(query, key, pairs, valid, (window[0], window[1]), eps)
 
 
 def _match_backward(
@@ -72,7 +77,7 @@ def _match_backward(
 ) -> tuple[Tensor, Tensor]:
     """In the set form the second gradient is empty: torch loops over batches of gradients only
     where all results are tensors."""
-    grad_query, grad_key = _open_backend(backend).match_backward(
+    grad_query, grad_key = open_backend(backend).match_backward(
         *(grad_sim, query, key, pairs, valid, max_sim, argmax, norm),
         (window[0], window[1]),
         eps,
@@ -117,6 +122,7 @@ def penalty_gradient(grad_loss: Tensor, max_sim: Tensor) -> Tensor:
     return torch.sign(1 - max_sim) * scale[:, None, None]
 
 
+_MEAN = 1  # as torch numbers reductions
 NO_WIDTH = 1e-30  # less than any distance from 1 that a float can have, but not 0: sign(0) is 0
 
 
@@ -130,6 +136,11 @@ def _penalty_gradient_at_once(grad_loss: Tensor, max_sim: Tensor) -> Tensor:
     result, one = torch.empty_like(max_sim), _kept.one(max_sim)
     _smooth_l1_backward(scale.view(-1, 1, 1), max_sim, one, 0, NO_WIDTH, grad_input=result)
     return result
+
+
+def penalty_of_mean(grad: Tensor, max_sim: Tensor, result: Tensor) -> None:
+    """∂L/∂max_sim (P, H, W) of the mean of the losses (P,), likewise; `grad` is ()."""
+    _smooth_l1_backward(grad, max_sim, _kept.one(max_sim), _MEAN, NO_WIDTH, grad_input=result)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
@@ -153,7 +164,7 @@ def _differentiate(
     if torch.is_grad_enabled():
         run = _once_differentiable_backward
     elif all(map(unobserved, given)):
-        run, penalty = _open_backend(ctx.backend).match_backward, _penalty_gradient_at_once
+        run, penalty = open_backend(ctx.backend).match_backward, _penalty_gradient_at_once
         choice = (tuple(ctx.window), ctx.eps)
     grad_sim = given[-1] if grad_loss is None else penalty(grad_loss, saved[4])
     if len(given) == 2:

@@ -205,6 +205,14 @@ def check_set(
     return SetInput(features, others.detach() if detach_keys else others, table, masks)
 
 
+def chosen_backend(
+    query: Tensor, key: Tensor | None, window: tuple[int, int], eps: float, backend: str | None
+) -> tuple[str, float]:
+    """The name of the backend that runs a call, and eps, checked."""
+    eps = check_eps(eps)
+    return backends.select(backend, query, key, window), eps
+
+
 def match_pairwise(
     x: Tensor,
     y: Tensor,
@@ -214,8 +222,7 @@ def match_pairwise(
     backend: str | None,
 ) -> Outputs:
     """Pairs as groups of one query and one key."""
-    eps = check_eps(eps)
-    name = backends.select(backend, x, y, window)
+    name, eps = chosen_backend(x, y, window, eps, backend)
     # Views, whose gradients are views: indexing would copy into zeros in the backward.
     return _match(x.unsqueeze(1), y.unsqueeze(1), None, valid, window, eps, name)
 
@@ -230,8 +237,7 @@ def match_set(
     keys: Tensor | None = None,  # (M, C, H, W)
 ) -> Outputs:
     """Pairs within groups of samples, whose keys are its queries unless there are others."""
-    eps = check_eps(eps)
-    name = backends.select(backend, features, keys, window)
+    name, eps = chosen_backend(features, keys, window, eps, backend)
     return _match(*grouped(features, keys, valid, pairs), window, eps, name)
 
 

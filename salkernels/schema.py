@@ -4,7 +4,9 @@
 the negatives of `wla_contrast`: they dispatch by the name of a backend, and `salkernels.library`
 and `salkernels.library_contrast` give them their rules. `native_match` and its like are the same in
 C++, chosen by the device of the features: csrc/register_cpu.cpp and csrc/register_cpu_lse.cpp
-implement them for CPUs, csrc/register_cuda.cpp those of the matches for GPUs.
+implement them for CPUs, csrc/register_cuda.cpp those of the matches for GPUs. `native_mean_match`
+and its backward, for GPUs, take maps (S, C, H, W) as they come, and end in the mean of the losses:
+see `salkernels._short`.
 """
 
 from __future__ import annotations
@@ -42,6 +44,15 @@ _FORMS = {
 NATIVE = {
     "native_match": _MATCH.format(**_FORMS["native_"]),
     "native_match_backward": _MATCH_BACKWARD.format(**_FORMS["native_"]),
+    "native_mean_match": (
+        "(Tensor x, Tensor? y, Tensor? pairs, int groups, int[2] window, float eps,"
+        " bool allow_tf32) -> (Tensor mean, Tensor max_sim, Tensor argmax, Tensor norm)"
+    ),
+    "native_mean_match_backward": (
+        "(Tensor grad, Tensor x, Tensor? y, Tensor? pairs, int groups, Tensor max_sim,"
+        " Tensor argmax, Tensor norm, int[2] window, float eps, bool allow_tf32)"
+        " -> (Tensor grad_x, Tensor? grad_y)"
+    ),
     "native_window_lse": _WINDOW_LSE.format(**_FORMS["native_"]),
     "native_window_lse_backward": _WINDOW_LSE_BACKWARD.format(**_FORMS["native_"]),
 }

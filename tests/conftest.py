@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
 import targets
 from hypothesis import settings
 
+from salkernels import _kept
 from salkernels.backends import triton as triton_backend
 
 # Derandomised: a red run is the same run for everyone, and hypothesis keeps no database.
@@ -65,6 +66,12 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.section("not run here")
         for line in left_out.lines():
             terminalreporter.line(line)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_known(monkeypatch):
+    """A test that puts other backends in their place finds no call that was made before it."""
+    monkeypatch.setattr(_kept, "RECENT", _kept.Recent())
 
 
 @pytest.fixture(params=list(targets.DEVICES_OF))

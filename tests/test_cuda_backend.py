@@ -157,10 +157,10 @@ def test_either_way_to_allow_tf32_is_understood(setting):
     """Reading the older flag raises after the newer one was set; in a process of its own."""
     code = f"""
 import torch
-from salkernels.backends import cuda
-assert not cuda._allow_tf32()
+from salkernels import _torch_private
+assert not _torch_private.tf32_allowed()
 {setting}.fp32_precision = "tf32"
-assert cuda._allow_tf32()
+assert _torch_private.tf32_allowed()
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -22,11 +22,17 @@ def test_torch_has_them_all():
     assert callable(torch._C._len_torch_dispatch_stack)
     assert callable(torch._C._are_functorch_transforms_active)
     assert callable(torch._C._functorch.is_legacy_batchedtensor)
+    assert callable(torch._C._get_fp32_precision_getter)
+    operator = torch.ops.aten.sin.default
+    assert _torch_private.without_wrapper(operator) is not operator
     plain = torch.ones(2)
+    assert torch.equal(_torch_private.without_wrapper(operator)(plain), plain.sin())
     assert _torch_private.nobody_looks(plain)
+    assert _torch_private.nobody_looks_at_all((plain, plain))
     assert not _torch_private.transforms_active()
     with torch.utils._python_dispatch.TorchDispatchMode():
         assert not _torch_private.nobody_looks(plain)
+        assert not _torch_private.nobody_looks_at_all((plain,))
     seen = []
     torch.vmap(lambda x: seen.append(_torch_private.transforms_active()) or x)(torch.ones(2))
     assert seen == [True]
@@ -66,8 +72,10 @@ def test_without_any_of_them_all_results_are_the_same(monkeypatch):
     expected = results()
     monkeypatch.setattr(_torch_private, "_count_modes", None)
     monkeypatch.setattr(_torch_private, "_transforms", None)
-    for ours, theirs in zip(results(), expected, strict=True):
-        assert torch.equal(ours, theirs)
+    monkeypatch.setattr(_torch_private, "_precision", None)
+    torch.testing.assert_close(results(), expected)
+    assert not _torch_private.tf32_allowed()
+    assert _torch_private.without_wrapper(len) is len
     with pytest.raises(RuntimeError):  # torch's own words then
         torch.func.grad(lambda z: salkernels.wla_set_loss(z, pairs, 2))(x.detach())
 

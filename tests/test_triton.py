@@ -86,7 +86,7 @@ def planned(mask, nodes, keys=None, room=0):
     layout = Layout(signature, tiles[0], 32, 4)
     assert layout.ordered
     pairs = listed(mask, room)
-    return planner(layout)(pairs, len(pairs))
+    return planner(layout)(pairs, len(pairs), stream=0)
 
 
 @runs
@@ -137,7 +137,7 @@ def test_without_a_list_nothing_is_planned():
     x = torch.zeros(1, 33, 1, 2, 2, device=DEVICE)
     asked = launch.Asked.by(Problem(x, None, None, None, (2, 2), EPS), launch.FORWARD)
     signature = asked.signature(gradient=False)
-    assert planner(Layout.of(signature))(None, 33 * 33) == (None, None)
+    assert planner(Layout.of(signature))(None, 33 * 33, 0) == (None, None)
 
 
 class Compiled:
@@ -146,8 +146,10 @@ class Compiled:
     def __init__(self):
         self.calls = []
 
-    def __getitem__(self, grid):
-        return lambda *arguments: self.calls.append((grid, arguments))
+    function, packed_metadata = 7, (4, 1, 0)
+
+    def run(self, *words):
+        self.calls.append((words[:3], words[9:]))
 
 
 def test_a_second_launch_takes_what_the_first_compiled():
@@ -160,7 +162,7 @@ def test_a_second_launch_takes_what_the_first_compiled():
     launcher = Launcher(Kernel(), Tile(32, 16, 4, 1), 7, FORM="form")
     x = torch.zeros(64)
     for tensor in (x, x[4:], x[1:], x[5:]):  # two that start at 16 bytes, and two that do not
-        launcher((tensor, None), 3)
+        launcher((tensor, None), 3, stream=0)
     assert [grid for grid, _ in asked] == [(7,), (7,)]
     assert asked[0][1]["num_warps"] == 4
     assert [grid for grid, _ in compiled.calls] == [(7, 1, 1)] * 2

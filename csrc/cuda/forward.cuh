@@ -85,6 +85,12 @@ inline Plan plan_forward(Problem& p, int64_t shared_limit) {
   } else {
     SALKERNELS_ADD(plan, reduce_losses_f32, blocks, 1, kThreads * 8 / 4);
   }
+  if (p.mean == nullptr) return plan;
+  if (p.dtype == kFloat64) {
+    SALKERNELS_ADD(plan, mean_loss_f64, 1, 1, kWarps * 8);
+  } else {
+    SALKERNELS_ADD(plan, mean_loss_f32, 1, 1, kWarps * 8);
+  }
   return plan;
 }
 

@@ -90,5 +90,23 @@ __device__ void reduce_losses(const Problem& p) {
   static_cast<F*>(p.loss)[slot] = F(sum / double(plane));
 }
 
+// One block: the mean of the losses, in an order that never changes.
+template <class F>
+__device__ void mean_loss(const Problem& p) {
+  SALKERNELS_SHARED(memory);
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < p.num_pairs; i += kThreads) {
+    sum += static_cast<const F*>(p.loss)[i];
+  }
+  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+  double* const of_warp = reinterpret_cast<double*>(memory);
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  sum = 0;
+  for (int w = 0; w < kWarps; ++w) sum += of_warp[w];
+  *static_cast<F*>(p.mean) = F(sum / double(p.num_pairs));
+}
+
 }  // namespace cuda
 }  // namespace salkernels

@@ -31,7 +31,9 @@ namespace cuda {
   X(stream_bf16, 1, stream<Bf16>(p))                         \
   X(stream_fp16, 1, stream<Fp16>(p))                         \
   X(reduce_losses_f32, 1, reduce_losses<float>(p))           \
-  X(reduce_losses_f64, 1, reduce_losses<double>(p))
+  X(reduce_losses_f64, 1, reduce_losses<double>(p))          \
+  X(mean_loss_f32, 1, mean_loss<float>(p))                   \
+  X(mean_loss_f64, 1, mean_loss<double>(p))
 
 #define SALKERNELS_BACKWARD_KERNELS(X)                       \
   X(sort_pairs, 1, sort_pairs(p))                            \

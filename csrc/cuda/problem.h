@@ -54,6 +54,10 @@ struct Problem {
   void* argmax;            // (H·W, P) uint8 or int32
   void* max_sim;           // (H·W, P)
   void* loss;              // (P,)
+  void* mean;              // () of the losses; null: nobody asks for it
+  // Backward of that: its gradient, and 1 / (P H·W). Used where there is no grad_sim.
+  const void* grad_mean;   // ()
+  double mean_share;
   void* norm;              // (H·W, nodes) of every row: see rows.cuh
   // Backward: the pairs by query and by key, and terms. See terms.cuh.
   int32_t* query_begin;    // (G·N + 1,)

@@ -94,6 +94,15 @@ struct NodeWindow {
   }
 };
 
+// ∂L/∂max_sim of a match: as given, or that of the mean of |1 - max_sim|, in which nobody has to
+// write a number for each match first. NaN stays NaN.
+template <class F>
+__device__ inline F gradient_of_match(const Problem& p, int64_t place, F max_sim) {
+  if (p.grad_sim != nullptr) return static_cast<const F*>(p.grad_sim)[place];
+  const F scale = *static_cast<const F*>(p.grad_mean) * F(p.mean_share), beyond = max_sim - F(1);
+  return beyond > 0 ? scale : beyond < 0 ? -scale : beyond * scale;
+}
+
 // A match in the role of one of its two rows.
 template <class F>
 struct RoleMatch {
@@ -160,8 +169,8 @@ struct MatchWalk {
              (p.set_form ? 0 : queries);
     }
     found.partner = node * stride + pixel;
-    found.gradient = static_cast<const F*>(p.grad_sim)[place];
     found.max_sim = static_cast<const F*>(p.max_sim)[place];
+    found.gradient = gradient_of_match(p, place, found.max_sim);
     const F norm =
         static_cast<const F*>(p.norm)[norm_index(p, at.unit.group, node, plane(pixel))];
     found.scale = is_finite(norm) ? unit_scale(norm, F(p.eps)) : F(0);

@@ -10,6 +10,10 @@ and, if it has kernels of its own for the negatives of `wla_contrast`,
 
     window_lse(...), window_lse_backward(...)       as in `salkernels.reference_contrast`
 
+and, if it computes the mean of the losses along with them, for `salkernels._short`,
+
+    mean_match(...), mean_match_backward(...)       as in `backends.cuda`
+
 and, if it takes tensors of some types of device only,
 
     DEVICES                                         their names: None does not even ask on others
@@ -97,6 +101,14 @@ class Mixed:
     @property
     def match_backward(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
         return self.backward.match_backward
+
+    @property
+    def mean_match(self) -> Callable[..., Outputs] | None:
+        return getattr(self.forward, "mean_match", None)
+
+    @property
+    def mean_match_backward(self) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
+        return getattr(self.backward, "mean_match_backward", None)
 
     @property
     def outputs(self) -> Callable[..., Outputs]:

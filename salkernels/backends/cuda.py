@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .._torch_private import constant_for_dynamo
+from .._torch_private import constant_for_dynamo, tf32_allowed, without_wrapper
 from ..reference import Outputs, accumulate_dtype, count_pairs, index_dtype
 
 DEVICES = ("cuda",)
@@ -24,6 +24,8 @@ MINIMUM = (8, 0)  # compute capability
 
 _match = torch.ops.salkernels.native_match.default
 _match_backward = torch.ops.salkernels.native_match_backward.default
+_mean_match = without_wrapper(torch.ops.salkernels.native_mean_match.default)
+_mean_match_backward = without_wrapper(torch.ops.salkernels.native_mean_match_backward.default)
 
 
 def _load() -> str | None:
@@ -58,11 +60,6 @@ def why_not(query: Tensor, key: Tensor | None, window: tuple[int, int]) -> str |
     if query.dtype not in DTYPES:
         return f"it takes float32, float64, bfloat16 or float16, got {query.dtype}"
     return _MISSING or _unsupported(query.device.index or 0)
-
-
-def _allow_tf32() -> bool:
-    """Not `allow_tf32`: reading that raises where the user has set `fp32_precision` instead."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def built_for() -> str | None:
@@ -162,7 +159,7 @@ def match(
     The norm of a pixel that is not to be loaded again is Inf.
     """
     _require(query, key, window)
-    return Outputs(*_match(query, key, pairs, valid, window, eps, _allow_tf32()))
+    return Outputs(*_match(query, key, pairs, valid, window, eps, tf32_allowed()))
 
 
 def match_backward(
@@ -183,6 +180,40 @@ def match_backward(
     # to them the operator takes any.
     pairs, valid = (None if x is None else x.contiguous() for x in (pairs, valid))
     grads: tuple[Tensor, Tensor | None] = _match_backward(
-        *(grad_sim, query, key, pairs, valid, max_sim, argmax, norm, window, eps, _allow_tf32())
+        *(grad_sim, query, key, pairs, valid, max_sim, argmax, norm, window, eps, tf32_allowed())
+    )
+    return grads
+
+
+def mean_match(
+    x: Tensor,  # (S, C, H, W)
+    y: Tensor | None,
+    pairs: Tensor | None,  # (P,) int64
+    groups: int,
+    window: tuple[int, int],
+    eps: float,
+) -> Outputs:
+    """As `match` of maps in groups, but with the mean of the losses in their place."""
+    tf32 = x.dtype == torch.float32 and tf32_allowed()
+    found: Outputs = _mean_match(x, y, pairs, groups, window, eps, tf32)
+    return found
+
+
+def mean_match_backward(
+    grad: Tensor,  # ()
+    x: Tensor,
+    y: Tensor | None,
+    pairs: Tensor | None,
+    groups: int,
+    max_sim: Tensor,
+    argmax: Tensor,
+    norm: Tensor,
+    window: tuple[int, int],
+    eps: float,
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of x and y."""
+    tf32 = x.dtype == torch.float32 and tf32_allowed()
+    grads: tuple[Tensor, Tensor | None] = _mean_match_backward(
+        *(grad, x, y, pairs, groups, max_sim, argmax, norm, window, eps, tf32)
     )
     return grads

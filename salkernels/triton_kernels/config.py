@@ -19,18 +19,16 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .._shared.files import write_atomically
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):  # found by its hash in each call, which tuples have at once
     """How a kernel is cut: rows of a tile, channels of a block, warps, pipeline stages."""
 
     rows: int
@@ -117,7 +115,7 @@ def write(path: Path, tiles: dict[tuple[str, torch.dtype, int], Tile]) -> None:
     """The table as JSON."""
     rows: list[dict[str, Any]] = [
         {"kernel": kernel, "dtype": str(dtype).removeprefix("torch."), "capability": capability}
-        | asdict(tile)
+        | tile._asdict()
         for (kernel, dtype, capability), tile in tiles.items()
     ]
     write_atomically(path, json.dumps(rows, indent=1) + "\n")

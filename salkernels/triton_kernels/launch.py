@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._torch_private import raw_stream, tf32_allowed
 from . import gradient, match
 from .config import Tile, tiles_for
 from .geometry import Cut, Matches, Product, Strides
@@ -40,7 +41,7 @@ class Forward:
         compiled: dict[str, Any] = {"FORM": form, "CUT": layout.cut(), "PRODUCT": signature.product}
         self.loss = Launcher(match.loss_kernel, SUMMING, PAIRS=16, LINES=256)
         if layout.streamed:
-            self.stream = Launcher(match.stream_match_kernel, layout.tile, **compiled)
+            self.streamed = Launcher(match.stream_match_kernel, layout.tile, **compiled)
             tile = signature.tiles[2]
             filled = signature.query[2] % tile.block == 0
             self.norms = Launcher(
@@ -62,22 +63,24 @@ class Forward:
         self.matches = kernels
         self.plan = planner(layout)
 
-    def __call__(self, problem: Problem, loss: Tensor, found: Matches) -> None:
+    def __call__(self, problem: Problem, loss: Tensor, found: Matches, stream: int) -> None:
         maps, listed = maps_of(problem.query, problem.key), list_of_pairs(problem)
         valid = None if problem.valid is None else problem.valid.contiguous().view(torch.uint8)
         pairs, eps, sizes = problem.num_pairs, problem.smallest_norm, self.sizes
         partial = loss.new_empty((self.lines, pairs))
         given: tuple[Any, ...]
         if self.layout.streamed:
-            self.norms(maps, valid, found.norm, sizes)
+            self.norms(maps, valid, found.norm, sizes, stream=stream)
             programs = pairs * self.lines
             given = (maps, valid, listed, found, partial, sizes, eps, pairs)
-            self.stream(*given, programs=programs)
+            self.streamed(*given, stream=stream, programs=programs)
         else:
-            given = (maps, valid, self.plan(listed, pairs), found, partial, sizes, eps, pairs)
+            plan = self.plan(listed, pairs, stream)
+            given = (maps, valid, plan, found, partial, sizes, eps, pairs)
             for kernel in self.matches:
-                kernel(*given)
-        self.loss(partial, listed, loss, found, self.lines, sizes, pairs, programs=ceil(pairs, 16))
+                kernel(*given, stream=stream)
+        given = (partial, listed, loss, found, self.lines, sizes, pairs)
+        self.loss(*given, stream=stream, programs=ceil(pairs, 16))
 
 
 class Backward:
@@ -103,14 +106,20 @@ class Backward:
         self.plan = planner(layout)
 
     def __call__(
-        self, problem: Problem, saved: Terms, norm: Tensor, grad_query: Tensor, grad_key: Any
+        self,
+        problem: Problem,
+        saved: Terms,
+        norm: Tensor,
+        grad_query: Tensor,
+        grad_key: Any,
+        stream: int,
     ) -> None:
         maps, grads = maps_of(problem.query, problem.key), maps_of(grad_query, grad_key)
         pairs = problem.num_pairs
-        plan = self.plan(list_of_pairs(problem), pairs)
+        plan = self.plan(list_of_pairs(problem), pairs, stream)
         given = (maps, grads, saved, norm, plan, self.sizes, problem.smallest_norm, pairs)
         for kernel in self.kernels:
-            kernel(*given)
+            kernel(*given, stream=stream)
 
 
 class Asked(NamedTuple):
@@ -146,7 +155,7 @@ class Asked(NamedTuple):
             problem.pairs is not None,
             problem.valid is not None,
             found,
-            dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32",
+            dtype == torch.float32 and tf32_allowed(),
             tiles_for(kernels, dtype, found),
         )
 
@@ -182,7 +191,7 @@ def forward(problem: Problem, loss: Tensor, max_sim: Tensor, argmax: Tensor, nor
     """Fills every element of loss (P,), max_sim and argmax (P, H, W) and norm (nodes, H, W)."""
     with _on_device(problem.query):
         call = _forward(Asked.by(problem, FORWARD))
-        call(problem, loss, Matches(max_sim, argmax, norm))
+        call(problem, loss, Matches(max_sim, argmax, norm), _stream(problem.query))
 
 
 def backward(
@@ -201,7 +210,8 @@ def backward(
         problem = problem._replace(query=addressable(query), key=key)
     with _on_device(problem.query):
         call = _backward(Asked.by(problem, BACKWARD, grad_query, grad_key))
-        call(problem, Terms(max_sim, argmax, grad_sim), norm, grad_query, grad_key)
+        saved, stream = Terms(max_sim, argmax, grad_sim), _stream(problem.query)
+        call(problem, saved, norm, grad_query, grad_key, stream)
 
 
 def _is_near(x: Tensor) -> bool:
@@ -232,6 +242,10 @@ def product(dtype: torch.dtype, capability: int, tf32: bool, gradient: bool) -> 
     else:
         precision = "ieee"
     return Product(precision, interpreted)
+
+
+def _stream(x: Tensor) -> int:
+    return raw_stream(x.device) if x.is_cuda else 0
 
 
 def _on_device(x: Tensor) -> AbstractContextManager[Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from .config import Tile
 from .geometry import Cut, Extents, Form, Product, Strides
 
+TINY = torch.finfo(torch.float32).tiny
 LEAST_ROWS = 32  # of a matrix product, whose inner extent comes in halves
 MOST_LANES = 32  # nodes of a tile: a tile has lanes x lanes pairs to look up
 
@@ -36,7 +37,7 @@ class Problem(NamedTuple):
     @property
     def smallest_norm(self) -> float:
         """An eps whose inverse fp32 can hold."""
-        return max(self.eps, torch.finfo(torch.float32).tiny)
+        return max(self.eps, TINY)
 
 
 class Signature(NamedTuple):

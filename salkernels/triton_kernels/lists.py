@@ -53,17 +53,24 @@ class BackwardByLists:
         self.plan = planner(Layout.of(signature), ordered=False)
 
     def __call__(
-        self, problem: Problem, saved: Terms, norm: Tensor, grad_query: Tensor, grad_key: Any
+        self,
+        problem: Problem,
+        saved: Terms,
+        norm: Tensor,
+        grad_query: Tensor,
+        grad_key: Any,
+        stream: int,
     ) -> None:
         reach, sizes, pairs = self.reach, self.sizes, problem.num_pairs
         eps, listed = problem.smallest_norm, list_of_pairs(problem)
         lists = self._lists(norm, pairs)
         programs = ceil(pairs, self.pairs_each) * self.count_blocks
-        self.count(saved, norm, listed, lists, reach, sizes, eps, pairs, programs=programs)
-        partners = self._partners(listed, norm, pairs)
-        self.list(saved, norm, partners, lists, reach, sizes, eps, pairs)
+        given = (saved, norm, listed, lists, reach, sizes, eps, pairs)
+        self.count(*given, stream=stream, programs=programs)
+        partners = self._partners(listed, norm, pairs, stream)
+        self.list(saved, norm, partners, lists, reach, sizes, eps, pairs, stream=stream)
         maps, grads = maps_of(problem.query, problem.key), maps_of(grad_query, grad_key)
-        self.sum(maps, grads, lists, reach, sizes, self.shares)
+        self.sum(maps, grads, lists, reach, sizes, self.shares, stream=stream)
 
     def _lists(self, like: Tensor, pairs: int) -> Lists:
         """Room for two terms of each match."""
@@ -80,13 +87,13 @@ class BackwardByLists:
             cursor=like.new_zeros((1,), dtype=torch.int64),
         )
 
-    def _partners(self, listed: Tensor | None, like: Tensor, pairs: int) -> Partners:
+    def _partners(self, listed: Tensor | None, like: Tensor, pairs: int, stream: int) -> Partners:
         """Which pairs each node is in."""
         as_query, as_key = like.new_empty(self.partners_shape, dtype=torch.int64)
         degrees = like.new_empty((*self.partners_shape[1:3], 2), dtype=torch.int32)
         found = Partners(degrees, as_query, as_key)
-        slots = self.plan(listed, pairs).slots
-        self.partners(slots, found, self.reach.partners, self.sizes, pairs)
+        slots = self.plan(listed, pairs, stream).slots
+        self.partners(slots, found, self.reach.partners, self.sizes, pairs, stream=stream)
         return found
 
 

@@ -168,3 +168,28 @@ def compare(kernels, query, key, pairs, valid, window, grad_sim=None):
         for grad, of in zip(grads, parts, strict=True):
             assert grad is None or not torch.where(of[:, :, None], 0, grad).count_nonzero()
     return actual, grads
+
+
+def flat(maps):
+    return None if maps is None else maps.flatten(0, 1)
+
+
+def compare_mean(kernels, query, key, pairs, window):
+    """With the mean of the losses, and with the backward from the gradient of each maximum."""
+    long = kernels.match(query, key, pairs, None, window, EPS)
+    given = (flat(query), flat(key), pairs, len(query))
+    mean, *kept = kernels.mean_match(*given, window, EPS)
+    assert (mean.shape, mean.dtype) == ((), long.loss.dtype)
+    torch.testing.assert_close(mean, long.loss.mean())
+    assert all(torch.equal(a, b) for a, b in zip(kept, long[1:], strict=True))
+    grad = torch.tensor(-0.7, dtype=mean.dtype)
+    share = torch.tensor(1 / kept[0].numel(), dtype=mean.dtype)
+    grad_sim = torch.sign(kept[0] - 1) * (grad * share)
+    expected = kernels.match_backward(grad_sim, query, key, pairs, None, *kept, window, EPS)
+    found = kernels.mean_match_backward(grad, *given, *kept, window, EPS)
+    for ours, theirs, of in zip(found, expected, (query, key), strict=True):
+        if of is None:
+            assert ours is theirs is None
+            continue
+        assert ours.shape == flat(of).shape
+        assert torch.equal(ours, flat(theirs))

@@ -18,6 +18,7 @@ from against_reference import (
     SHAPE_NAMES,
     SHAPES,
     compare,
+    compare_mean,
     features,
     maps,
     some_pairs,
@@ -201,3 +202,11 @@ def test_each_feature_is_read_once_and_each_gradient_written_once(compiled):
     # Pairs are taken from a list, so lanes that look for the best of different pairs read cosines
     # of different rows, some on one bank: 0.066 of the requests.
     assert forward.shared_conflicts <= 0.08
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 5, 0, 40, 4, 5, (2, 2)), (2, 2, 3, 16, 4, 6, (4, 4))])
+def test_ptx_of_the_mean(shape, dtype, compiled):
+    query, key, window = features(shape, dtype=dtype)
+    compare_mean(compiled, query, key, some_pairs(query, key, 0.6, left_over=1), window)

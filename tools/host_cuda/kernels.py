@@ -130,6 +130,36 @@ class HostKernels:
         grads: tuple[Tensor, Tensor | None] = self._call("native_match_backward", grad_sim, *rest)
         return grads
 
+    def mean_match(
+        self,
+        x: Tensor,
+        y: Tensor | None,
+        pairs: Tensor | None,
+        groups: int,
+        window: tuple[int, int],
+        eps: float,
+    ) -> Outputs:
+        """As in `salkernels.backends.cuda`."""
+        return Outputs(*self._call("native_mean_match", x, y, pairs, groups, window, eps))
+
+    def mean_match_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        y: Tensor | None,
+        pairs: Tensor | None,
+        groups: int,
+        max_sim: Tensor,
+        argmax: Tensor,
+        norm: Tensor,
+        window: tuple[int, int],
+        eps: float,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As in `salkernels.backends.cuda`."""
+        rest = (x, y, pairs, groups, max_sim, argmax, norm, window, eps)
+        grads: tuple[Tensor, Tensor | None] = self._call("native_mean_match_backward", grad, *rest)
+        return grads
+
     def _call(self, name: str, *arguments: Any) -> Any:
         self.library.emulator_set(_I64(self.shared_limit), _I64(self.order), self._take)
         operator = getattr(torch.ops.salkernels_emulator, name).default

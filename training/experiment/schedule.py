@@ -95,9 +95,13 @@ def run_cells(
         left = f"; {len(running)} jobs go on" if launcher and launcher.leaves_jobs else ""
         raise Stopped(f"stopped by {stop.signal.name}{left}", 128 + stop.signal.value)
     if failed:
-        log = log_of(failed, out)
-        end = "\n".join(log.read_text(errors="replace").splitlines()[-LAST_LINES:])
-        raise RunError(f"the run {failed.name} failed; its log {log} ends:\n{end}")
+        raise RunError(_failure(failed, out))
+
+
+def _failure(cell: Cell, out: Path) -> str:
+    log = log_of(cell, out)
+    end = "\n".join(log.read_text(errors="replace").splitlines()[-LAST_LINES:])
+    return f"the run {cell.name} failed; its log {log} ends:\n{end}"
 
 
 class _Teller:

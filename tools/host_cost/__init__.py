@@ -1,0 +1,1 @@
+"""What a call costs the host, on a machine without a GPU: kernels that do nothing."""
