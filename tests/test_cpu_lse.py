@@ -92,9 +92,8 @@ def _compare(
         expected.shape,
         reference_contrast.output(query).dtype,
     )
-    torch.testing.assert_close(
-        lse.double(), expected, rtol=0, atol=tolerance.similarity * (1 + 1 / tau), equal_nan=True
-    )
+    limit = 2 * tolerance.similarity  # of the cosines, and of a sum of hundreds of terms
+    torch.testing.assert_close(lse.double(), expected, rtol=limit, atol=limit / tau, equal_nan=True)
 
     if grad is None:
         grad = torch.randn(lse.shape, dtype=torch.float64).to(lse.dtype)
@@ -167,7 +166,6 @@ def test_random_configurations(case):
         maps = samples if key is None else samples + count
         valid = torch.rand(groups, maps, *case["extent"], generator=generator) < case["valid"]
         query = query.masked_fill(~valid[:, :samples, None], torch.nan)
-    # The oracle in fp64 has no NaN to leave out differently: 0 stands for it on both sides.
     _compare(query, key, mask, case["window"], valid, case["tau"])
 
 
@@ -175,14 +173,14 @@ def test_random_configurations(case):
 @pytest.mark.parametrize("tau", [2.0**-10, 1e4])
 def test_temperatures_at_the_ends(tau, window):
     """e^{1024 cos} overflows, and with cosines below 0 everything would underflow."""
-    query = torch.randn(1, 6, 24, 9, 10)
-    query[:, 3:] -= 4 * query[:, :3]  # cosines near −1 with the first three
+    query = torch.randn(1, 6, 24, 9, 10) / 4 + torch.randn(24, 1, 1)
+    query[:, 3:] *= -1  # cosines near −1 with the first three
     mask = torch.zeros(1, 6, 6, dtype=torch.bool)
     mask[0, :3, 3:] = mask[0, 4, :2] = True
     lse, grad = _compare(query, None, mask, window, tau=tau)
     assert lse[0, :3].isfinite().all()
     assert grad.isfinite().all()
-    # A pixel that takes no part has a cosine of 0 with all, which is no term either.
+    # A pixel that takes no part is 0: e^{0 − lse} would be infinite if it were a term.
     valid = torch.rand(1, 6, 9, 10) < 0.6
     _, grad = _compare(query, None, mask, window, valid, tau=tau)
     assert grad.isfinite().all()
