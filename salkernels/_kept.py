@@ -22,6 +22,8 @@ ends, some kilobytes for each mask that is captured.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -48,17 +50,30 @@ class Entry(NamedTuple):
 
 
 class Recent:
-    """The values that were asked for last, within bounds. Threads may share it."""
+    """The values that were asked for last, within bounds.
+
+    Threads may share it, a signal handler may call a loss in the middle of another, and a process
+    may fork while a thread is in here.
+    """
 
     def __init__(self, most: int = MOST, most_bytes: int = MOST_BYTES) -> None:
         self.most, self.most_bytes = most, most_bytes
-        self.bytes = 0
         self.captured: dict[int, Any] = {}  # by identity: kept until the process ends
         self._entries: OrderedDict[Hashable, Entry] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler runs in the thread that it interrupts
+        if hasattr(os, "register_at_fork"):  # a child has no thread that could let go of the lock
+            let_go = self._lock.release
+            os.register_at_fork(
+                before=self._lock.acquire, after_in_parent=let_go, after_in_child=let_go
+            )
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    @property
+    def bytes(self) -> int:
+        """Of all values and their keys."""
+        return sum(entry.size for entry in list(self._entries.values()))
 
     def get(self, key: Hashable, stream: int, capturing: bool) -> Any:
         """The value of a key for use on a stream; None if there is none."""
@@ -66,7 +81,8 @@ class Recent:
             entry = self._entries.get(key)
             if entry is None or not (capturing or entry.stream == stream):
                 return None
-            self._entries.move_to_end(key)
+            with contextlib.suppress(KeyError):  # a signal handler's call has just evicted it
+                self._entries.move_to_end(key)
             if capturing:
                 self.captured[id(entry.value)] = entry.value
             return entry.value
@@ -74,18 +90,12 @@ class Recent:
     def put(self, key: Hashable, value: Any, stream: int, size: int) -> None:
         """Keeps a value, and lets go of the oldest ones beyond the bounds."""
         with self._lock:
-            self._remove(key)
+            self._entries.pop(key, None)
             if size > self.most_bytes:
                 return
             self._entries[key] = Entry(value, stream, size)
-            self.bytes += size
             while len(self._entries) > self.most or self.bytes > self.most_bytes:
-                self._remove(next(iter(self._entries)))
-
-    def _remove(self, key: Hashable) -> None:
-        entry = self._entries.pop(key, None)
-        if entry is not None:
-            self.bytes -= entry.size
+                self._entries.pop(next(iter(self._entries), None), None)
 
 
 RECENT = Recent()

@@ -97,7 +97,7 @@ class Known:
         eps: float,
     ) -> None:
         self.name, self.backend = name, library.open_backend(name)
-        self.chosen, self.pairs = chosen, None if chosen is None else chosen.grouped
+        self.chosen, self.pairs = chosen, None if chosen is None else _ordinary(chosen.grouped)
         self.groups = len(like) if chosen is None else chosen.groups
         self.shape = (self.groups, len(like) // self.groups, *like.shape[1:])
         self.mean_match = getattr(self.backend, "mean_match", None)
@@ -182,6 +182,14 @@ class Known:
             self.name,
         )
         return grad_x.view(x.shape), None if y is None else grad_y.view(x.shape)
+
+
+def _ordinary(pairs: Tensor) -> Tensor:
+    """A list that was made in inference mode could not be saved for a later call's backward."""
+    if not pairs.is_inference():
+        return pairs
+    with torch.inference_mode(False):
+        return pairs.clone()
 
 
 class _Mean(torch.autograd.Function):

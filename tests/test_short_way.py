@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -316,6 +320,53 @@ def test_made_in_inference_mode_it_serves_training_too():
     loss = salkernels.wla_set_loss(x, PAIRS, 2)
     assert torch.equal(loss, expected)
     loss.backward()
+
+
+def test_made_in_inference_mode_its_gradient_can_be_differentiated():
+    x, pairs = maps(), PAIRS.roll(1, 0)
+    found = []
+    for first in (contextlib.nullcontext, torch.inference_mode):
+        _kept.RECENT._entries.clear()
+        with first():
+            salkernels.wla_set_loss(x.detach(), pairs, 2)
+        weight = torch.ones((), requires_grad=True)
+        loss = salkernels.wla_set_loss(x, pairs, 2) * weight
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        found += torch.autograd.grad(grad.norm(), weight)
+    assert found[0] == found[1] > 0
+
+
+def test_a_signal_handler_may_call_a_loss_inside_of_a_look_up():
+    done = threading.Event()
+
+    def interrupted():
+        with _kept.RECENT._lock:  # where the handler runs
+            salkernels.wla_set_loss(maps(), PAIRS, 2)
+        done.set()
+
+    threading.Thread(target=interrupted, daemon=True).start()
+    assert done.wait(30)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_a_process_may_fork_while_a_thread_is_in_a_look_up():
+    inside = threading.Event()
+
+    def look_up():
+        with _kept.RECENT._lock:
+            inside.set()
+            time.sleep(0.3)
+
+    thread = threading.Thread(target=look_up)
+    thread.start()
+    inside.wait()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # ends a child that waits for ever
+        _kept.RECENT.get("anything", 0, False)
+        os._exit(0)
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_streams_have_calls_of_their_own_and_a_capture_takes_any(monkeypatch):
