@@ -78,7 +78,7 @@ def test_without_a_pair_there_is_no_mean(host_kernels):
 
 
 @pytest.mark.parametrize("form", ["set", "pairs"])
-def test_the_public_losses_use_it(form, backend, host_kernels, monkeypatch):
+def test_the_public_loss_of_a_set_uses_it(form, backend, host_kernels, monkeypatch):
     calls = []
     for name in ("mean_match", "mean_match_backward"):
         plain = getattr(host_kernels, name)
@@ -103,4 +103,4 @@ def test_the_public_losses_use_it(form, backend, host_kernels, monkeypatch):
         torch.testing.assert_close(
             torch.autograd.grad(found, x), torch.autograd.grad(wanted, x, retain_graph=True)
         )
-    assert calls == ["mean_match", "mean_match_backward"] * 2
+    assert calls == (["mean_match", "mean_match_backward"] * 2 if form == "set" else [])
