@@ -223,11 +223,9 @@ Tensor grouped(const Tensor& maps, int64_t groups) {
   const int64_t samples = sizes[0] / groups;
   const int64_t shape[5] = {groups, samples, sizes[1], sizes[2], sizes[3]};
   const int64_t steps[5] = {samples * strides[0], strides[0], strides[1], strides[2], strides[3]};
-  int64_t offset = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(maps.get(), &offset));
   AtenTensorHandle result = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(maps.get(), 5, shape, steps, offset, &result));
+  // The offset is added to that of the maps in their storage.
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(maps.get(), 5, shape, steps, 0, &result));
   return Tensor(result);
 }
 

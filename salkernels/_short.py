@@ -100,10 +100,8 @@ class Known:
         self.chosen, self.pairs = chosen, None if chosen is None else _ordinary(chosen.grouped)
         self.groups = len(like) if chosen is None else chosen.groups
         self.shape = (self.groups, len(like) // self.groups, *like.shape[1:])
-        # Not for two maps each: there its gradient was 0 for rows whose norm is near eps (a test).
-        kernels = None if chosen is None else self.backend
-        self.mean_match = getattr(kernels, "mean_match", None)
-        self.mean_match_backward = getattr(kernels, "mean_match_backward", None)
+        self.mean_match = getattr(self.backend, "mean_match", None)
+        self.mean_match_backward = getattr(self.backend, "mean_match_backward", None)
         self.window, self.eps = window, eps
 
     def keep(self, key: Key) -> Known:
