@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from instruction_sets import LEVELS, run_tests_at
 from targets import runs_on
 from tolerances import ROUNDED_TIES, TOLERANCES
 from torch import Tensor
@@ -364,7 +364,10 @@ def test_large_gradients_have_the_bits_of_small_ones(dtype, channels, layout):
         assert torch.equal(ours, alone[0])
 
 
-@pytest.mark.parametrize("name", ["simd", "pack", "tile", "ahead", "match", "terms", "gradient"])
+FRAGMENTS = "simd pack tile ahead match terms gradient lse lse-weights lse-gradient lse-pieces"
+
+
+@pytest.mark.parametrize("name", FRAGMENTS.split())
 def test_fragments_of_the_kernels_open_by_themselves(name):
     """So that an editor understands them: the build includes them in another file's namespace."""
     compiler, source = shutil.which("g++"), CSRC / "cpu" / f"{name}-inl.h"
@@ -427,22 +430,9 @@ def test_a_loss_of_a_large_map_keeps_its_digits():
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_every_instruction_set(level):
-    """The choice is made once per process, so each level runs in a process of its own."""
-    code = (
-        "import torch, sys; from salkernels.backends import cpu\n"
-        f"if cpu.instruction_set() != {level!r}: sys.exit(77)\n"
-        "import pytest; sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', "
-        f"{__file__!r}, '-k', 'test_parity or out_of_range or test_vectors or among']))"
-    )
-    environment = {**os.environ, "SALKERNELS_CPU_ISA": level}
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
-    if run.returncode == 77:
-        pytest.skip(f"this machine cannot run {level}")
-    assert run.returncode == 0, run.stdout + run.stderr
+    run_tests_at(level, __file__, "test_parity or out_of_range or test_vectors or among")
 
 
 def test_one_large_window_needs_no_large_memory():

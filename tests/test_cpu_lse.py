@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from instruction_sets import LEVELS, run_tests_at
 from targets import runs_on
 from tolerances import TOLERANCES
 from torch import Tensor
@@ -22,7 +18,6 @@ from salkernels.backends import cpu
 
 pytestmark = runs_on("cpu", "cpu")
 EPS = 1e-12
-CSRC = Path(__file__).parents[1] / "csrc"
 
 SHAPES = [  # H, W, window
     ((7, 9), (2, 3)),  # narrow and short edge windows
@@ -405,31 +400,6 @@ def test_wrong_arguments_are_errors_and_not_crashes():
             cpu.window_lse_backward(grad, query, None, None, None, kept, (2, 2), 0.1, EPS)
 
 
-@pytest.mark.parametrize("name", ["lse", "lse-weights", "lse-gradient", "lse-pieces"])
-def test_fragments_of_the_kernels_open_by_themselves(name):
-    compiler, source = shutil.which("g++"), CSRC / "cpu" / f"{name}-inl.h"
-    if compiler is None or not source.exists():
-        pytest.skip("needs g++ and the sources")
-    arguments = ["-std=c++17", "-fsyntax-only", "-Wno-psabi", "-Wno-ignored-attributes", "-xc++"]
-    run = subprocess.run(
-        [compiler, *arguments, str(source)], capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
-
-
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_every_instruction_set(level):
-    """The choice is made once per process, so each level runs in a process of its own."""
-    code = (
-        "import torch, sys; from salkernels.backends import cpu\n"
-        f"if cpu.instruction_set() != {level!r}: sys.exit(77)\n"
-        "import pytest; sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', "
-        f"{__file__!r}, '-k', 'configurations or temperatures or out_of_range or panel']))"
-    )
-    environment = {**os.environ, "SALKERNELS_CPU_ISA": level}
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
-    if run.returncode == 77:
-        pytest.skip(f"this machine cannot run {level}")
-    assert run.returncode == 0, run.stdout + run.stderr
+    run_tests_at(level, __file__, "configurations or temperatures or out_of_range or panel")
